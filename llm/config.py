@@ -1,0 +1,244 @@
+"""Every configuration key, with its default, unit and range: the schema of `conf/`.
+
+Knows nothing of Hydra or torch. The defaults are those of `conf/`, so `PretrainConfig()` in Python
+is what `python experiments/pretrain.py` runs.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+class UserError(Exception):
+    """Something that the user can put right. Shown as its message alone, with exit status 1."""
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its meaning and its range, which `validate` checks. None is always allowed
+    where the type allows it."""
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    metadata = {"meaning": meaning, "choices": choices}
+    metadata["bounds"] = {name: bound for name, bound in bounds.items() if bound is not None}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = key(50257, "token ids that the model knows", at_least=1)
+    context_length: int = key(128, "positions that the model sees at once, in tokens", at_least=1)
+    emb_dim: int = key(256, "width of the embeddings and the residual stream", at_least=1)
+    n_heads: int = key(4, "attention heads; they divide emb_dim", at_least=1)
+    n_layers: int = key(4, "transformer blocks", at_least=1)
+    drop_rate: float = key(0.0, "dropout probability", at_least=0, below=1)
+    qkv_bias: bool = key(False, "whether query, key and value projections have a bias")
+    tie_weights: bool = key(True, "whether the output head is the token embedding")
+    init: str = key("gpt2", "torch: torch's own defaults, as in the book; gpt2: normal with standard "
+                    "deviation 0.02", choices=("torch", "gpt2"))  # fmt: skip
+
+
+@dataclass
+class DataConfig:
+    source: str = key("shakespeare", "where the text comes from",
+                      choices=("shakespeare", "the_verdict", "text"))  # fmt: skip
+    path: str | None = key(None, "a local UTF-8 file, a folder of *.txt and *.md files, or a glob")
+    train_ratio: float = key(0.9, "share of the text, in characters, that is trained on", above=0, below=1)
+    batch_size: int = key(8, "windows in a batch, over all processes", at_least=1)
+    stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
+    order: str = key("shuffled", "shuffled: by (seed, epoch, position), resumable; book: torch's "
+                     "DataLoader on the global generator", choices=("shuffled", "book"))  # fmt: skip
+    cache_dir: str | None = key(None, "folder for token files and downloads; null: the user's cache folder")
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = key("gpt2", "gpt2, bytes, or another encoding that tiktoken knows")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("muon", "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest",
+                    choices=("adamw", "muon"))  # fmt: skip
+    lr: float = key(0.005, "learning rate at the top of the schedule", above=0)
+    weight_decay: float = key(0.1, "decoupled weight decay", at_least=0)
+    decay_all: bool = key(False, "decay every parameter, as the book does, not the matrices alone")
+    betas: list[float] = key([0.9, 0.95], "AdamW's two averaging rates", at_least=0, below=1)
+    eps: float = key(1e-8, "added to AdamW's denominator", above=0)
+    momentum: float = key(0.95, "Muon's Nesterov momentum", at_least=0, below=1)
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = key("wsd", "shape of the learning rate over the run",
+                    choices=("constant", "cosine", "wsd"))  # fmt: skip
+    warmup: float = key(0.02, "share of the run over which the rate rises from 0", at_least=0, at_most=1)
+    decay: float = key(0.5, "wsd: share of the run, at its end, over which the rate falls",
+                       at_least=0, at_most=1)  # fmt: skip
+    final: float = key(0.0, "rate at the end, as a share of lr", at_least=0, at_most=1)
+
+
+@dataclass
+class TrainingConfig:
+    max_epochs: float | None = key(None, "passes over the training split", above=0)
+    max_steps: int | None = key(None, "updates", at_least=1)
+    max_minutes: float | None = key(2.5, "minutes of training, evaluation and saving not counted", above=0)
+    eval_freq: int | None = key(100, "updates from one evaluation to the next; null: at the end alone",
+                                at_least=1)  # fmt: skip
+    eval_iter: int = key(5, "batches of either split in an evaluation", at_least=1)
+    grad_clip: float | None = key(1.0, "largest global gradient norm", above=0)
+    accumulate: int = key(1, "batches whose gradients make one update", at_least=1)
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int | None = key(None, "updates from one checkpoint to the next", at_least=1)
+    every_minutes: float | None = key(5.0, "minutes of training from one checkpoint to the next", above=0)
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = key(0.8, "divides the logits; 0 takes the likeliest token", at_least=0)
+    top_k: int | None = key(50, "draw from the k likeliest tokens", at_least=1)
+    top_p: float | None = key(None, "draw from the likeliest tokens that hold this probability",
+                              at_least=0, at_most=1)  # fmt: skip
+    min_p: float | None = key(None, "draw from tokens at least this share as likely as the likeliest",
+                              at_least=0, at_most=1)  # fmt: skip
+
+
+@dataclass
+class SamplesConfig:
+    prompt: str = key("**HAMLET**  \n", "text that training's own samples go on from")
+    max_new_tokens: int = key(200, "tokens in a sample", at_least=1)
+    every_epoch: bool = key(False, "sample after each epoch too, not only at the end")
+
+
+@dataclass
+class TrackingConfig:
+    mode: str = key("offline", "Weights & Biases: offline keeps the run in its folder for `wandb sync`",
+                    choices=("offline", "online", "disabled"))  # fmt: skip
+    project: str = key("gpt-experiment-runner", "W&B project")
+    entity: str | None = key(None, "W&B user or team; null: your default")
+    group: str | None = key(None, "W&B group; null: the sweep's folder")
+    name: str | None = key(None, "W&B run name; null: what was overridden")
+    tags: list[str] = key([], "W&B tags")
+
+
+@dataclass
+class RuntimeConfig:
+    device: str = key("auto", "auto: CUDA, else Apple's MPS, else the CPU",
+                      choices=("auto", "cpu", "cuda", "mps"))  # fmt: skip
+    precision: str = key("auto", "auto: bf16 where the device computes in it, else fp32",
+                         choices=("auto", "fp32", "bf16"))  # fmt: skip
+    threads: int | None = key(None, "CPU threads a process; null: torch's choice", at_least=1)
+    processes: int = key(1, "processes that share each batch, one a GPU", at_least=1)
+
+
+@dataclass
+class PretrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = key(123, "all randomness derives from it", at_least=0)
+    resume: str | None = key(None, "run folder to go on with, or latest")
+
+
+@dataclass
+class GenerateConfig:
+    checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
+    prompt: str = key("Every effort moves you", "text to go on from")
+    max_new_tokens: int = key(100, "tokens to generate", at_least=1)
+    num_samples: int = key(1, "samples of the prompt", at_least=1)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = key(123, "sample i draws from a stream of its own, given by seed and i", at_least=0)
+
+
+@dataclass
+class BenchmarkConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    batch_size: int = key(8, "windows in a batch", at_least=1)
+    steps: int = key(20, "timed updates of each variant", at_least=1)
+    seed: int = key(123, "seed of weights and tokens", at_least=0)
+
+
+def validate(config: Any, prefix: str = "") -> None:
+    """Check every value against its range.
+
+    Raises:
+        UserError: names the first bad key, its value and its range.
+    """
+    for item in fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if is_dataclass(value):
+            validate(value, f"{name}.")
+            continue
+        for element in value if isinstance(value, list) else [value]:
+            _check_range(name, element, item.metadata)
+    match config:
+        case ModelConfig(emb_dim=width, n_heads=heads) if width % heads:
+            raise UserError(
+                f"{prefix}emb_dim={width} does not divide into {prefix}n_heads={heads} heads: "
+                f"make emb_dim a multiple of {heads}"
+            )
+        case OptimizerConfig(betas=betas) if len(betas) != 2:
+            raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
+        case DataConfig(source="text", path=None):
+            raise UserError(f"{prefix}path is not given: data=text needs data.path=FILE, FOLDER or GLOB")
+        case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):
+            raise UserError(f"{prefix}max_epochs, max_steps and max_minutes are all null: set one to end the run")
+        case PretrainConfig(data=data, runtime=runtime) if data.batch_size % runtime.processes:
+            raise UserError(
+                f"data.batch_size={data.batch_size} does not divide among "
+                f"runtime.processes={runtime.processes}: make it a multiple"
+            )
+        case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:
+            raise UserError("data.order=book draws from one generator: it needs runtime.processes=1")
+
+
+_OUT_OF_BOUNDS = {
+    "above": lambda value, bound: not value > bound,
+    "at least": lambda value, bound: not value >= bound,
+    "below": lambda value, bound: not value < bound,
+    "at most": lambda value, bound: not value <= bound,
+}  # written as `not …`, so that NaN is out of every bound
+
+
+def _check_range(name: str, value: Any, metadata: Any) -> None:
+    if value is None or not metadata:
+        return
+    choices, bounds = metadata["choices"], metadata["bounds"]
+    if choices and value not in choices:
+        raise UserError(f"{name}={value}: must be one of {', '.join(choices)} ({metadata['meaning']})")
+    if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
+        wanted = " and ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
+        raise UserError(f"{name}={value}: must be {wanted} ({metadata['meaning']})")
+
+
+def from_dict(schema: type, values: dict[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict`: nested plain values to a `schema` dataclass."""
+    nested = {item.name: item.type for item in fields(schema)}
+    return schema(
+        **{
+            name: from_dict(nested[name], value) if is_dataclass(nested[name]) else value  # type: ignore[arg-type]
+            for name, value in values.items()
+        }
+    )

@@ -1,0 +1,200 @@
+"""Text to a token file on disk, to windows, to batches in an order that can be resumed."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llm.config import DataConfig, PretrainConfig, UserError
+from llm.corpus import load_text, split_text
+from llm.files import cache_folder, replacing
+from llm.progress import Progress, format_count
+from llm.tokenizer import encode, fingerprint
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
+
+CHUNK_CHARACTERS = 1_000_000
+# A single newline between two characters that are not white space: no encoding's pattern joins text
+# across it, so the pieces encode to the same ids as the whole.
+_SAFE_BREAK = re.compile(r"(?<=[^\s]\n)(?=\S)")
+
+
+class Windows(Dataset[Batch]):
+    """Windows of `context_length` tokens, each `stride` after the one before; the book's GPTDatasetV1.
+
+    Item i is (inputs, targets), both (context_length,), the targets one token later.
+    """
+
+    def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
+        self.tokens = tokens
+        self.context_length = context_length
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self.tokens) - self.context_length) // self.stride))
+
+    def __getitem__(self, index: int) -> Batch:
+        start = index * self.stride
+        window = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
+        return window[:-1], window[1:]
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Windows by index (batch,) as one batch: two tensors (batch, context_length)."""
+        offsets = indices.numpy()[:, None] * self.stride + np.arange(self.context_length + 1)
+        windows = torch.from_numpy(self.tokens[offsets].astype(np.int64))
+        return windows[:, :-1], windows[:, 1:]
+
+
+class TrainingBatches:
+    """Endless batches of a training split, epoch after epoch, that can go on from any position.
+
+    The shuffled order is a function of (seed, epoch, position) alone. The book's order is that of torch's
+    DataLoader, which draws from the global generator at the start of each epoch; to go on from inside
+    an epoch, the generator's state at that start is kept.
+    """
+
+    def __init__(self, windows: Windows, config: DataConfig, seed: int) -> None:
+        self.windows = windows
+        self.batch_size = config.batch_size
+        self.book_order = config.order == "book"
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0  # batches of this epoch already given out
+        self._epoch_generator_state: Tensor | None = None
+        self._batches: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Batches in an epoch; a last one that is not full is left out."""
+        return len(self.windows) // self.batch_size
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start_epoch()
+        batch = next(self._batches, None)
+        if batch is None:
+            self.epoch, self.position, self._epoch_generator_state = self.epoch + 1, 0, None
+            self._batches = self._start_epoch()
+            batch = next(self._batches)
+        self.position += 1
+        return batch
+
+    def _start_epoch(self) -> Iterator[Batch]:
+        if not self.book_order:
+            return shuffled_batches(self.windows, self.batch_size, (self.seed, self.epoch), self.position)
+        now = torch.get_rng_state()
+        resumed = self._epoch_generator_state is not None
+        if resumed:
+            torch.set_rng_state(self._epoch_generator_state)
+        else:
+            self._epoch_generator_state = now
+        batches = book_batches(self.windows, self.batch_size, training=True)
+        for _ in range(self.position):
+            next(batches)
+        if resumed:
+            torch.set_rng_state(now)
+        return batches
+
+    def state(self) -> dict[str, int | Tensor | None]:
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "epoch_generator_state": self._epoch_generator_state,
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._epoch_generator_state = state["epoch_generator_state"]
+        self._batches = None
+
+
+def shuffled_batches(
+    windows: Windows, batch_size: int, stream: tuple[int, ...], position: int = 0, drop_last: bool = True
+) -> Iterator[Batch]:
+    """The batches of one epoch from `position` on, in a random order that the numbers of `stream` decide."""
+    order = torch.from_numpy(np.random.default_rng(stream).permutation(len(windows)))
+    end = len(windows) // batch_size * batch_size if drop_last else len(windows)
+    for start in range(position * batch_size, end, batch_size):
+        yield windows.batch(order[start : min(start + batch_size, end)])
+
+
+def ordered_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
+    """Every window once, in order; the last batch may be smaller."""
+    for start in range(0, len(windows), batch_size):
+        yield windows.batch(torch.arange(start, min(start + batch_size, len(windows))))
+
+
+def book_batches(windows: Windows, batch_size: int, training: bool) -> Iterator[Batch]:
+    """One pass of the book's loaders: shuffled, without a last small batch, for training; else in order.
+
+    Either draws from torch's global generator when it starts.
+    """
+    return iter(DataLoader(windows, batch_size=batch_size, shuffle=training, drop_last=training))
+
+
+def load_windows(config: PretrainConfig, tokenizer: tiktoken.Encoding) -> tuple[Windows, Windows]:
+    """The training and the validation windows of a run, tokenised into the cache if they are not there.
+
+    Raises:
+        UserError: the text cannot be had, is too short for one batch of training or one window of
+            validation, or holds a token id that the model does not know.
+    """
+    splits = split_text(load_text(config.data), config.data.train_ratio)
+    context = config.model.context_length
+    windows = []
+    for split, text, at_least in zip(
+        ("training", "validation"), splits, (config.data.batch_size * config.training.accumulate, 1), strict=True
+    ):
+        tokens = token_file(text, tokenizer, cache_folder(config.data.cache_dir), split)
+        if len(tokens) and (largest := int(tokens.max())) >= config.model.vocab_size:
+            raise UserError(
+                f"token id {largest} of the {split} text is outside the model: "
+                f"model.vocab_size={config.model.vocab_size} must be at least {tokenizer.n_vocab} "
+                f"for tokenizer.name={config.tokenizer.name}"
+            )
+        windows.append(Windows(tokens, context, config.data.stride or context))
+        if len(windows[-1]) < at_least:
+            raise UserError(
+                f"the {split} text is too short: its {len(tokens)} tokens make {len(windows[-1])} windows of "
+                f"model.context_length={context}, and {at_least} are needed for one update; give more text, "
+                f"or lower model.context_length, data.batch_size or training.accumulate"
+            )
+    return windows[0], windows[1]
+
+
+def token_file(text: str, tokenizer: tiktoken.Encoding, cache: Path, what: str) -> np.ndarray:
+    """Token ids of a text, memory-mapped from the cache: (tokens,), the smallest integer type that fits.
+
+    Made at the first call for this text and this tokenizer. Several processes may do that at once: each
+    writes a file of its own, and the last rename wins with the same content.
+    """
+    text_hash = hashlib.sha256(text.encode()).hexdigest()
+    path = cache / "tokens" / f"{tokenizer.name}-{fingerprint(tokenizer)[:16]}-{text_hash[:32]}.npy"
+    if not path.exists():
+        tokens = np.array(_encode_in_chunks(text, tokenizer, what), dtype=np.min_scalar_type(tokenizer.n_vocab - 1))
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, tokens)
+    return np.load(path, mmap_mode="r")
+
+
+def _encode_in_chunks(text: str, tokenizer: tiktoken.Encoding, what: str) -> list[int]:
+    """The ids of `encode(text, tokenizer)`, made piece by piece so that progress can be shown."""
+    progress = Progress(f"tokenising the {what} text")
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        safe_break = _SAFE_BREAK.search(text, min(start + CHUNK_CHARACTERS, len(text)))
+        end = safe_break.start() if safe_break else len(text)
+        ids += encode(text[start:end], tokenizer)
+        progress.update(end / len(text), f"{format_count(len(ids))} tokens")
+        start = end
+    progress.clear()
+    return ids

@@ -1,0 +1,59 @@
+"""Pictures from the files of a run folder alone."""
+
+from pathlib import Path
+
+from llm.files import read_json_lines, replacing
+
+TRAIN_COLOUR, VALIDATION_COLOUR = "#1f6fb4", "#d1495b"
+
+
+def plot_losses(run_dir: Path) -> Path:
+    """Draw `loss.png`: training and validation loss over epochs, and over tokens seen on a second axis."""
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    steps = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "val/loss" in line]
+    figure = Figure(figsize=(8, 5), dpi=150)
+    axes = figure.subplots()
+    axes.plot(
+        [line["epoch"] for line in steps],
+        [line["train/loss"] for line in steps],
+        color=TRAIN_COLOUR,
+        alpha=0.25,
+        linewidth=1,
+        label="training, each update",
+    )
+    for name, label, colour in (
+        ("eval/train_loss", "training, evaluated", TRAIN_COLOUR),
+        ("val/loss", "validation", VALIDATION_COLOUR),
+    ):
+        axes.plot(
+            [line["epoch"] for line in evaluations],
+            [line[name] for line in evaluations],
+            color=colour,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
+    axes.set_xlabel("Epochs")
+    axes.set_ylabel("Loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines["right"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
+    axes.legend(frameon=False)
+    if steps and steps[-1]["epoch"]:
+        tokens_per_epoch = steps[-1]["tokens_seen"] / steps[-1]["epoch"]
+        tokens = axes.secondary_xaxis(
+            "top", functions=(lambda epoch: epoch * tokens_per_epoch, lambda seen: seen / tokens_per_epoch)
+        )
+        tokens.set_xlabel("Tokens seen")
+        tokens.xaxis.set_major_locator(MaxNLocator(nbins=8))
+        tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.tight_layout()
+    path = run_dir / "loss.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path

