@@ -90,19 +90,18 @@ def load_weights(model: GPTModel, weights: dict[str, torch.Tensor], source: Path
     model.load_state_dict(weights)
 
 
-def load_training_state(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as training_state.
+def load_training_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights of a checkpoint, and what `save_checkpoint` was given as training_state.
 
     Raises:
-        UserError: the file is missing or damaged, or would run code.
+        UserError: a file is missing or damaged, or would run code.
     """
-    path = folder / TRAINING_STATE
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return load_file(folder / WEIGHTS), torch.load(folder / TRAINING_STATE, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: weights alone cannot be resumed") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged or of another format: {_first_line(error)}") from error
+        raise UserError(f"{folder} cannot be resumed: {error.filename or error} is missing") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{folder} is damaged or of another format: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

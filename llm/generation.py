@@ -1,6 +1,8 @@
 """The decode loop: token ids in, token ids out."""
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.config import SamplingConfig
@@ -35,7 +37,7 @@ def generate(
     model.eval()
     for _ in range(max_new_tokens):
         features = model.features(idx[:, -context_size:])
-        logits = torch.nn.functional.linear(features[:, -1], model.head_weight)  # (batch, vocab)
+        logits = F.linear(features[:, -1], model.head_weight)  # (batch, vocab)
         token = next_token(logits.float(), config, generator)
         if eos_id is not None:
             ended |= token == eos_id
@@ -45,3 +47,9 @@ def generate(
         idx = torch.cat((idx, token.unsqueeze(-1)), dim=1)
     model.train(was_training)
     return idx
+
+
+def sample_generator(seed: int, index: int, device: torch.device) -> torch.Generator:
+    """The random stream of sample `index`: its own, whatever else is sampled."""
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)  # a seed is a signed 64-bit integer

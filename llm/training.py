@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import tiktoken
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from llm.config import PretrainConfig, TrainingConfig, UserError, validate
 from llm.dataset import TrainingBatches, Windows, load_windows
 from llm.evaluation import Evaluation, evaluate
 from llm.files import write_json
-from llm.generation import generate
+from llm.generation import generate, sample_generator
 from llm.model import GPTModel, parameter_count, training_flops_per_token
 from llm.optimizer import Optimizers, build_optimizers
 from llm.progress import Progress, format_count, format_seconds
@@ -303,12 +302,6 @@ def sample(run: Run) -> None:
     log.info("\nSample after %d updates:\n%s\n", run.counters.steps, text.rstrip())
 
 
-def sample_generator(seed: int, index: int, device: torch.device) -> torch.Generator:
-    """The random stream of sample `index`: its own, whatever else is sampled."""
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)  # a seed is a signed 64-bit integer
-
-
 def save(run: Run) -> None:
     """Save all that is needed to go on exactly. Every process calls it, the main one writes."""
     generator_states = run.runtime.gather(_generator_state(run.runtime))
@@ -325,10 +318,8 @@ def save(run: Run) -> None:
 def _restore(run: Run) -> None:
     """The inverse of `save`."""
     folder = (run.run_dir / "checkpoints" / "last").resolve()
-    from safetensors.torch import load_file
-
-    load_weights(run.model, load_file(folder / "model.safetensors"), folder)
-    state = load_training_state(folder)
+    weights, state = load_training_state(folder)
+    load_weights(run.model, weights, folder)
     run.optimizers.load_state_dict(state["optimizers"])
     run.counters = Counters(**state["counters"])
     run.batches.load_state(state["batches"])

@@ -1,0 +1,17 @@
+"""Generate text from a trained model: `python experiments/generate.py --help`."""
+
+from pathlib import Path
+
+from launch import launch
+
+from llm.config import GenerateConfig
+
+
+def run(config: GenerateConfig, run_dir: Path) -> None:
+    from llm.text_generation import sample_texts  # imports torch, which --help need not wait for
+
+    sample_texts(config, run_dir)
+
+
+if __name__ == "__main__":
+    launch("generate", GenerateConfig, run)

@@ -1,0 +1,171 @@
+"""What the scripts share: schemas for Hydra, one-line errors, resuming, and the end of a sweep."""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm.config import UserError
+
+log = logging.getLogger(__name__)
+
+
+def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
+
+    `work` gets the config as a `schema` dataclass and the run folder, and returns the figure that sweeps
+    compare. A `UserError`, or an override that does not fit, is one line and exit status 1. In a sweep a
+    job that fails so does not stop the others.
+    """
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    # Hydra would print its own errors on several lines; with this it raises them instead.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+    def job(config: DictConfig) -> float:
+        try:
+            run_dir = Path(HydraConfig.get().runtime.output_dir)
+            if "tracking" in config:
+                _name_in_tracker(config)
+            return work(OmegaConf.to_object(config), _relative(run_dir))
+        except UserError as error:
+            log.error("error: %s", error)
+            if HydraConfig.get().mode == RunMode.RUN:
+                sys.exit(1)
+            return math.nan  # SweepTable says which jobs failed, and the sweep exits with 1
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    try:
+        sys.argv[1:] = _with_resumed_overrides(sys.argv[1:])
+        main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
+        job.__module__ = "__main__"
+        main(job)()
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _one_line(error: BaseException) -> str:
+    """An error of Hydra's or OmegaConf's as one line that names the key and what was expected."""
+    messages = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = [line.strip() for line in str(cause).splitlines()]
+        messages += [
+            line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
+        ]
+        cause = cause.__cause__
+    return "; ".join(dict.fromkeys(messages))
+
+
+def _relative(path: Path) -> Path:
+    """A path as a user would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _name_in_tracker(config: DictConfig) -> None:
+    """Name the run after what was overridden, and its group after the sweep's folder."""
+    hydra_config = HydraConfig.get()
+    if config.tracking.name is None:
+        overridden = [
+            f"{key.rsplit('.', 1)[-1]}={value}"
+            for key, _, value in (override.partition("=") for override in hydra_config.overrides.task)
+            if not key.startswith(("tracking", "resume"))
+        ]
+        config.tracking.name = " ".join(overridden) or "default"
+    if config.tracking.group is None and hydra_config.mode == RunMode.MULTIRUN:
+        config.tracking.group = str(_relative(Path(hydra_config.sweep.dir).absolute()))
+
+
+def _with_resumed_overrides(arguments: list[str]) -> list[str]:
+    """With `resume=RUN_FOLDER`, the command line that began that run, changed by what is given now.
+
+    Hydra then writes to that folder, and its record of the config there stays true.
+    """
+    given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
+    if "resume" not in given:
+        return arguments
+    from llm.checkpoint import find_run
+
+    run_dir = find_run(given["resume"].partition("=")[2])
+    record = run_dir / ".hydra" / "overrides.yaml"
+    if not record.exists():
+        raise UserError(f"{record} is missing: a run begun from Python is resumed there, with PretrainConfig(resume=…)")
+    begun = {_key(override): override for override in OmegaConf.load(record)}
+    flags = [argument for argument in arguments if argument not in given.values()]
+    merged = {**begun, **given, "resume": f"resume='{run_dir}'", "hydra.run.dir": f"hydra.run.dir='{run_dir}'"}
+    return flags + list(merged.values())
+
+
+def _key(override: str) -> str:
+    """The key that an override sets: `optimizer.lr` of `+optimizer.lr=1`."""
+    return OverridesParser.create().parse_override(override).key_or_group
+
+
+class SweepTable(Callback):
+    """Ends a sweep with a table of its jobs, and with exit status 1 if one failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        jobs = sorted(Path(config.hydra.sweep.dir).glob("*/.hydra/overrides.yaml"), key=lambda path: _number(path))
+        rows = []
+        for path in jobs:
+            summary_file = path.parents[1] / "summary.json"
+            summary = json.loads(summary_file.read_text("utf-8")) if summary_file.exists() else {}
+            rows.append((path.parents[1].name, " ".join(OmegaConf.load(path)), summary))
+        print(_table(rows))
+        print(f"\nsweep folder {_relative(Path(config.hydra.sweep.dir).absolute())}")
+        if any(summary.get("status") != "finished" for _, _, summary in rows):
+            sys.exit(1)
+
+
+def _number(path: Path) -> int:
+    name = path.parents[1].name
+    return int(name) if name.isdigit() else -1
+
+
+def _table(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
+    """Jobs with what was set in each, their losses and times; the best validation loss is marked."""
+    losses = [summary.get("val_loss") for _, _, summary in rows]
+    best = min((loss for loss in losses if loss is not None), default=None)
+    cells = [["job", "set", "status", "train loss", "val loss", "bits/byte", "tokens", "time", ""]]
+    for name, overrides, summary in rows:
+        loss = summary.get("val_loss")
+        cells.append(
+            [
+                name,
+                overrides,
+                summary.get("status", "failed"),
+                _figure(summary.get("train_loss"), "{:.3f}"),
+                _figure(loss, "{:.3f}"),
+                _figure(summary.get("val_bits_per_byte"), "{:.3f}"),
+                _figure(summary.get("tokens_seen"), "{:,}"),
+                _figure(summary.get("seconds"), "{:.0f}s"),
+                "best" if loss is not None and loss == best else summary.get("error") or "",
+            ]
+        )
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 3 or column == 8 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)

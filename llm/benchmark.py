@@ -1,0 +1,96 @@
+"""Speed of a training update, variants in turn in one process, so that a noisy machine is fair to all."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.config import BenchmarkConfig, RuntimeConfig, validate
+from llm.files import write_json
+from llm.model import GPTModel, training_flops_per_token
+from llm.optimizer import build_optimizers
+from llm.progress import Progress
+from llm.runtime import computes_in_bf16, device_name, measure_matmul_flops, start_runtime
+
+log = logging.getLogger(__name__)
+
+
+def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
+    """Median speed of a whole update (forward, backward, optimizer) of each variant, as a table and in
+    `run_dir/benchmark.json`.
+
+    The first variant is the book's way: fp32, all logits at once. The others change precision and loss.
+    """
+    validate(config)
+    runtime = start_runtime(config.runtime)
+    precisions = ["fp32", "bf16"] if computes_in_bf16(runtime.device) else ["fp32"]
+    variants = {
+        f"{precision}, {loss_name} loss": _updater(config, replace(config.runtime, precision=precision), loss)
+        for precision in precisions
+        for loss_name, loss in (("plain", _plain_loss), ("chunked", GPTModel.__call__))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    progress = Progress("benchmark")
+    for step in range(config.steps + 1):
+        for name, update in variants.items():
+            begin = time.perf_counter()
+            update()
+            if step > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - begin)
+        progress.update(step / config.steps, f"round {step} of {config.steps}")
+    progress.clear()
+    tokens = config.batch_size * config.model.context_length
+    flops = tokens * training_flops_per_token(config.model)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {
+        precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions
+    }
+    baseline = next(iter(medians.values()))
+    log.info("%s · %d × %d tokens an update · medians of %d updates\n", device_name(runtime.device),
+             config.batch_size, config.model.context_length, config.steps)  # fmt: skip
+    log.info("%-22s %12s %10s %8s %8s", "variant", "ms an update", "tokens/s", "MFU", "speed")
+    rows = []
+    for name, median in medians.items():
+        row = {
+            "variant": name,
+            "milliseconds": 1000 * median,
+            "tokens_per_second": tokens / median,
+            "mfu": flops / median / rates[name[:4]],
+            "speed": baseline / median,
+        }
+        rows.append(row)
+        log.info("%-22s %12.1f %10.0f %7.0f%% %7.2fx", *list(row.values())[:3], 100 * row["mfu"], row["speed"])
+    write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
+    return rows
+
+
+def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The book's loss: all logits at once."""
+    return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+
+
+def _updater(
+    config: BenchmarkConfig, runtime_config: RuntimeConfig, loss: Callable[[GPTModel, Tensor, Tensor], Tensor]
+) -> Callable[[], None]:
+    """A function that does one update of a model of its own on random tokens and waits for the device."""
+    runtime = start_runtime(runtime_config)
+    torch.manual_seed(config.seed)
+    model = GPTModel(config.model).to(runtime.device)
+    optimizers = build_optimizers(model, config.optimizer)
+    shape = (config.batch_size, config.model.context_length + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, device=runtime.device)
+
+    def update() -> None:
+        with runtime.autocast():
+            loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        next(model.parameters())[0, 0].item()  # waits for the device
+
+    return update
