@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError
 
-log = logging.getLogger(__name__)
+error_log = logging.getLogger("error")  # to standard error and the run's log; see conf/common.yaml
 
 
 def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -> None:
@@ -42,7 +44,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -
                 _name_in_tracker(config)
             return work(OmegaConf.to_object(config), _relative(run_dir))
         except UserError as error:
-            log.error("error: %s", error)
+            error_log.error("error: %s", error)
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
             return math.nan  # SweepTable says which jobs failed, and the sweep exits with 1
@@ -54,22 +56,37 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -
         main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
         job.__module__ = "__main__"
         main(job)()
-    except (HydraException, OmegaConfBaseException, UserError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
+        if not isinstance(error, HydraException) and getattr(error, "filename", "") is None:
+            raise  # an OSError that is not about a file: a bug, not the user's
+        print(f"error: {_one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _one_line(error: BaseException) -> str:
-    """An error of Hydra's or OmegaConf's as one line that names the key and what was expected."""
-    messages = []
+def _one_line(error: BaseException, schema: type) -> str:
+    """An error as one line that names the key and what was expected."""
+    if unknown := re.match(r"Could not override '([\w.]+)'", str(error)):
+        parent, _, name = unknown[1].rpartition(".")
+        keys = _keys_of(schema, parent)
+        return f"{unknown[1]}: there is no such key; {parent or 'the config'} has {', '.join(keys)}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        lines = [line.strip() for line in str(cause).splitlines()]
+        text = str(cause).partition("Config search path:")[0]
         messages += [
-            line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
+            line.strip() for line in text.splitlines() if not line.strip().startswith(("full_key:", "object_type=", "reference_type="))
         ]
         cause = cause.__cause__
-    return "; ".join(dict.fromkeys(messages))
+    return " ".join(dict.fromkeys(message for message in messages if message and message != "None"))
+
+
+def _keys_of(schema: type, path: str) -> list[str]:
+    """Names of the keys under a dotted path of a schema."""
+    for name in filter(None, path.split(".")):
+        schema = next((item.type for item in fields(schema) if item.name == name), schema)  # type: ignore[misc]
+    return [item.name for item in fields(schema)]
 
 
 def _relative(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Tracker:
         import wandb
 
         id_file = self.run_dir / "wandb" / "run-id.txt"  # a resumed run goes on as the same W&B run
-        run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
         try:
             run = wandb.init(
                 mode=config.mode,  # type: ignore[arg-type]  # validated: offline or online

@@ -112,49 +112,49 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
         UserError: a config value, the text, the disk or a loss that is not finite stopped the run. Its
             summary then says `failed`, and why.
     """
-    validate(config)
     if not logging.getLogger().handlers:  # in a notebook; under Hydra the log is set up by then
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    begin = time.perf_counter()
     if config.resume:
         run_dir = find_run(config.resume)
     run_dir = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with processes(config.runtime, _pretrain, config, run_dir) as runtime:
-        return _pretrain(config, run_dir, runtime)
-
-
-def _pretrain(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Summary:
-    begin = time.perf_counter()
-    summary = Summary(str(run_dir), seed=config.seed, precision=runtime.precision, git_commit=_git_commit())
-    summary.versions = {name: version(name) for name in ("torch", "numpy", "tiktoken", "hydra-core", "wandb")}
-    summary.versions["python"] = platform.python_version()
-    run: Run | None = None
+    summary = Summary(str(run_dir), seed=config.seed, git_commit=_git_commit(), versions=_versions())
     try:
-        run = _build_run(config, run_dir, runtime)
-        summary.device, summary.parameters = device_name(runtime.device), parameter_count(run.model)
-        matmul_flops = measure_matmul_flops(runtime) * runtime.processes
-        if runtime.is_main:
-            write_json(run_dir / "summary.json", asdict(summary))
-            _announce(run, matmul_flops)
-        with _stop_requests(runtime) as stop:
-            train(run, stop)
-        summary.status = "interrupted" if stop.is_set else "finished"
-        if runtime.is_main:
-            _conclude(run, summary, matmul_flops)
+        validate(config)
+        with processes(config.runtime, _pretrain, config, run_dir, summary) as runtime:
+            run = _pretrain(config, run_dir, summary, runtime)
     except BaseException as error:
         summary.status = "failed"
         summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise
     finally:
-        if runtime.is_main:
-            summary.total_seconds = time.perf_counter() - begin
-            write_json(run_dir / "summary.json", asdict(summary))
-            if run and run.tracker:
-                failed = summary.status == "failed"
-                run.tracker.finish(asdict(summary), run_dir / "loss.png", failed)
-    if runtime.is_main:
-        _print_summary(summary, run)
+        summary.total_seconds = time.perf_counter() - begin
+        write_json(run_dir / "summary.json", asdict(summary))
+    _print_summary(summary, run)
     return summary
+
+
+def _pretrain(config: PretrainConfig, run_dir: Path, summary: Summary, runtime: Runtime) -> Run:
+    """What each process of a run does; the main one fills in the summary."""
+    run = _build_run(config, run_dir, runtime)
+    summary.device, summary.precision = device_name(runtime.device), runtime.precision
+    summary.parameters = parameter_count(run.model)
+    matmul_flops = measure_matmul_flops(runtime) * runtime.processes
+    if runtime.is_main:
+        write_json(run_dir / "summary.json", asdict(summary))
+        _announce(run, matmul_flops)
+    try:
+        with _stop_requests(runtime) as stop:
+            train(run, stop)
+        summary.status = "interrupted" if stop.is_set else "finished"
+        if runtime.is_main:
+            _conclude(run, summary, matmul_flops)
+    finally:
+        if run.tracker:
+            failed = summary.status == "running"
+            run.tracker.finish(asdict(summary), run_dir / "loss.png", failed)
+    return run
 
 
 def train(run: Run, stop: "StopRequest") -> None:
@@ -438,6 +438,11 @@ def _stop_requests(runtime: Runtime) -> Iterator[StopRequest]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "wandb")}
+    return {"python": platform.python_version(), **packages}
 
 
 def _git_commit() -> str | None:

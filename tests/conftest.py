@@ -1,0 +1,43 @@
+"""What all tests share: no network, one cache for the session, and the scripts as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def environment(cache_dir: Path) -> dict[str, str]:
+    # A proxy that nobody listens at stands for a machine with no network.
+    nowhere = "http://127.0.0.1:9"
+    return {**os.environ, "XDG_CACHE_HOME": str(cache_dir), "http_proxy": nowhere, "https_proxy": nowhere,
+            "OMP_NUM_THREADS": "2", "WANDB_MODE": "", "WANDB_API_KEY": ""}  # fmt: skip
+
+
+@pytest.fixture
+def script(environment: dict[str, str], tmp_path: Path) -> Script:
+    """Run `experiments/NAME.py ARGUMENTS…` in an empty folder."""
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run
