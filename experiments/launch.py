@@ -26,6 +26,10 @@ from llm.config import UserError
 error_log = logging.getLogger("error")  # to standard error and the run's log; see conf/common.yaml
 
 
+class Interrupted(BaseException):
+    """Raised by a script's work that was stopped by hand and has saved what there was."""
+
+
 def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
@@ -48,6 +52,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
             return math.nan  # SweepTable says which jobs failed, and the sweep exits with 1
+        except Interrupted:
+            sys.exit(0 if HydraConfig.get().mode == RunMode.RUN else 130)  # the jobs to come are off
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -138,12 +144,14 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = sorted(Path(config.hydra.sweep.dir).glob("*/.hydra/overrides.yaml"), key=lambda path: _number(path))
+        overrides = [list(OmegaConf.load(path)) for path in jobs]
         rows = []
-        for path in jobs:
+        for path, override in zip(jobs, overrides, strict=True):
             summary_file = path.parents[1] / "summary.json"
             summary = json.loads(summary_file.read_text("utf-8")) if summary_file.exists() else {}
-            rows.append((path.parents[1].name, " ".join(OmegaConf.load(path)), summary))
-        print(_table(rows))
+            varied = [each for each in override if not all(each in other for other in overrides)]
+            rows.append((path.parents[1].name, " ".join(varied), summary))
+        print("\n" + _table(rows))
         print(f"\nsweep folder {_relative(Path(config.hydra.sweep.dir).absolute())}")
         if any(summary.get("status") != "finished" for _, _, summary in rows):
             sys.exit(1)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch import launch
+from launch import Interrupted, launch
 
 from llm.config import PretrainConfig
 
@@ -12,8 +12,8 @@ def run(config: PretrainConfig, run_dir: Path) -> float:
     from llm.training import pretrain  # imports torch, which --help need not wait for
 
     summary = pretrain(config, run_dir)
-    if summary.val_loss is None:  # interrupted by hand: in a sweep, so are the jobs to come
-        raise KeyboardInterrupt
+    if summary.val_loss is None:
+        raise Interrupted
     return summary.val_loss
 
 

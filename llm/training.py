@@ -130,7 +130,8 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
         raise
     finally:
         summary.total_seconds = time.perf_counter() - begin
-        write_json(run_dir / "summary.json", asdict(summary))
+        if summary.device or not config.resume:  # a resumed run that did not start keeps the summary it has
+            write_json(run_dir / "summary.json", asdict(summary))
     _print_summary(summary, run)
     return summary
 
@@ -365,6 +366,12 @@ def _build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
         torch.manual_seed(config.seed + runtime.rank)  # dropout differs between processes
     if config.resume:
         _restore(run)
+        if _progress(run) >= 1:
+            limit = max(_spent(run), key=lambda name: _spent(run)[name])
+            raise UserError(
+                f"{run_dir} is finished: training.{limit}={getattr(config.training, limit):g} is spent; "
+                f"to go on, raise it"
+            )
         if tracker:
             tracker.rewind(run.counters.steps)
     model.train()
@@ -377,15 +384,20 @@ def _without_gradient_exchange(model: nn.Module, skip: bool) -> Any:
 
 def _progress(run: Run) -> float:
     """The share of the budget that is spent; at 1 the run ends. The limit reached first counts."""
+    return max(_spent(run).values())
+
+
+def _spent(run: Run) -> dict[str, float]:
+    """For each limit that is set, by its key: the share of it that is spent."""
     training, counters = run.config.training, run.counters
-    shares = []
+    spent = {}
     if training.max_steps is not None:
-        shares.append(counters.steps / training.max_steps)
+        spent["max_steps"] = counters.steps / training.max_steps
     if training.max_epochs is not None:
-        shares.append(counters.steps / (training.max_epochs * run.updates_per_epoch))
+        spent["max_epochs"] = counters.steps / (training.max_epochs * run.updates_per_epoch)
     if training.max_minutes is not None:
-        shares.append(counters.seconds / (60 * training.max_minutes))
-    return max(shares)
+        spent["max_minutes"] = counters.seconds / (60 * training.max_minutes)
+    return spent
 
 
 def _position(run: Run) -> dict[str, float]:
@@ -555,9 +567,12 @@ def _print_summary(summary: Summary, run: Run) -> None:
     log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
     log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
-    log.info("resume      python experiments/pretrain.py resume=%s training.max_minutes=10", run.run_dir)
+    limit = max(_spent(run), key=lambda name: _spent(run)[name])
+    more = 4 * getattr(run.config.training, limit)
+    log.info("resume      python experiments/pretrain.py resume=%s training.%s=%g", run.run_dir, limit, more)
     if run.tracker and (folder := run.tracker.wandb_folder):
-        log.info("see in W&B  wandb sync %s   (here, with no account: wandb leet %s)", folder, folder)
+        log.info("W&B         wandb sync %s", folder)
+        log.info("W&B, here   wandb leet %s", folder)
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -1,0 +1,241 @@
+"""The scripts as a user runs them: files, errors, resuming, interrupting, sweeping, reproducing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Script
+from safetensors.torch import load_file
+
+from llm.files import read_json_lines
+
+TINY = ("model=tiny", "tokenizer=bytes", "tracking=disabled", "training.max_minutes=null", "training.eval_freq=5",
+        "samples.max_new_tokens=5", "data.batch_size=2", "model.drop_rate=0.1")  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} bottles of beer on the wall\n" for number in range(200)), encoding="utf-8")
+    return f"data.path={path}"
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    timed = {"seconds", "tokens_per_second"}
+    return [
+        {key: value for key, value in line.items() if key not in timed}
+        for line in read_json_lines(run_dir / "metrics.jsonl")
+    ]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str) -> None:
+    arguments = [*TINY, "data=text", text, "training.max_steps=12", "tracking=offline", "hydra.run.dir=run"]
+    result = script("pretrain", *arguments)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    lines = read_json_lines(run / "metrics.jsonl")
+    steps = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "val/loss" in line]
+    position = {"step", "tokens_seen", "epoch", "seconds"}
+    assert [line["step"] for line in steps] == list(range(12))
+    assert [line["step"] for line in evaluations] == [0, 5, 10]
+    assert set(steps[0]) == position | {"train/loss", "lr", "grad_norm", "tokens_per_second"}
+    assert set(evaluations[0]) == position | {"eval/train_loss", "val/loss", "val/perplexity", "val/bits_per_byte"}
+    # one token is one byte here, so bits per byte are the loss in bits
+    assert evaluations[0]["val/bits_per_byte"] == pytest.approx(evaluations[0]["val/loss"] / 0.6931471806)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["tokens_seen"]) == ("finished", 12, 12 * 2 * 64)
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / 0.6931471806)
+    assert summary["best_val_loss"] == min(line["val/loss"] for line in evaluations)
+    assert summary["mfu"] > 0
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [set(line) for line in read_json_lines(run / "samples.jsonl")] == [{"step", "prompt", "text", "sampling"}]
+    assert (run / ".hydra" / "config.yaml").exists()
+    assert "Ep 1 (Step 000000): Train loss 5." in (run / "pretrain.log").read_text()
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+    for hint in ("generate.py checkpoint=run", "pretrain.py resume=run training.max_steps=", "wandb sync run/wandb/"):
+        assert hint in result.stdout
+
+    result = script("generate", "checkpoint=run", "prompt=7 bot", "max_new_tokens=4", "num_samples=2",
+                    "hydra.run.dir=text")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    first, second = read_json_lines(tmp_path / "text" / "samples.jsonl")
+    assert first["text"].startswith("7 bot")
+    assert first["step"] == 11
+    alone = script("generate", "prompt=7 bot", "max_new_tokens=4", "checkpoint=run/checkpoints/last",
+                   "hydra.run.dir=alone")  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert read_json_lines(tmp_path / "alone" / "samples.jsonl") == [first]
+    assert second["sample"] == 1
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("order", ["shuffled", "book"])
+def test_a_resumed_run_equals_one_never_stopped(
+    script: Script, tmp_path: Path, text: str, optimizer: str, order: str
+) -> None:
+    common = [*TINY, "data=text", text, f"optimizer={optimizer}", f"data.order={order}", "schedule=constant",
+              "training.accumulate=2", "checkpoint.every_steps=7"]  # fmt: skip
+    for arguments in (
+        [*common, "training.max_steps=24", "hydra.run.dir=whole"],
+        [*common, "training.max_steps=17", "hydra.run.dir=parts"],
+        ["resume=parts", "training.max_steps=24"],
+    ):
+        result = script("pretrain", *arguments)
+        assert result.returncode == 0, result.stderr
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    if order == "shuffled" and optimizer == "muon":
+        done = script("pretrain", "resume=parts")
+        assert done.returncode == 1
+        assert "training.max_steps=24 is spent; to go on, raise it" in done.stderr
+        assert json.loads((tmp_path / "parts" / "summary.json").read_text())["status"] == "finished"
+        changed = script("pretrain", "resume=parts", "training.max_steps=26", "optimizer.lr=0.0625")
+        assert changed.returncode == 0, changed.stderr
+        assert numbers(tmp_path / "parts")[-1]["lr"] == 0.0625
+
+
+def test_evaluation_and_samples_do_not_move_training(script: Script, tmp_path: Path, text: str) -> None:
+    common = [*TINY, "data=text", text, "training.max_steps=30"]
+    for arguments in (
+        ["training.eval_freq=1", "samples.every_epoch=true", "hydra.run.dir=watched"],
+        ["training.eval_freq=null", "hydra.run.dir=unwatched"],
+    ):
+        result = script("pretrain", *common, *arguments)
+        assert result.returncode == 0, result.stderr
+    watched = [line for line in numbers(tmp_path / "watched") if "train/loss" in line]
+    assert watched == numbers(tmp_path / "unwatched")
+    assert len(read_json_lines(tmp_path / "watched" / "samples.jsonl")) > 1
+
+
+def test_two_processes_train_as_one(script: Script, tmp_path: Path, text: str) -> None:
+    common = [*TINY, "data=text", text, "training.max_steps=10", "model.drop_rate=0", "runtime.precision=fp32",
+              "training.accumulate=2"]  # fmt: skip
+    for processes in (1, 2):
+        result = script("pretrain", *common, f"runtime.processes={processes}", f"hydra.run.dir=by{processes}")
+        assert result.returncode == 0, result.stderr
+    one, two = ([line["train/loss"] for line in numbers(tmp_path / f"by{n}") if "train/loss" in line] for n in (1, 2))
+    assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
+    resumed = script("pretrain", "resume=by2", "training.max_steps=12")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_cleanly(
+    environment: dict[str, str], script: Script, tmp_path: Path, text: str, number: signal.Signals
+) -> None:
+    arguments = [*TINY, "data=text", text, "training.max_steps=100000", "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not metrics.exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert os.readlink(tmp_path / "run" / "checkpoints" / "last") == f"step-{summary['steps']:08d}"
+    resumed = script("pretrain", "resume=latest", "hydra.run.dir=run", f"training.max_steps={summary['steps'] + 3}")
+    assert resumed.returncode == 1  # latest looks under outputs/, where this run is not
+    resumed = script("pretrain", "resume=run", f"training.max_steps={summary['steps'] + 3}")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path, text: str) -> None:
+    result = script("pretrain", *TINY, "data=text", text, "training.max_steps=50", "optimizer=adamw",
+                    "optimizer.lr=1e30", "schedule=constant", "training.grad_clip=null", "checkpoint.every_steps=1",
+                    "hydra.run.dir=run")  # fmt: skip
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: step 1: loss ")
+    assert "the last good checkpoint is" in line
+    assert "step-00000001" in line
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["error"] in line
+
+
+def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: Path, text: str) -> None:
+    result = script("pretrain", "-m", *TINY, "data=text", text, "training.max_steps=3", "tracking=offline",
+                    "optimizer.lr=4e-4,-1,5e-4", "hydra.sweep.dir=sweep")  # fmt: skip
+    assert result.returncode == 1
+    table = result.stdout[result.stdout.index("job  set") :]
+    assert [line.split()[:3] for line in table.splitlines()[1:4]] == [
+        ["0", "optimizer.lr=0.0004", "finished"],
+        ["1", "optimizer.lr=-1", "failed"],
+        ["2", "optimizer.lr=0.0005", "finished"],
+    ]
+    assert result.stderr.splitlines() == [
+        "error: optimizer.lr=-1.0: must be above 0 (learning rate at the top of the schedule)"
+    ]
+    assert [len(list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*"))) for job in "02"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr: there is no such key; optimizer has name, lr, "),
+        (["optimizer.lr=abc"], "optimizer.lr=abc Value 'abc' of type 'str' could not be converted to Float"),
+        (["model=huge"], "Could not find 'model/huge' Available options in 'model': gpt124m"),
+        (["data.train_ratio=1.5"], "data.train_ratio=1.5: must be above 0 and below 1"),
+        (["data=text", "data.path=missing"], "data.path=missing: no such file"),
+        (["data=the_verdict"], "could not download"),
+        (["resume=nowhere"], "nowhere is no run folder with a checkpoint"),
+        (["resume=latest"], "there is no run with a checkpoint under outputs/"),
+        (["tracking=online"], "tracking=online: Weights & Biases did not start"),
+        (["hydra.run.dir=/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_errors_are_one_line(script: Script, arguments: list[str], line: str) -> None:
+    result = script("pretrain", *arguments)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert line in result.stderr
+
+
+def test_help_lists_groups_without_torch(script: Script) -> None:
+    for name in ("pretrain", "generate", "benchmark"):
+        result = script(name, "--help")
+        assert result.returncode == 0
+        assert "model: gpt124m" in result.stdout
+    code = "import sys; sys.argv[1:] = ['--cfg', 'job']; import pretrain; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_benchmark_compares_in_one_run(script: Script, tmp_path: Path) -> None:
+    result = script("benchmark", "model=tiny", "model.vocab_size=300", "batch_size=2", "steps=2", "hydra.run.dir=run")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
+    assert [row["variant"] for row in rows][:2] == ["fp32, plain loss", "fp32, chunked loss"]
+    assert rows[0]["speed"] == 1.0
