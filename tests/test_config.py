@@ -51,7 +51,7 @@ def test_gpt2_sizes_are_the_papers(name: str, sizes: tuple[int, int, int]) -> No
     [
         ("model.n_heads=7", "model.emb_dim=.* does not divide into model.n_heads=7 heads"),
         ("data.train_ratio=1.5", r"data.train_ratio=1.5: must be above 0 and below 1 \("),
-        ("data.train_ratio=.nan", r"data.train_ratio=nan: must be above 0 and below 1 \("),
+        ("data.train_ratio=nan", r"data.train_ratio=nan: must be above 0 and below 1 \("),
         ("sampling.temperature=-1", r"sampling.temperature=-1.0: must be at least 0 \("),
         ("sampling.top_k=0", r"sampling.top_k=0: must be at least 1 \("),
         ("sampling.top_p=1.1", r"sampling.top_p=1.1: must be at least 0 and at most 1 \("),
