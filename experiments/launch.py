@@ -30,7 +30,7 @@ class Interrupted(BaseException):
     """Raised by a script's work that was stopped by hand and has saved what there was."""
 
 
-def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -> None:
+def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | None]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
     `work` gets the config as a `schema` dataclass and the run folder, and returns the figure that sweeps
@@ -41,7 +41,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -
     # Hydra would print its own errors on several lines; with this it raises them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-    def job(config: DictConfig) -> float:
+    def job(config: DictConfig) -> float | None:
         try:
             run_dir = Path(HydraConfig.get().runtime.output_dir)
             if "tracking" in config:
@@ -72,7 +72,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float]) -
 def _one_line(error: BaseException, schema: type) -> str:
     """An error as one line that names the key and what was expected."""
     if unknown := re.match(r"Could not override '([\w.]+)'", str(error)):
-        parent, _, name = unknown[1].rpartition(".")
+        parent = unknown[1].rpartition(".")[0]
         keys = _keys_of(schema, parent)
         return f"{unknown[1]}: there is no such key; {parent or 'the config'} has {', '.join(keys)}"
     if isinstance(error, OSError) and error.filename:
@@ -82,7 +82,9 @@ def _one_line(error: BaseException, schema: type) -> str:
     while cause is not None:
         text = str(cause).partition("Config search path:")[0]
         messages += [
-            line.strip() for line in text.splitlines() if not line.strip().startswith(("full_key:", "object_type=", "reference_type="))
+            line.strip()
+            for line in text.splitlines()
+            if not line.strip().startswith(("full_key:", "object_type=", "reference_type="))
         ]
         cause = cause.__cause__
     return " ".join(dict.fromkeys(message for message in messages if message and message != "None"))
@@ -90,9 +92,10 @@ def _one_line(error: BaseException, schema: type) -> str:
 
 def _keys_of(schema: type, path: str) -> list[str]:
     """Names of the keys under a dotted path of a schema."""
+    place: Any = schema
     for name in filter(None, path.split(".")):
-        schema = next((item.type for item in fields(schema) if item.name == name), schema)  # type: ignore[misc]
-    return [item.name for item in fields(schema)]
+        place = next((item.type for item in fields(place) if item.name == name), place)
+    return [item.name for item in fields(place)]
 
 
 def _relative(path: Path) -> Path:
@@ -127,10 +130,17 @@ def _with_resumed_overrides(arguments: list[str]) -> list[str]:
     run_dir = find_run(given["resume"].partition("=")[2])
     record = run_dir / ".hydra" / "overrides.yaml"
     if not record.exists():
-        raise UserError(f"{record} is missing: a run begun from Python is resumed there, with PretrainConfig(resume=…)")
-    begun = {_key(override): override for override in OmegaConf.load(record)}
+        raise UserError(
+            f"{record} is missing: a run begun from Python is resumed there, with PretrainConfig(resume=…)"
+        )
+    begun = {_key(str(override)): str(override) for override in OmegaConf.load(record)}
     flags = [argument for argument in arguments if argument not in given.values()]
-    merged = {**begun, **given, "resume": f"resume='{run_dir}'", "hydra.run.dir": f"hydra.run.dir='{run_dir}'"}
+    merged = {
+        **begun,
+        **given,
+        "resume": f"resume='{run_dir}'",
+        "hydra.run.dir": f"hydra.run.dir='{run_dir}'",
+    }
     return flags + list(merged.values())
 
 
@@ -143,7 +153,9 @@ class SweepTable(Callback):
     """Ends a sweep with a table of its jobs, and with exit status 1 if one failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        jobs = sorted(Path(config.hydra.sweep.dir).glob("*/.hydra/overrides.yaml"), key=lambda path: _number(path))
+        jobs = sorted(
+            Path(config.hydra.sweep.dir).glob("*/.hydra/overrides.yaml"), key=lambda path: _number(path)
+        )
         overrides = [list(OmegaConf.load(path)) for path in jobs]
         rows = []
         for path, override in zip(jobs, overrides, strict=True):

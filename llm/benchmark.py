@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,15 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions
     }
     baseline = next(iter(medians.values()))
-    log.info("%s · %d × %d tokens an update · medians of %d updates\n", device_name(runtime.device),
-             config.batch_size, config.model.context_length, config.steps)  # fmt: skip
+    log.info(
+        "%s · %d × %d tokens an update · medians of %d updates\n",
+        device_name(runtime.device),
+        config.batch_size,
+        config.model.context_length,
+        config.steps,
+    )
     log.info("%-22s %12s %10s %8s %8s", "variant", "ms an update", "tokens/s", "MFU", "speed")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, median in medians.items():
         row = {
             "variant": name,
@@ -65,7 +71,8 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
             "speed": baseline / median,
         }
         rows.append(row)
-        log.info("%-22s %12.1f %10.0f %7.0f%% %7.2fx", *list(row.values())[:3], 100 * row["mfu"], row["speed"])
+        figures = 1000 * median, tokens / median, 100 * flops / median / rates[name[:4]], baseline / median
+        log.info("%-22s %12.1f %10.0f %7.0f%% %7.2fx", name, *figures)
     write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
     return rows
 

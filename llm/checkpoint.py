@@ -32,7 +32,12 @@ WEIGHTS, CONFIG, TRAINING_STATE = "model.safetensors", "config.json", "training_
 
 
 def save_checkpoint(
-    run_dir: Path, kind: str, steps: int, model: GPTModel, config: PretrainConfig, training_state: dict | None = None
+    run_dir: Path,
+    kind: str,
+    steps: int,
+    model: GPTModel,
+    config: PretrainConfig,
+    training_state: dict | None = None,
 ) -> Path:
     """Write a checkpoint of `kind` step or best, point its link at it, and delete the older of its kind.
 
@@ -42,7 +47,9 @@ def save_checkpoint(
     folder = run_dir / "checkpoints" / f"{kind}-{steps:08d}"
     with replacing(folder) as temporary:
         temporary.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS
+        )
         (temporary / CONFIG).write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
         if training_state is not None:
             torch.save(training_state, temporary / TRAINING_STATE)
@@ -97,7 +104,9 @@ def load_training_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         UserError: a file is missing or damaged, or would run code.
     """
     try:
-        return load_file(folder / WEIGHTS), torch.load(folder / TRAINING_STATE, weights_only=True, map_location="cpu")
+        return load_file(folder / WEIGHTS), torch.load(
+            folder / TRAINING_STATE, weights_only=True, map_location="cpu"
+        )
     except FileNotFoundError as error:
         raise UserError(f"{folder} cannot be resumed: {error.filename or error} is missing") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -120,7 +129,9 @@ def find_run(name: str, root: Path = Path("outputs")) -> Path:
         return Path(name)
     links = [link for link in root.glob("**/checkpoints/last") if link.exists()]
     if not links:
-        raise UserError(f"latest: there is no run with a checkpoint under {root}/; run experiments/pretrain.py first")
+        raise UserError(
+            f"latest: there is no run with a checkpoint under {root}/; run experiments/pretrain.py first"
+        )
     return max(links, key=lambda link: link.lstat().st_mtime_ns).parent.parent
 
 

@@ -25,8 +25,11 @@ def key(
     """A dataclass field with its meaning and its range, which `validate` checks. None is always allowed
     where the type allows it."""
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    metadata = {"meaning": meaning, "choices": choices}
-    metadata["bounds"] = {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata = {
+        "meaning": meaning,
+        "choices": choices,
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -36,26 +39,33 @@ def key(
 class ModelConfig:
     vocab_size: int = key(50257, "token ids that the model knows", at_least=1)
     context_length: int = key(128, "positions that the model sees at once, in tokens", at_least=1)
-    emb_dim: int = key(256, "width of the embeddings and the residual stream", at_least=1)
+    emb_dim: int = key(128, "width of the embeddings and the residual stream", at_least=1)
     n_heads: int = key(4, "attention heads; they divide emb_dim", at_least=1)
     n_layers: int = key(4, "transformer blocks", at_least=1)
     drop_rate: float = key(0.0, "dropout probability", at_least=0, below=1)
     qkv_bias: bool = key(False, "whether query, key and value projections have a bias")
     tie_weights: bool = key(True, "whether the output head is the token embedding")
-    init: str = key("gpt2", "torch: torch's own defaults, as in the book; gpt2: normal with standard "
-                    "deviation 0.02", choices=("torch", "gpt2"))  # fmt: skip
+    init: str = key(
+        "gpt2",
+        "torch: torch's own defaults, as in the book; gpt2: normal with standard deviation 0.02",
+        choices=("torch", "gpt2"),
+    )
 
 
 @dataclass
 class DataConfig:
-    source: str = key("shakespeare", "where the text comes from",
-                      choices=("shakespeare", "the_verdict", "text"))  # fmt: skip
+    source: str = key(
+        "shakespeare", "where the text comes from", choices=("shakespeare", "the_verdict", "text")
+    )
     path: str | None = key(None, "a local UTF-8 file, a folder of *.txt and *.md files, or a glob")
     train_ratio: float = key(0.9, "share of the text, in characters, that is trained on", above=0, below=1)
     batch_size: int = key(8, "windows in a batch, over all processes", at_least=1)
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
-    order: str = key("shuffled", "shuffled: by (seed, epoch, position), resumable; book: torch's "
-                     "DataLoader on the global generator", choices=("shuffled", "book"))  # fmt: skip
+    order: str = key(
+        "shuffled",
+        "shuffled: by (seed, epoch, position), resumable; book: torch's DataLoader on the global generator",
+        choices=("shuffled", "book"),
+    )
     cache_dir: str | None = key(None, "folder for token files and downloads; null: the user's cache folder")
 
 
@@ -66,8 +76,9 @@ class TokenizerConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = key("muon", "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest",
-                    choices=("adamw", "muon"))  # fmt: skip
+    name: str = key(
+        "muon", "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
+    )
     lr: float = key(0.005, "learning rate at the top of the schedule", above=0)
     weight_decay: float = key(0.1, "decoupled weight decay", at_least=0)
     decay_all: bool = key(False, "decay every parameter, as the book does, not the matrices alone")
@@ -78,11 +89,11 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = key("wsd", "shape of the learning rate over the run",
-                    choices=("constant", "cosine", "wsd"))  # fmt: skip
+    name: str = key("wsd", "shape of the learning rate over the run", choices=("constant", "cosine", "wsd"))
     warmup: float = key(0.02, "share of the run over which the rate rises from 0", at_least=0, at_most=1)
-    decay: float = key(0.5, "wsd: share of the run, at its end, over which the rate falls",
-                       at_least=0, at_most=1)  # fmt: skip
+    decay: float = key(
+        0.5, "wsd: share of the run, at its end, over which the rate falls", at_least=0, at_most=1
+    )
     final: float = key(0.0, "rate at the end, as a share of lr", at_least=0, at_most=1)
 
 
@@ -91,8 +102,9 @@ class TrainingConfig:
     max_epochs: float | None = key(None, "passes over the training split", above=0)
     max_steps: int | None = key(None, "updates", at_least=1)
     max_minutes: float | None = key(2.5, "minutes of training, evaluation and saving not counted", above=0)
-    eval_freq: int | None = key(100, "updates from one evaluation to the next; null: at the end alone",
-                                at_least=1)  # fmt: skip
+    eval_freq: int | None = key(
+        100, "updates from one evaluation to the next; null: at the end alone", at_least=1
+    )
     eval_iter: int = key(5, "batches of either split in an evaluation", at_least=1)
     grad_clip: float | None = key(1.0, "largest global gradient norm", above=0)
     accumulate: int = key(1, "batches whose gradients make one update", at_least=1)
@@ -108,10 +120,12 @@ class CheckpointConfig:
 class SamplingConfig:
     temperature: float = key(0.8, "divides the logits; 0 takes the likeliest token", at_least=0)
     top_k: int | None = key(50, "draw from the k likeliest tokens", at_least=1)
-    top_p: float | None = key(None, "draw from the likeliest tokens that hold this probability",
-                              at_least=0, at_most=1)  # fmt: skip
-    min_p: float | None = key(None, "draw from tokens at least this share as likely as the likeliest",
-                              at_least=0, at_most=1)  # fmt: skip
+    top_p: float | None = key(
+        None, "draw from the likeliest tokens that hold this probability", at_least=0, at_most=1
+    )
+    min_p: float | None = key(
+        None, "draw from tokens at least this share as likely as the likeliest", at_least=0, at_most=1
+    )
 
 
 @dataclass
@@ -123,8 +137,11 @@ class SamplesConfig:
 
 @dataclass
 class TrackingConfig:
-    mode: str = key("offline", "Weights & Biases: offline keeps the run in its folder for `wandb sync`",
-                    choices=("offline", "online", "disabled"))  # fmt: skip
+    mode: str = key(
+        "offline",
+        "Weights & Biases: offline keeps the run in its folder for `wandb sync`",
+        choices=("offline", "online", "disabled"),
+    )
     project: str = key("gpt-experiment-runner", "W&B project")
     entity: str | None = key(None, "W&B user or team; null: your default")
     group: str | None = key(None, "W&B group; null: the sweep's folder")
@@ -134,10 +151,12 @@ class TrackingConfig:
 
 @dataclass
 class RuntimeConfig:
-    device: str = key("auto", "auto: CUDA, else Apple's MPS, else the CPU",
-                      choices=("auto", "cpu", "cuda", "mps"))  # fmt: skip
-    precision: str = key("auto", "auto: bf16 where the device computes in it, else fp32",
-                         choices=("auto", "fp32", "bf16"))  # fmt: skip
+    device: str = key(
+        "auto", "auto: CUDA, else Apple's MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps")
+    )
+    precision: str = key(
+        "auto", "auto: bf16 where the device computes in it, else fp32", choices=("auto", "fp32", "bf16")
+    )
     threads: int | None = key(None, "CPU threads a process; null: torch's choice", at_least=1)
     processes: int = key(1, "processes that share each batch, one a GPU", at_least=1)
 
@@ -204,7 +223,9 @@ def validate(config: Any, prefix: str = "") -> None:
         case DataConfig(source="text", path=None):
             raise UserError(f"{prefix}path is not given: data=text needs data.path=FILE, FOLDER or GLOB")
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):
-            raise UserError(f"{prefix}max_epochs, max_steps and max_minutes are all null: set one to end the run")
+            raise UserError(
+                f"{prefix}max_epochs, max_steps and max_minutes are all null: set one to end the run"
+            )
         case PretrainConfig(data=data, runtime=runtime) if data.batch_size % runtime.processes:
             raise UserError(
                 f"data.batch_size={data.batch_size} does not divide among "

@@ -89,7 +89,7 @@ def _read_files(path: str) -> str:
     elif place.is_file():
         files = [place]
     else:
-        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not files:
         raise UserError(
             f"data.path={path}: no such file, no *.txt or *.md file in that folder, or no match of that glob"

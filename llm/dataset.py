@@ -91,16 +91,14 @@ class TrainingBatches:
         if not self.book_order:
             return shuffled_batches(self.windows, self.batch_size, (self.seed, self.epoch), self.position)
         now = torch.get_rng_state()
-        resumed = self._epoch_generator_state is not None
-        if resumed:
-            torch.set_rng_state(self._epoch_generator_state)
-        else:
+        if self._epoch_generator_state is None:
             self._epoch_generator_state = now
+            return book_batches(self.windows, self.batch_size, training=True)
+        torch.set_rng_state(self._epoch_generator_state)
         batches = book_batches(self.windows, self.batch_size, training=True)
         for _ in range(self.position):
             next(batches)
-        if resumed:
-            torch.set_rng_state(now)
+        torch.set_rng_state(now)
         return batches
 
     def state(self) -> dict[str, int | Tensor | None]:
@@ -151,7 +149,10 @@ def load_windows(config: PretrainConfig, tokenizer: tiktoken.Encoding) -> tuple[
     context = config.model.context_length
     windows = []
     for split, text, at_least in zip(
-        ("training", "validation"), splits, (config.data.batch_size * config.training.accumulate, 1), strict=True
+        ("training", "validation"),
+        splits,
+        (config.data.batch_size * config.training.accumulate, 1),
+        strict=True,
     ):
         tokens = token_file(text, tokenizer, cache_folder(config.data.cache_dir), split)
         if len(tokens) and (largest := int(tokens.max())) >= config.model.vocab_size:
@@ -179,7 +180,9 @@ def token_file(text: str, tokenizer: tiktoken.Encoding, cache: Path, what: str) 
     text_hash = hashlib.sha256(text.encode()).hexdigest()
     path = cache / "tokens" / f"{tokenizer.name}-{fingerprint(tokenizer)[:16]}-{text_hash[:32]}.npy"
     if not path.exists():
-        tokens = np.array(_encode_in_chunks(text, tokenizer, what), dtype=np.min_scalar_type(tokenizer.n_vocab - 1))
+        tokens = np.array(
+            _encode_in_chunks(text, tokenizer, what), dtype=np.min_scalar_type(tokenizer.n_vocab - 1)
+        )
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, tokens)
     return np.load(path, mmap_mode="r")

@@ -28,7 +28,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     chunk = CPU_CHUNK_TOKENS if device == "cpu" else GROUP_TOKENS
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk)  # type: ignore[no-untyped-call]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk)
     matrix = weight.to(dtype)
     nats = [
         F.cross_entropy(F.linear(rows, matrix).float(), wanted, reduction="sum")
@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = scale / len(hidden_gradient)
         return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None

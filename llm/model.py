@@ -37,7 +37,9 @@ class MultiHeadAttention(nn.Module):
         if drop_rate > 0 and queries.dtype == torch.float32:
             context = self._attend_as_in_the_book(queries, keys, values)
         else:
-            context = F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop_rate, is_causal=True)
+            context = F.scaled_dot_product_attention(
+                queries, keys, values, dropout_p=drop_rate, is_causal=True
+            )
         return self.out_proj(context.transpose(1, 2).reshape(batch, time, emb_dim))
 
     def _attend_as_in_the_book(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

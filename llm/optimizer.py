@@ -42,7 +42,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
     (Liu et al. 2025, Muon is Scalable for LLM Training).
     """
     matrices = [
-        parameter for name, parameter in model.named_parameters() if "trf_blocks" in name and parameter.dim() == 2
+        parameter
+        for name, parameter in model.named_parameters()
+        if "trf_blocks" in name and parameter.dim() == 2
     ]
     if config.name == "adamw":
         return Optimizers([_adamw(model.parameters(), config)])
@@ -63,7 +65,10 @@ def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if config.decay_all or parameter.dim() == 2]
     others = [parameter for parameter in parameters if not (config.decay_all or parameter.dim() == 2)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -36,7 +36,9 @@ class Progress:
         if self.live:
             filled = round(min(fraction, 1.0) * BAR_WIDTH)
             bar = "━" * filled + "╌" * (BAR_WIDTH - filled)
-            print(f"\r\x1b[K{self.what} {bar} {fraction:4.0%} {status} · {left} left", end="", file=sys.stderr)
+            print(
+                f"\r\x1b[K{self.what} {bar} {fraction:4.0%} {status} · {left} left", end="", file=sys.stderr
+            )
             sys.stderr.flush()
         else:
             log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)

@@ -93,7 +93,8 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         )
     if kind == "cuda" and config.processes > torch.cuda.device_count():
         raise UserError(
-            f"runtime.processes={config.processes}: there are {torch.cuda.device_count()} GPUs, one process each"
+            f"runtime.processes={config.processes}: each needs a GPU of its own, "
+            f"and there are {torch.cuda.device_count()}"
         )
     if kind == "cpu":
         _keep_freed_memory()
@@ -107,7 +108,9 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
 def _keep_freed_memory() -> None:
     """Let glibc reuse large freed blocks. By default it gives each back to the kernel and asks for it anew
     at every update; the page faults took a quarter of the time of a small model's update."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
@@ -115,7 +118,7 @@ def _keep_freed_memory() -> None:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 arithmetic of its own, so that bf16 is faster than fp32 and not emulated."""
+    """Whether the device has bf16 arithmetic of its own, so that it is not emulated and slow."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

@@ -31,9 +31,13 @@ def sample_texts(config: GenerateConfig, run_dir: Path) -> list[str]:
     tokenizer = load_tokenizer(trained.tokenizer.name)
     prompt = text_to_token_ids(config.prompt, tokenizer).to(runtime.device)
     if prompt.numel() == 0:
-        raise UserError("prompt is empty: give some text to go on from, or prompt='<|endoftext|>' for a fresh start")
+        raise UserError(
+            "prompt is empty: give some text to go on from, or prompt='<|endoftext|>' for a fresh start"
+        )
     if (largest := int(prompt.max())) >= trained.model.vocab_size:
-        raise UserError(f"prompt holds token id {largest}, and the model knows {trained.model.vocab_size} tokens")
+        raise UserError(
+            f"prompt holds token id {largest}, and the model knows {trained.model.vocab_size} tokens"
+        )
     log.info("checkpoint %s · %s · %s\n", folder, runtime.device, runtime.precision)
     texts = []
     begin = time.perf_counter()
@@ -61,7 +65,9 @@ def sample_texts(config: GenerateConfig, run_dir: Path) -> list[str]:
         }
         append_json_line(run_dir / "samples.jsonl", line)
     seconds = time.perf_counter() - begin
-    log.info("%d tokens at %.1f tokens/s; kept in %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl")
+    log.info(
+        "%d tokens at %.1f tokens/s; kept in %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
+    )
     return texts
 
 

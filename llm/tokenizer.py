@@ -51,7 +51,9 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 def _in_tiktoken_cache() -> bool:
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
-    return bool(folder) and all((Path(folder) / cached).exists() for _, cached in _GPT2_FILES.values())
+    if not folder:
+        return False
+    return all((Path(folder) / cached).exists() for _, cached in _GPT2_FILES.values())
 
 
 def _packaged_gpt2() -> tiktoken.Encoding:

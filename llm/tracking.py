@@ -9,10 +9,13 @@ from typing import Any
 from llm.config import TrackingConfig, UserError
 from llm.files import append_json_line, read_json_lines, write_text
 
+
 class Tracker:
     """Records one run. W&B is imported only if it is wanted, and a run of it is always ended."""
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, run_config: dict[str, Any], job_type: str) -> None:
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, run_config: dict[str, Any], job_type: str
+    ) -> None:
         """
         Raises:
             UserError: W&B cannot start online, for want of a key or a network.

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm import dataset, plots
 from llm.checkpoint import find_run, load_training_state, load_weights, save_checkpoint
-from llm.config import PretrainConfig, TrainingConfig, UserError, validate
+from llm.config import PretrainConfig, UserError, validate
 from llm.dataset import TrainingBatches, Windows, load_windows
 from llm.evaluation import Evaluation, evaluate
 from llm.files import write_json
@@ -176,7 +176,9 @@ def train(run: Run, stop: "StopRequest") -> None:
                 progress.clear()
                 sample(run)
         steps_due = checkpoint.every_steps and counters.steps - saved_steps >= checkpoint.every_steps
-        minutes_due = checkpoint.every_minutes and counters.seconds - saved_seconds >= 60 * checkpoint.every_minutes
+        minutes_due = (
+            checkpoint.every_minutes and counters.seconds - saved_seconds >= 60 * checkpoint.every_minutes
+        )
         if run.runtime.agree(bool(steps_due or minutes_due)):
             save(run)
             saved_steps, saved_seconds = counters.steps, counters.seconds
@@ -200,7 +202,9 @@ def update(run: Run, lr: float) -> dict[str, float]:
         tokens += inputs.numel()
         last = micro_step == training.accumulate - 1
         with _without_gradient_exchange(run.trained_model, skip=not last), runtime.autocast():
-            batch_loss = run.trained_model(runtime.share(inputs), runtime.share(targets)) / training.accumulate
+            batch_loss = (
+                run.trained_model(runtime.share(inputs), runtime.share(targets)) / training.accumulate
+            )
             batch_loss.backward()
         loss += batch_loss.detach()
     parameters = list(run.model.parameters())
@@ -276,7 +280,9 @@ def _evaluate_validation_split(run: Run) -> Evaluation:
 
     def batches() -> Iterator[dataset.Batch]:
         for number, batch in enumerate(dataset.ordered_batches(windows, batch_size)):
-            progress.update(number * batch_size / len(windows), f"window {number * batch_size} of {len(windows)}")
+            progress.update(
+                number * batch_size / len(windows), f"window {number * batch_size} of {len(windows)}"
+            )
             yield batch
 
     evaluation = evaluate(run.model, batches(), run.bytes_of_tokens, run.runtime)
@@ -461,7 +467,7 @@ def _git_commit() -> str | None:
     """The commit of this code, or None outside a git checkout."""
     try:
         return subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            ["git", "rev-parse", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
@@ -484,7 +490,9 @@ def _announce(run: Run, matmul_flops: float) -> None:
         "max_steps": training.max_steps and training.max_steps * update_tokens,
         "max_epochs": training.max_epochs and training.max_epochs * run.updates_per_epoch * update_tokens,
     }
-    first, tokens = min(((name, tokens) for name, tokens in limits.items() if tokens), key=lambda limit: limit[1])
+    first, tokens = min(
+        ((name, tokens) for name, tokens in limits.items() if tokens), key=lambda limit: limit[1]
+    )
     left = tokens - run.counters.tokens_seen
     log.info(
         "model      %s parameters: %d layers, width %d, %d heads, context %d",
@@ -532,7 +540,11 @@ def _announce(run: Run, matmul_flops: float) -> None:
 def _conclude(run: Run, summary: Summary, matmul_flops: float) -> None:
     """Final figures, samples and the plot."""
     counters = run.counters
-    summary.steps, summary.tokens_seen, summary.seconds = counters.steps, counters.tokens_seen, counters.seconds
+    summary.steps, summary.tokens_seen, summary.seconds = (
+        counters.steps,
+        counters.tokens_seen,
+        counters.seconds,
+    )
     summary.best_val_loss, summary.best_step = counters.best_val_loss, counters.best_step
     summary.tokens_per_second = counters.tokens_seen / counters.seconds
     summary.mfu = summary.tokens_per_second * training_flops_per_token(run.config.model) / matmul_flops

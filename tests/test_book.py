@@ -49,7 +49,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 def test_initial_parameters_are_the_books() -> None:
     torch.manual_seed(FIXTURE["seed"])
-    parameters = dict(GPTModel(ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch")).named_parameters())
+    parameters = dict(
+        GPTModel(ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch")).named_parameters()
+    )
     for name, expected in FIXTURE["initial_parameter_sums"].items():
         assert parameters[name].double().sum().item() == pytest.approx(expected, abs=1e-6), name
 

@@ -29,7 +29,11 @@ def test_the_last_of_each_kind_is_kept_and_loads_the_same(tmp_path: Path) -> Non
     best = save(tmp_path, 1, "best")
     last = save(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "best", "best-00000001", "last", "step-00000002"]  # fmt: skip
+        "best",
+        "best-00000001",
+        "last",
+        "step-00000002",
+    ]
     for name, model in (("last", last), ("best", best)):
         loaded, config = load_checkpoint(find_checkpoint(str(tmp_path / "checkpoints" / name)))
         assert config == CONFIG

@@ -27,7 +27,9 @@ def test_python_and_yaml_have_the_same_defaults(name: str) -> None:
     assert asdict(composed(name)) == asdict(SCHEMAS[name]())
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}"
+)
 def test_every_choice_composes_and_is_valid(path: Path) -> None:
     override = f"{'+' if path.parent.name == 'experiment' else ''}{path.parent.name}={path.stem}".lstrip("+")
     extra = ["data.path=x"] if path.stem == "text" else []
@@ -37,8 +39,14 @@ def test_every_choice_composes_and_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("gpt124m", (768, 12, 12)), ("gpt355m", (1024, 24, 16)), ("gpt774m", (1280, 36, 20)),
-                        ("gpt1558m", (1600, 48, 25))])  # fmt: skip
+    ("name", "sizes"),
+    [
+        ("gpt124m", (768, 12, 12)),
+        ("gpt355m", (1024, 24, 16)),
+        ("gpt774m", (1280, 36, 20)),
+        ("gpt1558m", (1600, 48, 25)),
+    ],
+)
 def test_gpt2_sizes_are_the_papers(name: str, sizes: tuple[int, int, int]) -> None:
     model = composed("pretrain", f"model={name}").model
     assert (model.emb_dim, model.n_layers, model.n_heads) == sizes  # Radford et al. 2019, table 2

@@ -1,6 +1,7 @@
 """Corpus, token files, windows and orders against the book's loops and plain Python."""
 
 import multiprocessing
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ def test_windows_are_the_books() -> None:
     tokens = np.arange(100, 161, dtype=np.uint16)
     windows = Windows(tokens, context_length=8, stride=5)
     # chapter 2's loop
-    expected = [(tokens[i : i + 8].tolist(), tokens[i + 1 : i + 9].tolist()) for i in range(0, len(tokens) - 8, 5)]
+    expected = [
+        (tokens[i : i + 8].tolist(), tokens[i + 1 : i + 9].tolist()) for i in range(0, len(tokens) - 8, 5)
+    ]
     assert [(x.tolist(), y.tolist()) for x, y in (windows[i] for i in range(len(windows)))] == expected
     inputs, targets = windows.batch(torch.tensor([3, 0]))
     assert inputs.tolist() == [expected[3][0], expected[0][0]]
@@ -79,7 +82,7 @@ def test_an_epoch_has_each_window_once_and_resumes_anywhere(order: str) -> None:
         states.append((batches.state(), torch.get_rng_state()))
         seen.append(next(batches)[0][:, 0].tolist())
     first, second = seen[:per_epoch], seen[per_epoch:]
-    assert len(set(sum(first, []))) == 4 * per_epoch
+    assert len(set(chain.from_iterable(first))) == 4 * per_epoch
     assert first != second
     for position in (0, 1, per_epoch - 1, per_epoch, per_epoch + 3):
         state, generator = states[position]
@@ -112,10 +115,16 @@ def test_folder_and_glob_are_joined_by_end_of_text(tmp_path: Path) -> None:
         (b"good \xff bad", {}, r"text\.txt is not UTF-8: byte 0xff at offset 5"),
         (b"a short text", {}, "the training text is too short: its 3 tokens make 0 windows"),
         (b"word " * 2000, {"train_ratio": 0.999}, "the validation text is too short"),
-        (b"word " * 2000, {"vocab_size": 100}, r"outside the model: model.vocab_size=100 must be at least 50257"),
+        (
+            b"word " * 2000,
+            {"vocab_size": 100},
+            r"outside the model: model.vocab_size=100 must be at least 50257",
+        ),
     ],
 )
-def test_bad_texts_are_one_line(tmp_path: Path, content: bytes, change: dict[str, float], message: str) -> None:
+def test_bad_texts_are_one_line(
+    tmp_path: Path, content: bytes, change: dict[str, float], message: str
+) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     config = PretrainConfig(data=DataConfig(source="text", path=str(path), cache_dir=str(tmp_path)))

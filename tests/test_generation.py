@@ -6,7 +6,9 @@ from llm.config import ModelConfig
 from llm.generation import generate, sample_generator
 from llm.model import GPTModel
 
-CONFIG = ModelConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.5, init="torch")
+CONFIG = ModelConfig(
+    vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.5, init="torch"
+)
 
 
 def model() -> GPTModel:
@@ -65,7 +67,9 @@ def test_an_own_stream_leaves_torchs_alone_and_repeats() -> None:
     gpt, prompt = model(), torch.randint(61, (1, 5))
     before = torch.get_rng_state()
     texts = [
-        generate(gpt, prompt, 20, 8, temperature=5.0, generator=sample_generator(123, index, torch.device("cpu")))
+        generate(
+            gpt, prompt, 20, 8, temperature=5.0, generator=sample_generator(123, index, torch.device("cpu"))
+        )
         for index in (0, 1, 0)
     ]
     assert torch.equal(torch.get_rng_state(), before)

@@ -16,7 +16,9 @@ def test_fp32_equals_cross_entropy(tokens: int) -> None:
     expected_gradients = torch.autograd.grad(3 * expected, (hidden, weight))
     loss = linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(loss, expected)
-    for gradient, wanted in zip(torch.autograd.grad(3 * loss, (hidden, weight)), expected_gradients, strict=True):
+    for gradient, wanted in zip(
+        torch.autograd.grad(3 * loss, (hidden, weight)), expected_gradients, strict=True
+    ):
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm.config import ModelConfig
-from llm.model import GPTModel, parameter_count, training_flops_per_token
+from llm.model import GPTModel, MultiHeadAttention, parameter_count, training_flops_per_token
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, qkv_bias=True)
 
@@ -32,7 +32,9 @@ def test_logits_equal_those_of_transformers() -> None:
         there, here = f"transformer.h.{layer}.", f"trf_blocks.{layer}."
         for kind in ("weight", "bias"):  # theirs are stored (in, out), and query, key and value as one
             for name, part in zip(
-                ("W_query", "W_key", "W_value"), weights[f"{there}attn.c_attn.{kind}"].chunk(3, dim=-1), strict=True
+                ("W_query", "W_key", "W_value"),
+                weights[f"{there}attn.c_attn.{kind}"].chunk(3, dim=-1),
+                strict=True,
             ):
                 ours[f"{here}att.{name}.{kind}"] = part.T if kind == "weight" else part
             for name, our_name in names.items():
@@ -50,7 +52,7 @@ def test_logits_equal_those_of_transformers() -> None:
 
 def test_dropout_by_hand_and_fused_attention_agree_without_dropout() -> None:
     torch.manual_seed(2)
-    attention = GPTModel(SMALL).trf_blocks[0].att
+    attention = MultiHeadAttention(SMALL)
     x = torch.randn(2, 24, 32)
     heads = [
         project(x).view(2, 24, 4, 8).transpose(1, 2)

@@ -12,6 +12,8 @@ from transformers import (
 from llm.config import SamplingConfig
 from llm.sampling import filter_logits, next_token
 
+NO_IDS = torch.LongTensor()  # none of these processors looks at them
+
 
 def logits_with_ties() -> torch.Tensor:
     torch.manual_seed(0)
@@ -26,13 +28,13 @@ def test_filters_equal_transformers(
     temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> None:
     logits = logits_with_ties()
-    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    expected = TemperatureLogitsWarper(temperature)(NO_IDS, logits)
     if top_k is not None:
-        expected = TopKLogitsWarper(top_k)(None, expected)
+        expected = TopKLogitsWarper(top_k)(NO_IDS, expected)
     if top_p is not None:
-        expected = TopPLogitsWarper(top_p)(None, expected)
+        expected = TopPLogitsWarper(top_p)(NO_IDS, expected)
     if min_p is not None:
-        expected = MinPLogitsWarper(min_p)(None, expected)
+        expected = MinPLogitsWarper(min_p)(NO_IDS, expected)
     assert torch.equal(filter_logits(logits, SamplingConfig(temperature, top_k, top_p, min_p)), expected)
 
 

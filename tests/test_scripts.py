@@ -1,7 +1,6 @@
 """The scripts as a user runs them: files, errors, resuming, interrupting, sweeping, reproducing."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,14 +15,24 @@ from safetensors.torch import load_file
 
 from llm.files import read_json_lines
 
-TINY = ("model=tiny", "tokenizer=bytes", "tracking=disabled", "training.max_minutes=null", "training.eval_freq=5",
-        "samples.max_new_tokens=5", "data.batch_size=2", "model.drop_rate=0.1")  # fmt: skip
+TINY = (
+    "model=tiny",
+    "tokenizer=bytes",
+    "tracking=disabled",
+    "training.max_minutes=null",
+    "training.eval_freq=5",
+    "samples.max_new_tokens=5",
+    "data.batch_size=2",
+    "model.drop_rate=0.1",
+)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"{number} bottles of beer on the wall\n" for number in range(60)), encoding="utf-8")
+    path.write_text(
+        "".join(f"{number} bottles of beer on the wall\n" for number in range(60)), encoding="utf-8"
+    )
     return f"data.path={path}"
 
 
@@ -59,7 +68,12 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     assert [line["step"] for line in steps] == list(range(12))
     assert [line["step"] for line in evaluations] == [0, 5, 10]
     assert set(steps[0]) == position | {"train/loss", "lr", "grad_norm", "tokens_per_second"}
-    assert set(evaluations[0]) == position | {"eval/train_loss", "val/loss", "val/perplexity", "val/bits_per_byte"}
+    assert set(evaluations[0]) == position | {
+        "eval/train_loss",
+        "val/loss",
+        "val/perplexity",
+        "val/bits_per_byte",
+    }
     # one token is one byte here, so bits per byte are the loss in bits
     assert evaluations[0]["val/bits_per_byte"] == pytest.approx(evaluations[0]["val/loss"] / 0.6931471806)
     summary = json.loads((run / "summary.json").read_text())
@@ -68,21 +82,38 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     assert summary["best_val_loss"] == min(line["val/loss"] for line in evaluations)
     assert summary["mfu"] > 0
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [set(line) for line in read_json_lines(run / "samples.jsonl")] == [{"step", "prompt", "text", "sampling"}]
+    assert [set(line) for line in read_json_lines(run / "samples.jsonl")] == [
+        {"step", "prompt", "text", "sampling"}
+    ]
     assert (run / ".hydra" / "config.yaml").exists()
     assert "Ep 1 (Step 000000): Train loss 5." in (run / "pretrain.log").read_text()
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
-    for hint in ("generate.py checkpoint=run", "pretrain.py resume=run training.max_steps=", "wandb sync run/wandb/"):
+    for hint in (
+        "generate.py checkpoint=run",
+        "pretrain.py resume=run training.max_steps=",
+        "wandb sync run/wandb/",
+    ):
         assert hint in result.stdout
 
-    result = script("generate", "checkpoint=run", "prompt=7 bot", "max_new_tokens=4", "num_samples=2",
-                    "hydra.run.dir=text")  # fmt: skip
+    result = script(
+        "generate",
+        "checkpoint=run",
+        "prompt=7 bot",
+        "max_new_tokens=4",
+        "num_samples=2",
+        "hydra.run.dir=text",
+    )
     assert result.returncode == 0, result.stderr
     first, second = read_json_lines(tmp_path / "text" / "samples.jsonl")
     assert first["text"].startswith("7 bot")
     assert first["step"] == 11
-    alone = script("generate", "prompt=7 bot", "max_new_tokens=4", "checkpoint=run/checkpoints/last",
-                   "hydra.run.dir=alone")  # fmt: skip
+    alone = script(
+        "generate",
+        "prompt=7 bot",
+        "max_new_tokens=4",
+        "checkpoint=run/checkpoints/last",
+        "hydra.run.dir=alone",
+    )
     assert alone.returncode == 0, alone.stderr
     assert read_json_lines(tmp_path / "alone" / "samples.jsonl") == [first]
     assert second["sample"] == 1
@@ -93,8 +124,16 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
 def test_a_resumed_run_equals_one_never_stopped(
     script: Script, tmp_path: Path, text: str, optimizer: str, order: str
 ) -> None:
-    common = [*TINY, "data=text", text, f"optimizer={optimizer}", f"data.order={order}", "schedule=constant",
-              "training.accumulate=2", "checkpoint.every_steps=7"]  # fmt: skip
+    common = [
+        *TINY,
+        "data=text",
+        text,
+        f"optimizer={optimizer}",
+        f"data.order={order}",
+        "schedule=constant",
+        "training.accumulate=2",
+        "checkpoint.every_steps=7",
+    ]
     for arguments in (
         [*common, "training.max_steps=24", "hydra.run.dir=whole"],
         [*common, "training.max_steps=17", "hydra.run.dir=parts"],
@@ -128,12 +167,21 @@ def test_evaluation_and_samples_do_not_move_training(script: Script, tmp_path: P
 
 
 def test_two_processes_train_as_one(script: Script, tmp_path: Path, text: str) -> None:
-    common = [*TINY, "data=text", text, "training.max_steps=10", "model.drop_rate=0", "runtime.precision=fp32",
-              "training.accumulate=2"]  # fmt: skip
+    common = [
+        *TINY,
+        "data=text",
+        text,
+        "training.max_steps=10",
+        "model.drop_rate=0",
+        "runtime.precision=fp32",
+        "training.accumulate=2",
+    ]
     for processes in (1, 2):
         result = script("pretrain", *common, f"runtime.processes={processes}", f"hydra.run.dir=by{processes}")
         assert result.returncode == 0, result.stderr
-    one, two = ([line["train/loss"] for line in numbers(tmp_path / f"by{n}") if "train/loss" in line] for n in (1, 2))
+    one, two = (
+        [line["train/loss"] for line in numbers(tmp_path / f"by{n}") if "train/loss" in line] for n in (1, 2)
+    )
     assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
     resumed = script("pretrain", "resume=by2", "training.max_steps=12")
     assert resumed.returncode == 0, resumed.stderr
@@ -161,17 +209,29 @@ def test_a_signal_ends_a_run_cleanly(
     assert "Traceback" not in errors
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
-    assert os.readlink(tmp_path / "run" / "checkpoints" / "last") == f"step-{summary['steps']:08d}"
-    resumed = script("pretrain", "resume=latest", "hydra.run.dir=run", f"training.max_steps={summary['steps'] + 3}")
+    assert (tmp_path / "run" / "checkpoints" / "last").readlink().name == f"step-{summary['steps']:08d}"
+    resumed = script(
+        "pretrain", "resume=latest", "hydra.run.dir=run", f"training.max_steps={summary['steps'] + 3}"
+    )
     assert resumed.returncode == 1  # latest looks under outputs/, where this run is not
     resumed = script("pretrain", "resume=run", f"training.max_steps={summary['steps'] + 3}")
     assert resumed.returncode == 0, resumed.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path, text: str) -> None:
-    result = script("pretrain", *TINY, "data=text", text, "training.max_steps=50", "optimizer=adamw",
-                    "optimizer.lr=1e30", "schedule=constant", "training.grad_clip=null", "checkpoint.every_steps=1",
-                    "hydra.run.dir=run")  # fmt: skip
+    result = script(
+        "pretrain",
+        *TINY,
+        "data=text",
+        text,
+        "training.max_steps=50",
+        "optimizer=adamw",
+        "optimizer.lr=1e30",
+        "schedule=constant",
+        "training.grad_clip=null",
+        "checkpoint.every_steps=1",
+        "hydra.run.dir=run",
+    )
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("error: step 1: loss ")
@@ -183,8 +243,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
 
 
 def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: Path, text: str) -> None:
-    result = script("pretrain", "-m", *TINY, "data=text", text, "training.max_steps=3", "tracking=offline",
-                    "optimizer.lr=4e-4,-1,5e-4", "hydra.sweep.dir=sweep")  # fmt: skip
+    result = script(
+        "pretrain",
+        "-m",
+        *TINY,
+        "data=text",
+        text,
+        "training.max_steps=3",
+        "tracking=offline",
+        "optimizer.lr=4e-4,-1,5e-4",
+        "hydra.sweep.dir=sweep",
+    )
     assert result.returncode == 1
     table = result.stdout[result.stdout.index("job  set") :]
     assert [line.split()[:3] for line in table.splitlines()[1:4]] == [
@@ -234,7 +303,9 @@ def test_help_lists_groups_without_torch(script: Script) -> None:
 
 
 def test_benchmark_compares_in_one_run(script: Script, tmp_path: Path) -> None:
-    result = script("benchmark", "model=tiny", "model.vocab_size=300", "batch_size=2", "steps=2", "hydra.run.dir=run")
+    result = script(
+        "benchmark", "model=tiny", "model.vocab_size=300", "batch_size=2", "steps=2", "hydra.run.dir=run"
+    )
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
     assert [row["variant"] for row in rows][:2] == ["fp32, plain loss", "fp32, chunked loss"]

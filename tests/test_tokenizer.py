@@ -21,8 +21,28 @@ def test_gpt2_ids_of_the_book(gpt2: tiktoken.Encoding) -> None:
     assert gpt2.n_vocab == 50257
     assert text_to_token_ids("Every effort moves you", gpt2).tolist() == [[6109, 3626, 6100, 345]]
     unknown = "Hello, do you like tea? <|endoftext|> In the sunlit terraces of someunknownPlace."
-    expected = [15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250, 8812, 2114, 286,
-                617, 34680, 27271, 13]  # fmt: skip
+    expected = [
+        15496,
+        11,
+        466,
+        345,
+        588,
+        8887,
+        30,
+        220,
+        50256,
+        554,
+        262,
+        4252,
+        18250,
+        8812,
+        2114,
+        286,
+        617,
+        34680,
+        27271,
+        13,
+    ]
     assert text_to_token_ids(unknown, gpt2).tolist() == [expected]  # chapter 2
     assert token_ids_to_text(torch.tensor([expected]), gpt2) == unknown
 
