@@ -181,7 +181,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU"
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:

@@ -152,9 +152,17 @@ def _pretrain(config: PretrainConfig, run_dir: Path, summary: Summary, runtime: 
         if runtime.is_main:
             _conclude(run, summary, matmul_flops)
     finally:
+        counters = run.counters
+        summary.steps, summary.tokens_seen, summary.seconds = (
+            counters.steps,
+            counters.tokens_seen,
+            counters.seconds,
+        )
+        summary.best_val_loss, summary.best_step = counters.best_val_loss, counters.best_step
         if run.tracker:
-            failed = summary.status == "running"
-            run.tracker.finish(asdict(summary), run_dir / "loss.png", failed)
+            figures = asdict(summary)
+            del figures["total_seconds"]  # not known yet
+            run.tracker.finish(figures, run_dir / "loss.png", failed=summary.status == "running")
     return run
 
 
