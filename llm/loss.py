@@ -74,11 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> Tensor:
     """Turn logits (tokens, vocab) in place into the gradient of their summed cross-entropy, which is
-    returned, in nats."""
-    wanted = logits.gather(1, targets[:, None]).float()
-    largest, likeliest = logits.max(dim=-1, keepdim=True)
+    returned, in nats. A probability below fp32's smallest counts as that, so a token as 87 nats at most."""
     probabilities = torch.softmax(logits, dim=-1, out=logits)
-    # log of the sum of exponentials, by way of the largest probability: that one cannot underflow
-    log_sum = largest.float() - probabilities.gather(1, likeliest).float().log()
-    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return (log_sum - wanted).sum()
+    wanted = torch.arange(len(targets), device=targets.device), targets
+    nats = -probabilities[wanted].float().clamp_min(torch.finfo(torch.float32).tiny).log().sum()
+    probabilities[wanted] -= 1
+    return nats
