@@ -59,7 +59,7 @@ class DataConfig:
     )
     path: str | None = key(None, "a local UTF-8 file, a folder of *.txt and *.md files, or a glob")
     train_ratio: float = key(0.9, "share of the text, in characters, that is trained on", above=0, below=1)
-    batch_size: int = key(8, "windows in a batch, over all processes", at_least=1)
+    batch_size: int = key(16, "windows in a batch, over all processes", at_least=1)
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
     order: str = key(
         "shuffled",
@@ -79,7 +79,7 @@ class OptimizerConfig:
     name: str = key(
         "muon", "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
     )
-    lr: float = key(0.005, "learning rate at the top of the schedule", above=0)
+    lr: float = key(0.01, "learning rate at the top of the schedule", above=0)
     weight_decay: float = key(0.1, "decoupled weight decay", at_least=0)
     decay_all: bool = key(False, "decay every parameter, as the book does, not the matrices alone")
     betas: list[float] = key([0.9, 0.95], "AdamW's two averaging rates", at_least=0, below=1)
@@ -194,8 +194,8 @@ class BenchmarkConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    batch_size: int = key(8, "windows in a batch", at_least=1)
-    steps: int = key(20, "timed updates of each variant", at_least=1)
+    batch_size: int = key(16, "windows in a batch", at_least=1)
+    steps: int = key(10, "timed updates of each variant", at_least=1)
     seed: int = key(123, "seed of weights and tokens", at_least=0)
 
 

@@ -485,7 +485,7 @@ def _git_commit() -> str | None:
         return None
 
 
-EXPECTED_MFU = 0.55  # of small models on CPUs, for the estimate before the first update
+EXPECTED_MFU = 0.45  # of small models on CPUs, for the estimate before the first update
 
 
 def _announce(run: Run, matmul_flops: float) -> None:
