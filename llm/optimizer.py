@@ -41,13 +41,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
     Muon (Jordan et al. 2024) takes AdamW's learning rate, its updates scaled to AdamW's typical size
     (Liu et al. 2025, Muon is Scalable for LLM Training).
     """
-    matrices = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if "trf_blocks" in name and parameter.dim() == 2
-    ]
     if config.name == "adamw":
         return Optimizers([_adamw(model.parameters(), config)])
+    matrices = _block_matrices(model)
     taken = set(map(id, matrices))
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     muon = torch.optim.Muon(
@@ -77,3 +73,22 @@ def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch
         eps=config.eps,
         fused=True,
     )
+
+
+def orthogonalisation_flops(model: nn.Module, config: OptimizerConfig) -> int:
+    """Floating-point operations of Muon's five Newton–Schulz steps in one update, 0 for AdamW.
+
+    A step over a matrix of m rows and n columns, m the smaller, is two products of 2 m² n and one of 2 m³.
+    """
+    if config.name == "adamw":
+        return 0
+    shapes = [sorted(matrix.shape) for matrix in _block_matrices(model)]
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+
+
+def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "trf_blocks" in name and parameter.dim() == 2
+    ]

@@ -29,7 +29,7 @@ from llm.evaluation import Evaluation, evaluate
 from llm.files import write_json
 from llm.generation import generate, sample_generator
 from llm.model import GPTModel, parameter_count, training_flops_per_token
-from llm.optimizer import Optimizers, build_optimizers
+from llm.optimizer import Optimizers, build_optimizers, orthogonalisation_flops
 from llm.progress import Progress, format_count, format_seconds
 from llm.runtime import Runtime, device_name, measure_matmul_flops, peak_memory_bytes, processes
 from llm.schedule import lr_factor
@@ -492,7 +492,10 @@ def _announce(run: Run, matmul_flops: float) -> None:
     """Say what the run will be, and how to ask for more, before it starts."""
     config, training, runtime = run.config, run.config.training, run.runtime
     update_tokens = config.data.batch_size * training.accumulate * config.model.context_length
-    tokens_per_second = EXPECTED_MFU * matmul_flops / training_flops_per_token(config.model)
+    token_flops = training_flops_per_token(config.model)
+    optimizer_flops = orthogonalisation_flops(run.model, config.optimizer)
+    tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
+    validation_flops = len(run.validation_windows) * config.model.context_length * token_flops / 3
     limits = {
         "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
         "max_steps": training.max_steps and training.max_steps * update_tokens,
@@ -540,6 +543,8 @@ def _announce(run: Run, matmul_flops: float) -> None:
         first,
         4 * getattr(training, first),
     )
+    validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
+    log.info("then       a pass over the validation split: about %s", format_seconds(validation_seconds))
     log.info("run folder %s\n", run.run_dir)
     if run.counters.steps:
         log.info("resumed after %d updates, %.2f epochs\n", run.counters.steps, _position(run)["epoch"])

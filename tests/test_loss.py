@@ -39,7 +39,7 @@ def test_bf16_is_within_its_rounding() -> None:
 
 
 def test_a_certain_mistake_has_a_finite_loss() -> None:
-    """The wanted token's probability underflows to 0; its loss is the largest there is, its gradient right."""
+    """Where the wanted probability underflows to 0, the loss is the largest there is, the gradient right."""
     hidden = torch.tensor([[200.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
