@@ -1,0 +1,133 @@
+"""What a training run says: what it will be, how far it is, what came of it, and what to do next."""
+
+import logging
+
+from llm.evaluation import Evaluation
+from llm.model import parameter_count, training_flops_per_token
+from llm.optimizer import orthogonalisation_flops
+from llm.progress import format_count, format_seconds
+from llm.run import Run, Summary
+from llm.runtime import device_name
+
+log = logging.getLogger(__name__)
+
+EXPECTED_MFU = 0.45  # of small models on CPUs, for the estimate before the first update
+
+
+def announce(run: Run, matmul_flops: float) -> None:
+    """Say what the run will be, and how to ask for more, before it starts."""
+    config, training, runtime = run.config, run.config.training, run.runtime
+    update_tokens = config.data.batch_size * training.accumulate * config.model.context_length
+    token_flops = training_flops_per_token(config.model)
+    optimizer_flops = orthogonalisation_flops(run.model, config.optimizer)
+    tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
+    validation_flops = len(run.validation_windows) * config.model.context_length * token_flops / 3
+    limits = {
+        "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
+        "max_steps": training.max_steps and training.max_steps * update_tokens,
+        "max_epochs": training.max_epochs and training.max_epochs * run.updates_per_epoch * update_tokens,
+    }
+    first, tokens = min(
+        ((name, tokens) for name, tokens in limits.items() if tokens), key=lambda limit: limit[1]
+    )
+    left = tokens - run.counters.tokens_seen
+    log.info(
+        "model      %s parameters: %d layers, width %d, %d heads, context %d",
+        format_count(parameter_count(run.model)),
+        config.model.n_layers,
+        config.model.emb_dim,
+        config.model.n_heads,
+        config.model.context_length,
+    )
+    log.info(
+        "data       %s training and %s validation tokens (%s)",
+        format_count(len(run.training_windows.tokens)),
+        format_count(len(run.validation_windows.tokens)),
+        config.data.path or config.data.source,
+    )
+    log.info(
+        "device     %s; %s; matrix products at %sFLOP/s%s",
+        device_name(runtime.device),
+        runtime.precision,
+        format_count(matmul_flops),
+        f"; {runtime.processes} processes" if runtime.processes > 1 else "",
+    )
+    log.info(
+        "update     %d windows of %d tokens%s: %s tokens",
+        config.data.batch_size,
+        config.model.context_length,
+        f", {training.accumulate} times" if training.accumulate > 1 else "",
+        format_count(update_tokens),
+    )
+    log.info(
+        "budget     training.%s=%g: about %s tokens (%.2g epochs) in %s; more: training.%s=%g",
+        first,
+        getattr(training, first),
+        format_count(tokens),
+        tokens / update_tokens / run.updates_per_epoch,
+        format_seconds(left / tokens_per_second),
+        first,
+        4 * getattr(training, first),
+    )
+    validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
+    log.info("then       a pass over the validation split: about %s", format_seconds(validation_seconds))
+    log.info("run folder %s\n", run.run_dir)
+    if run.counters.steps:
+        log.info("resumed after %d updates, %.2f epochs\n", run.counters.steps, run.position()["epoch"])
+
+
+def status(metrics: dict[str, float]) -> str:
+    return (
+        f"epoch {metrics['epoch']:.2f} · {format_count(metrics['tokens_seen'])} tokens · "
+        f"loss {metrics['train/loss']:.3f} · {format_count(metrics['tokens_per_second'])} tokens/s"
+    )
+
+
+def evaluation_line(run: Run, train: Evaluation, validation: Evaluation) -> str:
+    """The book's line, with bits per byte."""
+    step = run.counters.steps - 1
+    return (
+        f"Ep {step // run.updates_per_epoch + 1} (Step {step:06d}): Train loss {train.loss:.3f}, "
+        f"Val loss {validation.loss:.3f}, {validation.bits_per_byte:.3f} bits per byte"
+    )
+
+
+def not_finite(run: Run, loss: float, grad_norm: float) -> str:
+    last = run.run_dir / "checkpoints" / "last"
+    good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "no checkpoint was saved yet"
+    return (
+        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {good}; "
+        f"lower optimizer.lr or set training.grad_clip"
+    )
+
+
+def print_summary(summary: Summary, run: Run) -> None:
+    """The figures as a table, and what to do next."""
+    rows = {
+        "status": summary.status,
+        "updates": f"{summary.steps:,}",
+        "tokens seen": f"{summary.tokens_seen:,} ({run.position()['epoch']:.2f} epochs)",
+        "training loss": _figure(summary.train_loss, "{:.3f}"),
+        "validation loss": _figure(summary.val_loss, "{:.3f}"),
+        "validation perplexity": _figure(summary.val_perplexity, "{:.1f}"),
+        "validation bits per byte": _figure(summary.val_bits_per_byte, "{:.3f}"),
+        "best validation loss": _figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
+        "training time": format_seconds(summary.seconds),
+        "execution time": format_seconds(summary.total_seconds),
+        "tokens per second": _figure(summary.tokens_per_second, "{:,.0f}"),
+        "peak memory": f"{format_count(summary.peak_memory_bytes or 0)}B",
+        "model FLOPs utilisation": _figure(summary.mfu, "{:.0%}"),
+    }
+    width = max(map(len, rows))
+    log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
+    log.info("\nloss plot   %s", run.run_dir / "loss.png")
+    log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
+    key, value = run.binding_limit()
+    log.info("resume      python experiments/pretrain.py resume=%s %s=%g", run.run_dir, key, 4 * value)
+    if run.tracker and (folder := run.tracker.wandb_folder):
+        log.info("W&B         wandb sync %s", folder)
+        log.info("W&B, here   wandb leet %s", folder)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
