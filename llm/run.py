@@ -5,6 +5,7 @@ import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -120,7 +121,6 @@ def build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
     training_windows, validation_windows = load_windows(config, tokenizer)
     torch.manual_seed(config.seed)
     model = GPTModel(config.model).to(runtime.device)
-    tracker = Tracker(run_dir, config.tracking, asdict(config), "pretrain") if runtime.is_main else None
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -134,7 +134,7 @@ def build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
         validation_windows=validation_windows,
         batches=TrainingBatches(training_windows, config.data, config.seed),
         counters=Counters(),
-        tracker=tracker,
+        tracker=None,
     )
     if not runtime.is_main:
         torch.manual_seed(config.seed + runtime.rank)  # dropout differs between processes
@@ -143,15 +143,17 @@ def build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
         if run.progress() >= 1:
             key, value = run.binding_limit()
             raise UserError(f"{run_dir} is finished: {key}={value:g} is spent; to go on, raise it")
-        if tracker:
-            tracker.rewind(run.counters.steps)
+    if runtime.is_main:  # last, for from here on it has to be ended
+        run.tracker = Tracker(run_dir, config.tracking, asdict(config), "pretrain")
+        if config.resume:
+            run.tracker.rewind(run.counters.steps)
     model.train()
     return run
 
 
 def save(run: Run) -> None:
     """Save all that is needed to go on exactly. Every process calls it, the main one writes."""
-    generator_states = run.runtime.gather(_generator_state(run.runtime))
+    generator_states = run.runtime.gather(_generator_states(run.runtime))
     if run.runtime.is_main:
         training_state = {
             "optimizers": run.optimizers.state_dict(),
@@ -171,19 +173,20 @@ def _restore(run: Run) -> None:
     run.counters = Counters(**state["counters"])
     run.batches.load_state(state["batches"])
     if run.runtime.rank < len(state["generators"]):
-        _set_generator_state(run.runtime, state["generators"][run.runtime.rank])
+        _set_generator_states(run.runtime, state["generators"][run.runtime.rank])
 
 
-def _generator_state(runtime: Runtime) -> Tensor:
-    """The state of the generator that dropout draws from."""
-    return torch.cuda.get_rng_state() if runtime.device.type == "cuda" else torch.get_rng_state()
+def _generator_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The states of torch's global generators: the CPU's, and that of the device, where dropout draws."""
+    return {kind: _GENERATORS[kind].get_rng_state() for kind in {"cpu", runtime.device.type}}
 
 
-def _set_generator_state(runtime: Runtime, state: Tensor) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)
+def _set_generator_states(runtime: Runtime, states: dict[str, Tensor]) -> None:
+    for kind in {"cpu", runtime.device.type} & states.keys():
+        _GENERATORS[kind].set_rng_state(states[kind])
+
+
+_GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
 
 
 def package_versions() -> dict[str, str]:

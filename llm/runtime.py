@@ -63,7 +63,7 @@ class Runtime:
         dist.broadcast(shared, src=0)
         return shared.item()
 
-    def gather(self, value: Tensor) -> list[Tensor]:
+    def gather(self, value: Any) -> list[Any]:
         """One value of each process, in order of rank."""
         if self.processes == 1:
             return [value]

@@ -72,13 +72,13 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
 def _pretrain(config: PretrainConfig, run_dir: Path, summary: Summary, runtime: Runtime) -> Run:
     """What each process of a run does; the main one fills in the summary."""
     run = build_run(config, run_dir, runtime)
-    summary.device, summary.precision = device_name(runtime.device), runtime.precision
-    summary.parameters = parameter_count(run.model)
-    matmul_flops = measure_matmul_flops(runtime) * runtime.processes
-    if runtime.is_main:
-        write_json(run_dir / "summary.json", asdict(summary))
-        console.announce(run, matmul_flops)
     try:
+        summary.device, summary.precision = device_name(runtime.device), runtime.precision
+        summary.parameters = parameter_count(run.model)
+        matmul_flops = measure_matmul_flops(runtime) * runtime.processes
+        if runtime.is_main:
+            write_json(run_dir / "summary.json", asdict(summary))
+            console.announce(run, matmul_flops)
         with _stop_requests(runtime) as stop:
             train(run, stop)
         summary.status = "interrupted" if stop.is_set else "finished"
