@@ -103,7 +103,7 @@ class TrainingConfig:
     max_steps: int | None = key(None, "updates", at_least=1)
     max_minutes: float | None = key(2.5, "minutes of training, evaluation and saving not counted", above=0)
     eval_freq: int | None = key(
-        50, "updates from one evaluation to the next; null: at the end alone", at_least=1
+        25, "updates from one evaluation to the next; null: at the end alone", at_least=1
     )
     eval_iter: int = key(5, "batches of either split in an evaluation", at_least=1)
     grad_clip: float | None = key(1.0, "largest global gradient norm", above=0)

@@ -68,10 +68,10 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path: Path, monkeypatch: pytest.Monke
     torch.save({"steps": _Bomb()}, folder / "training_state.pt")
     with pytest.raises(UserError, match="damaged or of another format"):
         load_training_state(folder)
-    (folder / "training_state.pt").write_bytes(pickle.dumps(_Bomb()))
+    (folder / "training_state.pt").write_bytes(pickle.dumps(_Bomb(), protocol=2))
     with pytest.raises(UserError, match="damaged or of another format"):
         load_training_state(folder)
-    (folder / "model.safetensors").write_bytes(pickle.dumps(_Bomb()))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(_Bomb(), protocol=2))
     with pytest.raises(UserError, match="damaged or of another format"):
         load_checkpoint(folder)
     assert not (tmp_path / "bomb-went-off").exists()

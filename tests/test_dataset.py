@@ -114,7 +114,7 @@ def test_folder_and_glob_are_joined_by_end_of_text(tmp_path: Path) -> None:
         (b"  \n ", {}, "is empty"),
         (b"good \xff bad", {}, r"text\.txt is not UTF-8: byte 0xff at offset 5"),
         (b"a short text", {}, "the training text is too short: its 3 tokens make 0 windows"),
-        (b"word " * 2000, {"train_ratio": 0.999}, "the validation text is too short"),
+        (b"word " * 4000, {"train_ratio": 0.999}, "the validation text is too short"),
         (
             b"word " * 2000,
             {"vocab_size": 100},
