@@ -1,8 +1,8 @@
 """Cross-entropy of a linear output head, without holding the logits of all tokens at once.
 
 With GPT-2's 50,257 tokens the head is most of a small model's work and memory. Here the softmax of
-one chunk at a time becomes its own gradient in place, while it lies in the processor's cache, and the
-gradients of hidden states and weights follow at once; the backward pass only scales them.
+one chunk at a time becomes its own gradient in place, and the gradients of hidden states and weights follow
+at once; the backward pass only scales them.
 """
 
 from typing import Any
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_CHUNK_TOKENS = 128  # logits of so many tokens fit a CPU's last-level cache
-GROUP_TOKENS = 2048  # logit gradients of so many tokens are held for one product with the hidden states
+CHUNK_TOKENS = 1024  # logits of so many tokens are held at once: 206 MB in fp32 with GPT-2's vocabulary
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -26,50 +25,42 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    chunk = CPU_CHUNK_TOKENS if device == "cpu" else GROUP_TOKENS
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
     matrix = weight.to(dtype)
     nats = [
         F.cross_entropy(F.linear(rows, matrix).float(), wanted, reduction="sum")
-        for rows, wanted in zip(hidden.to(dtype).split(chunk), targets.split(chunk), strict=True)
+        for rows, wanted in zip(
+            hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
+        )
     ]
     return torch.stack(nats).sum() / len(targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int
-    ) -> Tensor:
-        inputs, matrix = hidden.to(dtype), weight.to(dtype)
-        hidden_gradient = torch.empty_like(inputs)
-        weight_gradient = torch.zeros_like(weight)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        matrix = weight.to(dtype)
         nats = torch.zeros((), device=hidden.device)
-        for group in range(0, len(inputs), GROUP_TOKENS):
-            rows = inputs[group : group + GROUP_TOKENS]
-            gradient = torch.empty(len(rows), len(weight), dtype=dtype, device=hidden.device)
-            wanted = targets[group : group + GROUP_TOKENS]
-            for part, row, target, output in zip(
-                gradient.split(chunk),
-                rows.split(chunk),
-                wanted.split(chunk),
-                hidden_gradient[group : group + GROUP_TOKENS].split(chunk),
-                strict=True,
-            ):
-                nats += _softmax_minus_one_hot(torch.mm(row, matrix.T, out=part), target)
-                torch.mm(part, matrix, out=output)
-            weight_gradient += gradient.T @ rows
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        hidden_gradients = []
+        weight_gradient = torch.zeros_like(weight)
+        for rows, wanted in zip(
+            hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
+        ):
+            logits = rows @ matrix.T
+            nats += _softmax_minus_one_hot(logits, wanted)
+            hidden_gradients.append(logits @ matrix)
+            weight_gradient += logits.T @ rows
+        ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
         ctx.hidden_dtype = hidden.dtype
         return nats / len(targets)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = scale / len(hidden_gradient)
-        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None
+        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None
 
 
 def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm.loss import GROUP_TOKENS, linear_cross_entropy
+from llm.loss import CHUNK_TOKENS, linear_cross_entropy
 
 
-@pytest.mark.parametrize("tokens", [1, 130, GROUP_TOKENS + 77])
+@pytest.mark.parametrize("tokens", [1, 130, CHUNK_TOKENS + 77])
 def test_fp32_equals_cross_entropy(tokens: int) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
