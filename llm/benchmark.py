@@ -1,23 +1,25 @@
 """Speed of a training update, variants in turn in one process, so that a noisy machine is fair to all."""
 
+import importlib.util
 import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from llm.config import BenchmarkConfig, RuntimeConfig, validate
+from llm.config import BenchmarkConfig, ModelConfig, validate
 from llm.files import write_json
 from llm.model import GPTModel, training_flops_per_token
-from llm.optimizer import build_optimizers
+from llm.optimizer import Optimizers, build_optimizers
 from llm.progress import Progress
-from llm.runtime import computes_in_bf16, device_name, measure_matmul_flops, start_runtime
+from llm.runtime import Runtime, computes_in_bf16, device_name, measure_matmul_flops, start_runtime
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +28,25 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     """Median speed of a whole update (forward, backward, optimizer) of each variant, as a table and in
     `run_dir/benchmark.json`.
 
-    The first variant is the book's way: fp32, all logits at once. The others change precision and loss.
+    The first variant is the book's way: fp32, all logits at once. The others change precision and loss. Where
+    transformers is installed, its GPT-2 of the same size takes part, stepped by AdamW.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
     precisions = ["fp32", "bf16"] if computes_in_bf16(runtime.device) else ["fp32"]
-    variants = {
-        f"{precision}, {loss_name} loss": _updater(config, replace(config.runtime, precision=precision), loss)
-        for precision in precisions
-        for loss_name, loss in (("plain", _plain_loss), ("chunked", GPTModel.__call__))
-    }
+    variants: dict[str, Callable[[], None]] = {}
+    for precision in precisions:
+        each = replace(runtime, precision=precision)
+        for name, loss in (("plain", _plain_loss), ("chunked", GPTModel.__call__)):
+            torch.manual_seed(config.seed)
+            model = GPTModel(config.model)
+            optimizers = build_optimizers(model, config.optimizer)
+            variants[f"{precision}, {name} loss"] = _updater(config, each, model, optimizers, loss)
+        if importlib.util.find_spec("transformers"):
+            theirs = _transformers_gpt2(config.model)
+            adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))
+            name = f"{precision}, transformers {version('transformers')}"
+            variants[name] = _updater(config, each, theirs, adamw, _transformers_loss)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     progress = Progress("benchmark")
     for step in range(config.steps + 1):
@@ -60,7 +71,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         config.model.context_length,
         config.steps,
     )
-    log.info("%-22s %12s %10s %8s %8s", "variant", "ms an update", "tokens/s", "MFU", "speed")
+    log.info("%-30s %12s %10s %8s %8s", "variant", "ms an update", "tokens/s", "MFU", "speed")
     rows: list[dict[str, Any]] = []
     for name, median in medians.items():
         row = {
@@ -72,7 +83,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         }
         rows.append(row)
         figures = 1000 * median, tokens / median, 100 * flops / median / rates[name[:4]], baseline / median
-        log.info("%-22s %12.1f %10.0f %7.0f%% %7.2fx", name, *figures)
+        log.info("%-30s %12.1f %10.0f %7.0f%% %7.2fx", name, *figures)
     write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
     return rows
 
@@ -82,14 +93,40 @@ def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
 
 
+def _transformers_gpt2(config: ModelConfig) -> nn.Module:
+    """GPT-2 of the same size as transformers has it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.context_length,
+            n_embd=config.emb_dim,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            resid_pdrop=config.drop_rate,
+            embd_pdrop=config.drop_rate,
+            attn_pdrop=config.drop_rate,
+            tie_word_embeddings=config.tie_weights,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).train()
+
+
+def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return model(input_ids=inputs, labels=targets, use_cache=False).loss  # as costly as with targets shifted
+
+
 def _updater(
-    config: BenchmarkConfig, runtime_config: RuntimeConfig, loss: Callable[[GPTModel, Tensor, Tensor], Tensor]
+    config: BenchmarkConfig,
+    runtime: Runtime,
+    model: nn.Module,
+    optimizers: Optimizers,
+    loss: Callable[..., Tensor],
 ) -> Callable[[], None]:
-    """A function that does one update of a model of its own on random tokens and waits for the device."""
-    runtime = start_runtime(runtime_config)
-    torch.manual_seed(config.seed)
-    model = GPTModel(config.model).to(runtime.device)
-    optimizers = build_optimizers(model, config.optimizer)
+    """A function that does one update on random tokens and waits for the device."""
+    model.to(runtime.device)
     shape = (config.batch_size, config.model.context_length + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=runtime.device)
 
