@@ -110,6 +110,7 @@ def _transformers_gpt2(config: ModelConfig) -> nn.Module:
             tie_word_embeddings=config.tie_weights,
             bos_token_id=None,
             eos_token_id=None,
+            loss_type="ForCausalLM",
         )
     ).train()
 
