@@ -40,8 +40,10 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     # Hydra would print its own errors on several lines; with this it raises them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    failed = False
 
     def job(config: DictConfig) -> float | None:
+        nonlocal failed
         try:
             run_dir = Path(HydraConfig.get().runtime.output_dir)
             if "tracking" in config:
@@ -51,7 +53,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             error_log.error("error: %s", error)
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
-            return math.nan  # SweepTable says which jobs failed, and the sweep exits with 1
+            failed = True
+            return math.nan
         except Interrupted:
             sys.exit(0 if HydraConfig.get().mode == RunMode.RUN else 130)  # the jobs to come are off
         except KeyboardInterrupt:
@@ -66,6 +69,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
         if not isinstance(error, HydraException) and getattr(error, "filename", "") is None:
             raise  # an OSError that is not about a file: a bug, not the user's
         print(f"error: {_one_line(error, schema)}", file=sys.stderr)
+        sys.exit(1)
+    if failed:  # a job of a sweep; the others have run
         sys.exit(1)
 
 
@@ -150,7 +155,7 @@ def _key(override: str) -> str:
 
 
 class SweepTable(Callback):
-    """Ends a sweep with a table of its jobs, and with exit status 1 if one failed."""
+    """Ends a sweep with a table of its jobs."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         jobs = sorted(
@@ -165,8 +170,6 @@ class SweepTable(Callback):
             rows.append((path.parents[1].name, " ".join(varied), summary))
         print("\n" + _table(rows))
         print(f"\nsweep folder {_relative(Path(config.hydra.sweep.dir).absolute())}")
-        if any(summary.get("status") != "finished" for _, _, summary in rows):
-            sys.exit(1)
 
 
 def _number(path: Path) -> int:

@@ -97,22 +97,20 @@ def _transformers_gpt2(config: ModelConfig) -> nn.Module:
     """GPT-2 of the same size as transformers has it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.context_length,
-            n_embd=config.emb_dim,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            resid_pdrop=config.drop_rate,
-            embd_pdrop=config.drop_rate,
-            attn_pdrop=config.drop_rate,
-            tie_word_embeddings=config.tie_weights,
-            bos_token_id=None,
-            eos_token_id=None,
-            loss_type="ForCausalLM",
-        )
-    ).train()
+    sizes = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.emb_dim,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        resid_pdrop=config.drop_rate,
+        embd_pdrop=config.drop_rate,
+        attn_pdrop=config.drop_rate,
+        tie_word_embeddings=config.tie_weights,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(sizes).train()
 
 
 def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

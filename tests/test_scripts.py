@@ -267,6 +267,20 @@ def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: P
     assert [len(list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*"))) for job in "02"] == [1, 1]
 
 
+def test_a_sampling_sweep_runs_each_setting(script: Script, tmp_path: Path, text: str) -> None:
+    trained = script("pretrain", *TINY, "data=text", text, "training.max_steps=2", "hydra.run.dir=run")
+    assert trained.returncode == 0, trained.stderr
+    sweep = ["-m", "checkpoint=run", "prompt=7", "max_new_tokens=3", "hydra.sweep.dir=sweep"]
+    result = script("generate", *sweep, "sampling.temperature=0.5,1.5")
+    assert result.returncode == 0, result.stderr
+    for job, temperature in (("0", 0.5), ("1", 1.5)):
+        [line] = read_json_lines(tmp_path / "sweep" / job / "samples.jsonl")
+        assert line["sampling"]["temperature"] == temperature
+    result = script("generate", *sweep, "sampling.temperature=0.5,-1")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
