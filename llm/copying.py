@@ -1,0 +1,172 @@
+"""How much of a generated text stands word for word in the training tokens.
+
+Each n-gram of the training tokens has an entry in a sorted table, which is searched by hash; what is found is
+compared with the tokens themselves, so the answers are exact. 8-grams are what the GPT-2 paper counts
+(Radford et al. 2019, section 4), with Bloom filters, which cannot tell where a run stands or how long it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm.files import replacing
+from llm.progress import Progress, format_count
+
+CHUNK_TOKENS = 1 << 20  # hashed at a time
+PART_NGRAMS = 1 << 25  # sorted at a time, in a few seconds
+
+
+@dataclass(frozen=True)
+class NgramIndex:
+    """Where each n-gram of the training tokens stands.
+
+    `tokens` is (tokens,) of integers. `table` is (tokens - n + 1,) uint64, ascending: an entry's low bits are
+    an n-gram's position, as many bits as `len(tokens)` has, and its high bits are those of the n-gram's hash.
+    So equal n-grams lie side by side, in the order of the text.
+    """
+
+    tokens: np.ndarray
+    table: np.ndarray
+    n: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` tokens from `start` of a sample that stand in the training tokens, first at `position`."""
+
+    start: int
+    length: int
+    position: int
+
+
+def load_ngram_index(tokens: np.ndarray, cache: Path, n: int = 8) -> NgramIndex:
+    """The index over training tokens, memory-mapped from the cache; built if it is not there.
+
+    `tokens` is (tokens,), memory-mapped from a file whose name stands for its content, as `token_file` gives
+    it. The index takes 8 bytes a token, on disk for good and in memory while it is built.
+    """
+    assert isinstance(tokens, np.memmap)
+    path = cache / "ngrams" / f"{Path(str(tokens.filename)).stem}-{n}.npy"
+    plain = np.asarray(tokens)  # the same map, without what np.memmap adds to the cost of each look
+    if not path.exists():
+        table = _sorted_ngrams(plain, n)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, table)
+    return NgramIndex(plain, np.asarray(np.load(path, mmap_mode="r")), n)
+
+
+def _sorted_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
+    """The table of `NgramIndex`, sorted in place."""
+    if len(tokens) < n:
+        return np.empty(0, dtype=np.uint64)
+    progress = Progress("indexing the training text")
+    position_mask = _position_mask(tokens)
+    table = np.empty(len(tokens) - n + 1, dtype=np.uint64)
+    for start in range(0, len(table), CHUNK_TOKENS):
+        end = min(start + CHUNK_TOKENS, len(table))
+        hashes = _hash_ngrams(tokens[start : end + n - 1], n)
+        table[start:end] = hashes & ~position_mask | np.arange(start, end, dtype=np.uint64)
+        progress.update(end / len(table) / 10, f"{format_count(end)} n-grams hashed")  # a tenth of the work
+    done = 0
+    for part in _ascending_parts(table):
+        part.sort()
+        done += len(part)
+        progress.update(0.1 + 0.9 * done / len(table), f"{format_count(done)} n-grams sorted")
+    progress.clear()
+    return table
+
+
+def _ascending_parts(table: np.ndarray) -> Iterator[np.ndarray]:
+    """Order `table` in place so far that no entry of a part is above one of a later part; give the parts.
+
+    One sort of it all would need no more memory and a tenth less time, but could show no progress.
+    """
+    if len(table) <= PART_NGRAMS:
+        yield table
+        return
+    middle = len(table) // 2
+    table.partition(middle)
+    yield from _ascending_parts(table[:middle])
+    yield from _ascending_parts(table[middle:])
+
+
+def _hash_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
+    """64-bit hashes of all n-grams of (tokens,) integers: (tokens - n + 1,) uint64, the high bits the best.
+
+    FNV-1a (Fowler, Noll and Vo) over tokens in place of bytes, with a multiplier of full width: 2^64 over the
+    golden ratio. Saved indexes hold these hashes: whoever changes them changes the name of the index file.
+    """
+    hashes = np.zeros(len(tokens) - n + 1, dtype=np.uint64)
+    for offset in range(n):
+        hashes ^= tokens[offset : offset + len(hashes)].astype(np.uint64)
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+    return hashes
+
+
+def _position_mask(tokens: np.ndarray) -> np.uint64:
+    return np.uint64((1 << len(tokens).bit_length()) - 1)
+
+
+def copied_runs(index: NgramIndex, sample: list[int] | np.ndarray) -> list[Run]:
+    """The maximal runs of a sample, of n tokens or more, that stand in the training tokens, by start.
+
+    No run can be made longer to either side. None contains another, though two may overlap.
+    """
+    sample = np.asarray(sample, dtype=np.int64)
+    if len(sample) < index.n:
+        return []
+    position_mask = _position_mask(index.tokens)
+    hashes = _hash_ngrams(sample, index.n)
+    first = np.searchsorted(index.table, hashes & ~position_mask)
+    last = np.searchsorted(index.table, hashes | position_mask, side="right")
+    counts = last - first
+
+    runs: list[Run] = []
+    end = 0  # of the last run
+    for start in range(len(hashes)):
+        if end == len(sample):
+            break
+        # A run from here that the last one does not contain holds the token at `beyond`, and every n-gram up
+        # to there. The rarest of these leaves the fewest places to look at, and often none.
+        beyond = max(start, end)
+        rarest = start + int(counts[start : max(start, beyond + 1 - index.n) + 1].argmin())
+        entries = index.table[first[rarest] : last[rarest]]
+        places = (entries & position_mask).astype(np.int64) - (rarest - start)
+        places = _agreeing(index.tokens, places[places >= 0], beyond - start, sample[beyond])
+        length, places = _follow(index.tokens, places, sample[start:])
+        if length >= index.n and start + length > end:
+            runs.append(Run(start, length, int(places[0])))
+            end = start + length
+    return runs
+
+
+def _follow(tokens: np.ndarray, places: np.ndarray, wanted: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many tokens of `wanted` stand at one of the ascending `places` at best, and at which of them."""
+    for length, token in enumerate(wanted):
+        agreeing = _agreeing(tokens, places, length, token)
+        if not len(agreeing):
+            return length, places
+        places = agreeing
+    return len(wanted), places
+
+
+def _agreeing(tokens: np.ndarray, places: np.ndarray, offset: int, token: int) -> np.ndarray:
+    """Those of the ascending `places` that have `token` at `offset` after them."""
+    places = places[: np.searchsorted(places, len(tokens) - offset)]
+    return places[tokens[places + offset] == token]
+
+
+def copied_share(runs: list[Run], sample_length: int) -> float:
+    """The share (0 to 1) of a sample's tokens that lie in one of its runs; 0 for an empty sample."""
+    copied, end = 0, 0
+    for run in runs:  # by start, and so by end, as none contains another
+        copied += run.start + run.length - max(run.start, end)
+        end = run.start + run.length
+    return copied / sample_length if sample_length else 0.0
+
+
+def longest_run(runs: list[Run]) -> Run | None:
+    """The longest run, the earliest of equals; None if there is none."""
+    return max(runs, key=lambda run: run.length, default=None)
