@@ -8,9 +8,9 @@ from llm.config import GenerateConfig
 
 
 def run(config: GenerateConfig, run_dir: Path) -> None:
-    from llm.text_generation import sample_texts  # imports torch, which --help need not wait for
+    from llm.generation_run import run_generation  # imports torch, which --help need not wait for
 
-    sample_texts(config, run_dir)
+    run_generation(config, run_dir)
 
 
 if __name__ == "__main__":

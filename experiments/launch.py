@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError
 
+TEXT_KEYS = ("prompt", "text", "samples.prompt")
+
 error_log = logging.getLogger("error")  # to standard error and the run's log; see conf/common.yaml
 
 
@@ -48,6 +50,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             run_dir = Path(HydraConfig.get().runtime.output_dir)
             if "tracking" in config:
                 _name_in_tracker(config)
+            if "study" in config and config.study is None:
+                config.study = HydraConfig.get().mode == RunMode.MULTIRUN
             return work(OmegaConf.to_object(config), _relative(run_dir))
         except UserError as error:
             error_log.error("error: %s", error)
@@ -61,7 +65,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             sys.exit(130)
 
     try:
-        sys.argv[1:] = _with_resumed_overrides(sys.argv[1:])
+        sys.argv[1:] = _with_resumed_overrides([_quoted(argument) for argument in sys.argv[1:]])
         main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
         job.__module__ = "__main__"
         main(job)()
@@ -117,9 +121,21 @@ def _name_in_tracker(config: DictConfig) -> None:
             for key, _, value in (override.partition("=") for override in hydra_config.overrides.task)
             if not key.startswith(("tracking", "resume"))
         ]
-        config.tracking.name = " ".join(overridden) or "default"
+        config.tracking.name = " ".join(overridden).replace("${", r"\${") or "default"
     if config.tracking.group is None and hydra_config.mode == RunMode.MULTIRUN:
         config.tracking.group = str(_relative(Path(hydra_config.sweep.dir).absolute()))
+
+
+def _quoted(argument: str) -> str:
+    """An override whose value is a text of people, as a string for Hydra, which would trip over commas and
+    brackets. In a sweep, and where it is quoted already, commas mean what they mean to Hydra."""
+    name, equals, value = argument.partition("=")
+    sweeping = {"-m", "--multirun"} & set(sys.argv)
+    if name not in TEXT_KEYS or not equals or sweeping or value[:1] in ("'", '"') or value == "null":
+        return argument
+    # A backslash is special to Hydra at the end and before a quote alone.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), value)
+    return f"{name}='{escaped}'".replace("${", r"\${")
 
 
 def _with_resumed_overrides(arguments: list[str]) -> list[str]:

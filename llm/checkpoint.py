@@ -15,6 +15,7 @@ and only then is the old folder deleted.
 
 import json
 import pickle
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -144,3 +145,9 @@ def find_checkpoint(name: str) -> Path:
     if name != "latest" and (Path(name) / WEIGHTS).exists():
         return Path(name).resolve()
     return (find_run(name) / "checkpoints" / "last").resolve()
+
+
+def step_of(folder: Path) -> int | None:
+    """The step, counted from 0, after which one of our checkpoint folders was saved."""
+    number = re.fullmatch(r"(?:step|best)-(\d+)", folder.name)
+    return int(number[1]) - 1 if number else None

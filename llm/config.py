@@ -126,6 +126,9 @@ class SamplingConfig:
     min_p: float | None = key(
         None, "draw from tokens at least this share as likely as the likeliest", at_least=0, at_most=1
     )
+    repetition_penalty: float = key(
+        1.0, "lowers the logits of tokens that were there before, prompt included; 1: not at all", above=0
+    )
 
 
 @dataclass
@@ -155,7 +158,9 @@ class RuntimeConfig:
         "auto", "auto: CUDA, else Apple's MPS, else the CPU", choices=("auto", "cpu", "cuda", "mps")
     )
     precision: str = key(
-        "auto", "auto: bf16 where the device computes in it, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 where the device computes in it, else fp32; int8: weights alone, to generate on a CPU",
+        choices=("auto", "fp32", "bf16", "int8"),
     )
     threads: int | None = key(None, "CPU threads a process; null: torch's choice", at_least=1)
     processes: int = key(1, "processes that share each batch, one a GPU", at_least=1)
@@ -182,17 +187,55 @@ class PretrainConfig:
 class GenerateConfig:
     checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
     prompt: str = key("Every effort moves you", "text to go on from")
+    prompt_file: str | None = key(
+        None, "instead of prompt: a file, a folder or a glob, a prompt a file; -: standard input"
+    )
     max_new_tokens: int = key(100, "tokens to generate", at_least=1)
-    num_samples: int = key(1, "samples of the prompt", at_least=1)
+    num_samples: int | None = key(None, "samples of each prompt; null: 1, or 32 in a study", at_least=1)
+    batch_size: int = key(32, "samples generated side by side", at_least=1)
+    stop: list[str] = key([], "texts that end a sample and are not part of it")
+    eos: bool = key(True, "whether the end-of-text token ends a sample")
+    past_context: str = key(
+        "exact",
+        "exact: the last context_length tokens are computed anew for each token, as in the book; "
+        "half: go on from the later half of a full context, many times faster",
+        choices=("exact", "half"),
+    )
+    study: bool | None = key(None, "measure the samples, as for a report; null: in a sweep alone")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = key(123, "sample i of prompt p draws from a stream of its own: (seed, p, i)", at_least=0)
+
+
+@dataclass
+class EvaluateConfig:
+    checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
+    text: str | None = key(None, "show what the model makes of this text, token by token, and what is next")
+    path: str | None = key(None, "instead of a split: a UTF-8 file, a folder (its *.txt and *.md), or a glob")
+    split: str = key(
+        "validation", "of the text that the model was trained on", choices=("training", "validation")
+    )
+    batch_size: int = key(16, "windows in a batch", at_least=1)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    seed: int = key(123, "sample i draws from a stream of its own, given by seed and i", at_least=0)
+
+
+@dataclass
+class GenerationBenchmarkConfig:
+    prompt_tokens: int = key(4, "tokens in a prompt", at_least=1)
+    new_tokens: int = key(200, "tokens generated in each row", at_least=1)
+    batch_sizes: list[int] = key([1, 8, 32], "rows generated side by side", at_least=1)
+    rounds: int = key(3, "timed generations of each variant", at_least=1)
 
 
 @dataclass
 class BenchmarkConfig:
+    measure: str = key("training", "what is timed", choices=("training", "generation"))
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationBenchmarkConfig = field(default_factory=GenerationBenchmarkConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     batch_size: int = key(16, "windows in a batch", at_least=1)
     steps: int = key(10, "timed updates of each variant", at_least=1)
@@ -231,6 +274,8 @@ def validate(config: Any, prefix: str = "") -> None:
                 f"data.batch_size={data.batch_size} does not divide among "
                 f"runtime.processes={runtime.processes}: make it a multiple"
             )
+        case PretrainConfig(runtime=RuntimeConfig(precision="int8")):
+            raise UserError("runtime.precision=int8 is for generation: train in auto, bf16 or fp32")
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:
             raise UserError("data.order=book draws from one generator: it needs runtime.processes=1")
 

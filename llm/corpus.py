@@ -82,7 +82,16 @@ def _is_the_verdict(content: bytes) -> bool:
 
 
 def _read_files(path: str) -> str:
-    """The text of a file, or of all files of a folder or a glob with `<|endoftext|>` between them."""
+    """The text of all files that data.path means, with `<|endoftext|>` between them."""
+    return END_OF_TEXT.join(read_text(file) for file in find_files(path, "data.path"))
+
+
+def find_files(path: str, key: str) -> list[Path]:
+    """The files that a path means: itself, a folder's *.txt and *.md files, or the matches of a glob, sorted.
+
+    Raises:
+        UserError: there is none; names the config key that gave the path.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(file for kind in ("*.txt", "*.md") for file in place.rglob(kind))
@@ -92,12 +101,21 @@ def _read_files(path: str) -> str:
         files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not files:
         raise UserError(
-            f"data.path={path}: no such file, no *.txt or *.md file in that folder, or no match of that glob"
+            f"{key}={path}: no such file, no *.txt or *.md file in that folder, or no match of that glob"
         )
+    return files
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return END_OF_TEXT.join(_decode(file.read_bytes(), str(file)) for file in files)
+        return _decode(file.read_bytes(), str(file))
     except OSError as error:
-        raise UserError(f"data.path={path}: cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _decode(content: bytes, name: str) -> str:

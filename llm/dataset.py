@@ -130,6 +130,15 @@ def ordered_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
         yield windows.batch(torch.arange(start, min(start + batch_size, len(windows))))
 
 
+def whole_batches(token_ids: np.ndarray, context_length: int, batch_size: int) -> Iterator[Batch]:
+    """Every token (tokens,) but the first once a target: whole windows, and a last batch of what is left."""
+    windows = Windows(token_ids, context_length, context_length)
+    yield from ordered_batches(windows, batch_size)
+    rest = torch.from_numpy(token_ids[len(windows) * context_length :].astype(np.int64))[None]
+    if rest.shape[1] > 1:
+        yield rest[:, :-1], rest[:, 1:]
+
+
 def book_batches(windows: Windows, batch_size: int, training: bool) -> Iterator[Batch]:
     """One pass of the book's loaders: shuffled, without a last small batch, for training; else in order.
 

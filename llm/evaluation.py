@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from llm.dataset import Batch
@@ -23,7 +22,6 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-@torch.no_grad()
 def evaluate(
     model: GPTModel,
     batches: Iterable[Batch],
@@ -44,7 +42,7 @@ def evaluate(
     model.eval()
     for inputs, targets in islice(batches, max_batches):
         with runtime.autocast():
-            loss = model(inputs.to(runtime.device), targets.to(runtime.device)).item()
+            loss = model.token_losses(inputs.to(runtime.device), targets.to(runtime.device)).mean().item()
         count += 1
         batch_means += loss
         tokens += targets.numel()

@@ -8,7 +8,6 @@ at once; the backward pass only scales them.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -16,7 +15,7 @@ CHUNK_TOKENS = 1024  # logits of so many tokens are held at once: 206 MB in fp32
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of `F.cross_entropy(hidden @ weight.T, targets)`, a scalar in nats.
+    """Mean of `F.cross_entropy(hidden @ weight.T, targets)`, a scalar in nats, for training.
 
     Under autocast the products are of its type and the loss is summed in fp32.
 
@@ -25,16 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
-    matrix = weight.to(dtype)
-    nats = [
-        F.cross_entropy(F.linear(rows, matrix).float(), wanted, reduction="sum")
-        for rows, wanted in zip(
-            hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
-        )
-    ]
-    return torch.stack(nats).sum() / len(targets)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

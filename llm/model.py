@@ -5,13 +5,19 @@ and in fp32 the book's dropout.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
-from llm.loss import linear_cross_entropy
+from llm.kv_cache import Attended
+from llm.loss import CHUNK_TOKENS, linear_cross_entropy
+
+# What generation hands to the model to keep (layer, keys, values) of new tokens; see llm/kv_cache.py.
+Remember = Callable[[int, Tensor, Tensor], Attended]
 
 
 class MultiHeadAttention(nn.Module):
@@ -26,7 +32,7 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, remember: Callable[[Tensor, Tensor], Attended] | None = None) -> Tensor:
         batch, time, emb_dim = x.shape
         # (batch, heads, time, head_dim)
         queries, keys, values = (
@@ -37,8 +43,11 @@ class MultiHeadAttention(nn.Module):
         if drop_rate > 0 and queries.dtype == torch.float32:
             context = self._attend_as_in_the_book(queries, keys, values)
         else:
+            mask = None
+            if remember is not None:
+                keys, values, mask = remember(keys, values)
             context = F.scaled_dot_product_attention(
-                queries, keys, values, dropout_p=drop_rate, is_causal=True
+                queries.to(keys.dtype), keys, values, mask, drop_rate, is_causal=time > 1
             )
         return self.out_proj(context.transpose(1, 2).reshape(batch, time, emb_dim))
 
@@ -88,8 +97,8 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(config.emb_dim)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_shortcut(self.att(self.norm1(x)))
+    def forward(self, x: Tensor, remember: Callable[[Tensor, Tensor], Attended] | None = None) -> Tensor:
+        x = x + self.drop_shortcut(self.att(self.norm1(x), remember))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -104,6 +113,7 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = LayerNorm(config.emb_dim)
+        self.cache_dtype = torch.float32  # of keys and values that generation keeps
         # With tied weights there is no second tensor, so none is saved, counted or stepped twice.
         self.out_head = (
             None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
@@ -127,20 +137,42 @@ class GPTModel(nn.Module):
         """The output head: (vocab_size, emb_dim)."""
         return self.tok_emb.weight if self.out_head is None else self.out_head.weight
 
-    def features(self, idx: Tensor) -> Tensor:
+    def features(
+        self, idx: Tensor, positions: Tensor | None = None, remember: Remember | None = None
+    ) -> Tensor:
         """Token ids (batch, time), time at most context_length, to what the output head reads:
-        (batch, time, emb_dim)."""
-        positions = torch.arange(idx.shape[1], device=idx.device)
+        (batch, time, emb_dim). Positions are 0, 1, … unless given, (batch, time)."""
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
-        return self.final_norm(self.trf_blocks(x))
+        for layer, block in enumerate(self.trf_blocks):
+            x = block(x, partial(remember, layer) if remember else None)
+        return self.final_norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Through the output head: (…, emb_dim) to (…, vocab_size)."""
+        return F.linear(features, self.head_weight) if self.out_head is None else self.out_head(features)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (batch, time, vocab_size); or, given targets (batch, time), their mean cross-entropy in
         nats, without ever holding all logits at once."""
         features = self.features(idx)
         if targets is None:
-            return F.linear(features, self.head_weight)
+            return self.logits(features)
         return linear_cross_entropy(features.flatten(0, 1), self.head_weight, targets.flatten())
+
+    @torch.no_grad()
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each target (batch, time) in nats: (batch, time), fp32."""
+        losses = [
+            F.cross_entropy(self.logits(rows).float(), wanted, reduction="none")
+            for rows, wanted in zip(
+                self.features(idx).flatten(0, 1).split(CHUNK_TOKENS),
+                targets.flatten().split(CHUNK_TOKENS),
+                strict=True,
+            )
+        ]
+        return torch.cat(losses).view(targets.shape)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -5,6 +5,14 @@ from pathlib import Path
 from llm.files import read_json_lines, replacing
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f6fb4", "#d1495b"
+STAGE_COLOURS = [
+    "#9aa5b1",
+    "#1f6fb4",
+    "#edae49",
+    "#d1495b",
+    "#3a7d44",
+    "#6c4f9c",
+]  # of sampling
 
 
 def plot_losses(run_dir: Path) -> Path:
@@ -54,6 +62,34 @@ def plot_losses(run_dir: Path) -> Path:
         tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.tight_layout()
     path = run_dir / "loss.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path
+
+
+def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]], text: str) -> Path:
+    """Draw the probability of each of `tokens` to come after `text`, a bar for each stage of sampling;
+    the book's bar chart (chapter 5.3.1)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6, 0.55 * len(tokens) + 1.5), 4.8), dpi=150)
+    axes = figure.subplots()
+    width = 0.8 / len(stages)
+    for number, (stage, probabilities) in enumerate(stages.items()):
+        centres = [place + (number - (len(stages) - 1) / 2) * width for place in range(len(tokens))]
+        axes.bar(centres, probabilities, width, color=STAGE_COLOURS[number], label=stage)
+    labels = [repr(token).replace("$", r"\$") for token in tokens]
+    axes.set_xticks(range(len(tokens)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(tokens) - 0.4)
+    axes.set_ylabel("Probability")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    shown = text if len(text) <= 60 else "…" + text[-60:]
+    axes.set_title("Next token after " + repr(shown).replace("$", r"\$"), loc="left", fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

@@ -26,7 +26,7 @@ class Runtime:
     """Where a process computes, in which precision, and which of how many it is."""
 
     device: torch.device
-    precision: str  # fp32 or bf16
+    precision: str  # fp32, bf16, or int8: weights in int8, products in bf16, for inference
     rank: int = 0
     processes: int = 1
 
@@ -36,7 +36,7 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in bf16 over fp32 weights, or nothing at all in fp32."""
@@ -76,7 +76,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     """Choose the device and the precision.
 
     Raises:
-        UserError: the device asked for is not there.
+        UserError: the device asked for is not there, or cannot do the precision asked for.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -100,6 +100,8 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         _keep_freed_memory()
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     precision = config.precision
+    if precision == "int8" and kind != "cpu":
+        raise UserError(f"runtime.precision=int8 is for the CPU, and this is {kind}: use auto, bf16 or fp32")
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(device) else "fp32"
     return Runtime(device, precision, rank, config.processes)

@@ -1,21 +1,35 @@
-"""Logits to a next token: temperature, top-k, top-p and min-p, as pure functions.
+"""Logits to a next token: repetition penalty, temperature, top-k, top-p and min-p, as pure functions.
 
 Each equals the logits processor of the same name in Hugging Face transformers, ties included, and
 they are applied in its order.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm.config import SamplingConfig
 
+GREEDY_BELOW = 1e-6  # a temperature; any two logits that differ are then too far apart for a second choice
 
-def next_token(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
+# Probabilities (batch, vocab), each row summing to 1, to token ids (batch,).
+Draw = Callable[[Tensor], Tensor]
+
+
+def next_token(logits: Tensor, config: SamplingConfig, draw: Draw) -> Tensor:
     """A token id for each row of logits (batch, vocab): (batch,). Temperature 0 takes the likeliest."""
-    if config.temperature == 0:
+    if config.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(filter_logits(logits, config), dim=-1)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+    return draw(next_distribution(logits, config))
+
+
+def next_distribution(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """The probabilities that `next_token` draws from: logits (batch, vocab) to (batch, vocab)."""
+    if config.temperature < GREEDY_BELOW:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.softmax(filter_logits(logits, config), dim=-1)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
@@ -28,6 +42,12 @@ def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     if config.min_p is not None:
         logits = keep_min_p(logits, config.min_p)
     return logits
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (batch, vocab) with those of tokens in `seen`, bool of that shape, divided by `penalty` where
+    positive and multiplied by it where negative; CTRL (Keskar et al. 2019), section 4.1."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -50,3 +70,35 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     probabilities = logits.softmax(dim=-1)
     likeliest = probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < p * likeliest, -torch.inf)
+
+
+def draw_from(generator: torch.Generator | None = None) -> Draw:
+    """Draw as the book does: one `torch.multinomial` for the whole batch, on torch's global stream if no
+    generator is given."""
+
+    def draw(probabilities: Tensor) -> Tensor:
+        return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+
+    return draw
+
+
+def draw_at(uniform: Tensor) -> Draw:
+    """Draw where the cumulative probability of each row passes its number in [0, 1): uniform (batch,), fp32.
+
+    A row's token then depends on its own number alone, not on the batch or the device.
+    """
+
+    def draw(probabilities: Tensor) -> Tensor:
+        if probabilities.device.type == "mps":  # which has no float64
+            return draw(probabilities.cpu()).to(probabilities.device)
+        # In float64 the sums never fall, so a token of probability 0 is never where they pass a number.
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        passed = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
+
+    return draw
+
+
+def uniform_stream(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
+    """The first `count` numbers in [0, 1) of a random stream of its own: (count,), fp32."""
+    return np.random.default_rng((seed, *stream)).random(count, dtype=np.float32)

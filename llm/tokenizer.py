@@ -100,7 +100,17 @@ def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
     """The text of token ids (1, time) or (time,). Bytes that are not UTF-8 become U+FFFD."""
-    return tokenizer.decode(token_ids.flatten().tolist())
+    content = b"".join(bytes_of(token_id, tokenizer) for token_id in token_ids.flatten().tolist())
+    return content.decode(errors="replace")
+
+
+def bytes_of(token_id: int, tokenizer: tiktoken.Encoding) -> bytes:
+    """The bytes of a token, which may end inside a UTF-8 character. An id that the tokenizer lacks (a model
+    may have room for more) is U+FFFD."""
+    try:
+        return tokenizer.decode_single_token_bytes(token_id)
+    except KeyError:
+        return "\ufffd".encode()
 
 
 def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:

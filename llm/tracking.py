@@ -73,26 +73,33 @@ class Tracker:
         if self._wandb_run:
             self._wandb_run.log({"step": step, **metrics})
 
-    def log_sample(self, step: int, prompt: str, text: str, sampling: dict[str, Any]) -> None:
-        append_json_line(self.samples, {"step": step, "prompt": prompt, "text": text, "sampling": sampling})
+    def log_sample(self, line: dict[str, Any]) -> None:
+        """Keep a sample in `samples.jsonl`; `finish` gives all of them to W&B."""
+        append_json_line(self.samples, line)
 
-    def finish(self, summary: dict[str, Any], plot: Path | None, failed: bool = False) -> None:
-        """Give W&B the summary, the samples as a table and the plot, and end its run."""
-        if not self._wandb_run:
-            return
-        import wandb
+    def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Show rows in W&B as a table, which it can plot; what is no plain value is left out."""
+        if self._wandb_run and rows:
+            import wandb
 
-        samples = read_json_lines(self.samples)
-        if samples:
-            table = wandb.Table(columns=["step", "prompt", "text"])
-            for line in samples:
-                table.add_data(line["step"], line["prompt"], line["text"])
-            self._wandb_run.log({"samples": table})
-        if plot and plot.exists():
-            self._wandb_run.log({"loss": wandb.Image(str(plot))})
-        self._wandb_run.summary.update(summary)
-        self._wandb_run.finish(exit_code=int(failed))
-        self._wandb_run = None
+            columns: list[Any] = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+            data = [[row[column] for column in columns] for row in rows]
+            self._wandb_run.log({name: wandb.Table(columns=columns, data=data)})
+
+    def log_picture(self, name: str, path: Path) -> None:
+        """Show a picture in W&B."""
+        if self._wandb_run and path.exists():
+            import wandb
+
+            self._wandb_run.log({name: wandb.Image(str(path))})
+
+    def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
+        """Give W&B the samples as a table, and the summary, and end its run."""
+        if self._wandb_run:
+            self.log_table("samples", read_json_lines(self.samples))
+            self._wandb_run.summary.update(summary)
+            self._wandb_run.finish(exit_code=int(failed))
+            self._wandb_run = None
 
     @property
     def wandb_folder(self) -> Path | None:

@@ -23,13 +23,13 @@ from llm.config import PretrainConfig, UserError, validate
 from llm.dataset import Windows
 from llm.evaluation import Evaluation, evaluate
 from llm.files import write_json
-from llm.generation import generate, sample_generator
+from llm.inference import for_inference
 from llm.model import parameter_count, training_flops_per_token
 from llm.progress import Progress
 from llm.run import Run, Summary, build_run, git_commit, package_versions, save
 from llm.runtime import Runtime, device_name, measure_matmul_flops, peak_memory_bytes, processes
 from llm.schedule import lr_factor
-from llm.tokenizer import text_to_token_ids, token_ids_to_text
+from llm.text_generation import generate_texts
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def _pretrain(config: PretrainConfig, run_dir: Path, summary: Summary, runtime: 
         if run.tracker:
             figures = asdict(summary)
             del figures["total_seconds"]  # not known yet
-            run.tracker.finish(figures, run_dir / "loss.png", failed=summary.status == "running")
+            run.tracker.log_picture("loss", run_dir / "loss.png")
+            run.tracker.finish(figures, failed=summary.status == "running")
     return run
 
 
@@ -227,20 +228,13 @@ def _evaluate_validation_split(run: Run) -> Evaluation:
 def sample(run: Run) -> None:
     """Generate from `samples.prompt`, on a random stream apart from training's."""
     config, sampling = run.config.samples, run.config.sampling
-    prompt = text_to_token_ids(config.prompt, run.tokenizer).to(run.runtime.device)
-    with run.runtime.autocast():
-        token_ids = generate(
-            run.model,
-            prompt,
-            config.max_new_tokens,
-            context_size=run.config.model.context_length,
-            **asdict(sampling),
-            generator=sample_generator(run.config.seed, 0, run.runtime.device),
-        )
-    text = token_ids_to_text(token_ids, run.tokenizer)
+    model = for_inference(run.model, run.runtime)
+    [text] = generate_texts(
+        model, run.tokenizer, [config.prompt], sampling, config.max_new_tokens, seed=run.config.seed
+    )
     assert run.tracker
-    run.tracker.log_sample(run.counters.steps - 1, config.prompt, text, asdict(sampling))
-    log.info("\nSample after %d updates:\n%s\n", run.counters.steps, text.rstrip())
+    run.tracker.log_sample({"step": run.counters.steps - 1, **text.line(), "sampling": asdict(sampling)})
+    log.info("\nSample after %d updates:\n%s\n", run.counters.steps, text.text.rstrip())
 
 
 def _conclude(run: Run, summary: Summary, matmul_flops: float) -> None:

@@ -8,10 +8,23 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llm.config import BenchmarkConfig, GenerateConfig, PretrainConfig, UserError, from_dict, validate
+from llm.config import (
+    BenchmarkConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PretrainConfig,
+    UserError,
+    from_dict,
+    validate,
+)
 
 CONF = Path(__file__).parents[1] / "conf"
-SCHEMAS = {"pretrain": PretrainConfig, "generate": GenerateConfig, "benchmark": BenchmarkConfig}
+SCHEMAS = {
+    "pretrain": PretrainConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "benchmark": BenchmarkConfig,
+}
 
 
 def composed(name: str, *overrides: str) -> PretrainConfig:
@@ -68,6 +81,8 @@ def test_gpt2_sizes_are_the_papers(name: str, sizes: tuple[int, int, int]) -> No
         ("optimizer.betas=[0.9,1.0]", r"optimizer.betas=1.0: must be at least 0 and below 1"),
         ("training.max_minutes=null", "max_epochs, max_steps and max_minutes are all null"),
         ("data=text", r"data.path is not given: data=text needs data.path="),
+        ("sampling.repetition_penalty=0", r"sampling.repetition_penalty=0.0: must be above 0 \("),
+        ("runtime.precision=int8", "runtime.precision=int8 is for generation"),
         ("runtime.processes=3", "data.batch_size=.* does not divide among runtime.processes=3"),
     ],
 )

@@ -82,9 +82,9 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     assert summary["best_val_loss"] == min(line["val/loss"] for line in evaluations)
     assert summary["mfu"] > 0
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [set(line) for line in read_json_lines(run / "samples.jsonl")] == [
-        {"step", "prompt", "text", "sampling"}
-    ]
+    [sample] = read_json_lines(run / "samples.jsonl")
+    assert set(sample) >= {"step", "prompt", "text", "sampling"}
+    assert (sample["step"], len(sample["token_ids"]), sample["stop_reason"]) == (11, 5, "length")
     assert (run / ".hydra" / "config.yaml").exists()
     assert "Ep 1 (Step 000000): Train loss 5." in (run / "pretrain.log").read_text()
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
@@ -267,20 +267,6 @@ def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: P
     assert [len(list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*"))) for job in "02"] == [1, 1]
 
 
-def test_a_sampling_sweep_runs_each_setting(script: Script, tmp_path: Path, text: str) -> None:
-    trained = script("pretrain", *TINY, "data=text", text, "training.max_steps=2", "hydra.run.dir=run")
-    assert trained.returncode == 0, trained.stderr
-    sweep = ["-m", "checkpoint=run", "prompt=7", "max_new_tokens=3", "hydra.sweep.dir=sweep"]
-    result = script("generate", *sweep, "sampling.temperature=0.5,1.5")
-    assert result.returncode == 0, result.stderr
-    for job, temperature in (("0", 0.5), ("1", 1.5)):
-        [line] = read_json_lines(tmp_path / "sweep" / job / "samples.jsonl")
-        assert line["sampling"]["temperature"] == temperature
-    result = script("generate", *sweep, "sampling.temperature=0.5,-1")
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -305,22 +291,12 @@ def test_errors_are_one_line(script: Script, arguments: list[str], line: str) ->
 
 
 def test_help_lists_groups_without_torch(script: Script) -> None:
-    for name in ("pretrain", "generate", "benchmark"):
+    for name in ("pretrain", "generate", "evaluate", "benchmark"):
         result = script(name, "--help")
         assert result.returncode == 0
-        assert "model: gpt124m" in result.stdout
+        assert "sampling: greedy" in result.stdout
     code = "import sys; sys.argv[1:] = ['--cfg', 'job']; import pretrain; print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
-
-
-def test_benchmark_compares_in_one_run(script: Script, tmp_path: Path) -> None:
-    result = script(
-        "benchmark", "model=tiny", "model.vocab_size=300", "batch_size=2", "steps=2", "hydra.run.dir=run"
-    )
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
-    assert [row["variant"] for row in rows][:2] == ["fp32, plain loss", "fp32, chunked loss"]
-    assert rows[0]["speed"] == 1.0

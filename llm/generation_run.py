@@ -1,0 +1,140 @@
+"""What `experiments/generate.py` does: samples of a checkpoint, printed, kept, and in a study measured."""
+
+import functools
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llm.checkpoint import find_checkpoint, step_of
+from llm.config import GenerateConfig, UserError, validate
+from llm.copying import NgramIndex, load_ngram_index
+from llm.corpus import find_files, load_text, read_text, split_text
+from llm.dataset import token_file
+from llm.files import append_json_line, cache_folder, write_json
+from llm.inference import load_for_inference
+from llm.runtime import Runtime, start_runtime
+from llm.study import copying_metrics, sample_metrics
+from llm.text_generation import Sample, generate_texts
+from llm.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+STUDY_SAMPLES = 32
+
+
+def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
+    """Generate, print, and leave the samples in `run_dir/samples.jsonl`; in a study, `summary.json` too.
+
+    Model and tokenizer are those of the checkpoint.
+
+    Raises:
+        UserError: a value is out of range, a prompt is empty or cannot be read, or the checkpoint cannot be
+            loaded.
+    """
+    validate(config)
+    if not config.study:
+        return _generate(config, run_dir)[0]
+    summary: dict[str, Any] = {"status": "failed", "sampling": asdict(config.sampling), "seed": config.seed}
+    tracker = Tracker(run_dir, config.tracking, asdict(config), "generate")
+    try:
+        samples, about = _generate(config, run_dir)
+        summary |= about | {"status": "finished"}
+        return samples
+    except BaseException as error:
+        summary["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        write_json(run_dir / "summary.json", summary)
+        tracker.finish(summary, failed=summary["status"] == "failed")
+
+
+def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples, and what a summary says of them."""
+    folder = find_checkpoint(config.checkpoint)
+    runtime = start_runtime(config.runtime)
+    model, _, tokenizer = load_for_inference(folder, runtime)
+    prompts = _prompts(config)
+    num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
+    log.info("checkpoint %s · %s · %s\n", folder, runtime.device, runtime.precision)
+    streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
+    begin = time.perf_counter()
+    samples = []
+    for sample in generate_texts(
+        model,
+        tokenizer,
+        prompts,
+        config.sampling,
+        config.max_new_tokens,
+        num_samples,
+        config.seed,
+        config.batch_size,
+        config.stop,
+        config.eos,
+        config.past_context,
+        show=_show if streaming else None,
+    ):
+        samples.append(sample)
+        if streaming:
+            _show("\n\n")
+        elif not config.study:
+            _show(f"{_heading(config, sample, len(prompts))}\n{sample.text}\n\n")
+    seconds = time.perf_counter() - begin
+    new_tokens = sum(len(sample.token_ids) for sample in samples)
+    step = step_of(folder)
+    about = {
+        "checkpoint": str(folder),
+        "step": step,
+        "num_samples": len(samples),
+        "new_tokens": new_tokens,
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+    }
+    of_each: list[dict[str, Any]] = [{} for _ in samples]
+    if config.study:
+        about |= sample_metrics(samples)
+        if index := _training_index(folder, runtime):
+            overall, of_each = copying_metrics(samples, index, tokenizer)
+            about |= overall
+    for sample, figures in zip(samples, of_each, strict=True):
+        line = {"step": step, **sample.line(), **figures, "sampling": asdict(config.sampling)}
+        append_json_line(run_dir / "samples.jsonl", line)
+    log.info(
+        "%d tokens at %.1f tokens/s; kept in %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
+    )
+    return samples, about
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    """The prompt, or the content of each file, less one newline at its end, which editors add."""
+    if config.prompt_file is None:
+        return [config.prompt]
+    if config.prompt_file == "-":
+        return [sys.stdin.read().removesuffix("\n")]
+    return [read_text(file).removesuffix("\n") for file in find_files(config.prompt_file, "prompt_file")]
+
+
+def _heading(config: GenerateConfig, sample: Sample, prompts: int) -> str:
+    prompt = f"prompt {sample.prompt_index + 1}, " if prompts > 1 else ""
+    return f"{prompt}sample {sample.index + 1}:"
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _training_index(folder: Path, runtime: Runtime) -> NgramIndex | None:
+    """The index over the tokens that a checkpoint was trained on; None, and a line why, without them."""
+    _, trained, tokenizer = load_for_inference(folder, runtime)
+    try:
+        training_text = split_text(load_text(trained.data), trained.data.train_ratio)[0]
+    except UserError as error:
+        log.warning("what was copied is not measured, for want of the training text: %s", error)
+        return None
+    cache = cache_folder(trained.data.cache_dir)
+    return load_ngram_index(token_file(training_text, tokenizer, cache, "training"), cache)

@@ -1,0 +1,100 @@
+"""A model made ready for generation and evaluation: its linear layers in the precision and the memory layout
+that multiply a few rows fastest."""
+
+import copy
+import functools
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.checkpoint import load_checkpoint
+from llm.config import PretrainConfig
+from llm.model import GPTModel
+from llm.runtime import Runtime
+from llm.tokenizer import load_tokenizer
+
+INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
+
+
+@functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
+def load_for_inference(folder: Path, runtime: Runtime) -> tuple[GPTModel, PretrainConfig, tiktoken.Encoding]:
+    """The model of a checkpoint folder, ready; the config of its run; its tokenizer.
+
+    Raises:
+        UserError: the folder holds no whole checkpoint.
+    """
+    model, trained = load_checkpoint(folder, runtime.device)
+    return for_inference(model, runtime), trained, load_tokenizer(trained.tokenizer.name)
+
+
+def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
+    """A copy of a model that shares all weights but those of its linear layers, in evaluation mode.
+
+    Embeddings, LayerNorms and the residual stream stay in fp32; matrix products are in the precision of
+    `runtime`, as under autocast in training.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    ready = copy.deepcopy(model, shared).eval()  # the memo: what is not copied
+    for module in list(ready.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, InferenceLinear(child.weight, child.bias, runtime))
+    if ready.out_head is None:
+        ready.out_head = InferenceLinear(ready.tok_emb.weight, None, runtime)  # type: ignore[assignment]
+    # Attention over a cache is many small products, in which CPUs are several times as slow in bf16.
+    ready.cache_dtype = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
+    return ready
+
+
+class InferenceLinear(nn.Module):
+    """`F.linear` with a weight (out, in) that will not change: (…, in) to (…, out)."""
+
+    @torch.no_grad()
+    def __init__(self, weight: Tensor, bias: Tensor | None, runtime: Runtime) -> None:
+        super().__init__()
+        self.out_features = weight.shape[0]
+        self.dtype = runtime.dtype
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.scales: Tensor | None = None
+        self.packed = False
+        if runtime.precision == "int8":
+            self.weight, self.scales = quantise(weight)
+        else:
+            self.weight = weight.detach().to(self.dtype)
+            self.packed = _packs(runtime)
+            if self.packed:
+                self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if self.packed:
+            out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        elif self.scales is None:
+            out = F.linear(rows, self.weight, self.bias)
+        elif len(rows) > INT8_KERNEL_ROWS:
+            out = F.linear(rows, self.weight.to(self.dtype) * self.scales[:, None], self.bias)
+        else:
+            out = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+            out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) as int8 and a bf16 scale for each output (out,): weight ≈ int8 · scale.
+
+    Rounded to nearest, the largest of each row at 127; LLM.int8() (Dettmers et al. 2022), section 2, with
+    activations left as they are.
+    """
+    scales = (weight.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    return (weight / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _packs(runtime: Runtime) -> bool:
+    """Whether oneDNN can lay out weights in blocks. A product of a few rows then runs at the speed of
+    memory, where `F.linear` over plain weights reaches a half (one row) to a quarter (eight) of it."""
+    if runtime.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return runtime.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
