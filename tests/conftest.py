@@ -30,11 +30,12 @@ def environment(cache_dir: Path) -> dict[str, str]:
 def script(environment: dict[str, str], tmp_path: Path) -> Script:
     """Run `experiments/NAME.py ARGUMENTS…` in an empty folder."""
 
-    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(name: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *arguments],
             cwd=tmp_path,
             env=environment,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=240,
