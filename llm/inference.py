@@ -17,6 +17,7 @@ from llm.runtime import Runtime
 from llm.tokenizer import load_tokenizer
 
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
+INT8_KERNEL_INPUTS = 16  # the kernel reads so many at once, and past the end of what does not divide
 
 
 @functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
@@ -74,7 +75,7 @@ class InferenceLinear(nn.Module):
             out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         elif self.scales is None:
             out = F.linear(rows, self.weight, self.bias)
-        elif len(rows) > INT8_KERNEL_ROWS:
+        elif len(rows) > INT8_KERNEL_ROWS or x.shape[-1] % INT8_KERNEL_INPUTS:
             out = F.linear(rows, self.weight.to(self.dtype) * self.scales[:, None], self.bias)
         else:
             out = torch._weight_int8pack_mm(rows, self.weight, self.scales)

@@ -1,9 +1,11 @@
 """The decode loop against the book's, written out again step by step."""
 
+import pytest
 import torch
+from test_model import pair_with_transformers
 
 from llm.config import ModelConfig
-from llm.generation import generate, sample_generator
+from llm.generation import Decoding, generate
 from llm.model import GPTModel
 
 CONFIG = ModelConfig(
@@ -35,19 +37,43 @@ def book_generate(
     return idx
 
 
-def test_greedy_equals_the_book_past_the_context() -> None:
-    prompt = torch.randint(61, (3, 5))
-    expected = book_generate(model(), prompt, 20, 8, 0.0, None)
-    assert torch.equal(generate(model(), prompt, 20, context_size=8), expected)
+@pytest.mark.parametrize("length", range(1, 12))
+def test_greedy_equals_the_book_up_to_the_context_and_past_it(length: int) -> None:
+    torch.manual_seed(length)
+    prompt = torch.randint(61, (3, length))
+    gpt = model()
+    expected = book_generate(gpt, prompt, 20, 8, 0.0, None)
+    assert torch.equal(generate(gpt, prompt, 20, context_size=8), expected)
 
 
-def test_sampling_on_the_global_stream_equals_the_book() -> None:
-    prompt = torch.randint(61, (3, 5))
+@pytest.mark.parametrize("length", [1, 5, 8, 11])
+def test_sampling_equals_the_book_on_the_same_stream(length: int) -> None:
+    prompt = torch.randint(61, (3, length))
     gpt = model()
     torch.manual_seed(11)
     expected = book_generate(gpt, prompt, 20, 8, 1.4, 25)
     torch.manual_seed(11)
     assert torch.equal(generate(gpt, prompt, 20, context_size=8, temperature=1.4, top_k=25), expected)
+    before = torch.get_rng_state()
+    own = torch.Generator().manual_seed(11)
+    drawn = generate(gpt, prompt, 20, context_size=8, temperature=1.4, top_k=25, generator=own)
+    assert torch.equal(drawn, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_greedy_equals_transformers() -> None:
+    gpt, theirs = pair_with_transformers()
+    for length in (1, 3, 10):
+        prompt = torch.randint(97, (2, length))
+        expected = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=24 - length,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert torch.equal(generate(gpt, prompt, 24 - length, context_size=24), expected)
 
 
 def test_a_row_ends_at_eos_and_the_others_go_on() -> None:
@@ -63,15 +89,51 @@ def test_a_row_ends_at_eos_and_the_others_go_on() -> None:
     assert eos not in generate(gpt, prompt[:1], 20, context_size=8, eos_id=eos)[0, 5:].tolist()
 
 
-def test_an_own_stream_leaves_torchs_alone_and_repeats() -> None:
-    gpt, prompt = model(), torch.randint(61, (1, 5))
-    before = torch.get_rng_state()
-    texts = [
-        generate(
-            gpt, prompt, 20, 8, temperature=5.0, generator=sample_generator(123, index, torch.device("cpu"))
-        )
-        for index in (0, 1, 0)
-    ]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(texts[0], texts[2])
-    assert not torch.equal(texts[0], texts[1])
+def window_logits(gpt: GPTModel, window: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return gpt(torch.tensor([window]))[0, -1]
+
+
+@pytest.mark.parametrize(("past_context", "jump"), [("exact", 1), ("half", 4)])
+def test_logits_of_ragged_rows_are_those_of_their_windows(past_context: str, jump: int) -> None:
+    """Rows of different lengths, equal ones among them, that end in any order, past the context too."""
+    gpt = model().eval()
+    prompts = [[1, 2, 3], [4], [5] * 12, [1, 2, 3], list(range(8)), [9, 9]]
+    decoding = Decoding(gpt, prompts, 25, 8, past_context)
+    tokens = torch.randint(61, (25, len(prompts)), generator=torch.Generator().manual_seed(4))
+    ends = {3: [0], 7: [5, 2], 15: [4]}
+    for step in range(25):
+        logits = decoding.logits()
+        assert len(logits) == len(decoding.rows)
+        for row, found in zip(decoding.rows, logits, strict=True):
+            ids = decoding.token_ids[row]
+            start = next(start for start in range(0, len(ids), jump) if len(ids) - start <= 8)
+            torch.testing.assert_close(found, window_logits(gpt, ids[start:]), atol=1e-5, rtol=1e-5)
+        decoding.append([int(tokens[step, row]) for row in decoding.rows])
+        decoding.end(ends.get(step, []))
+    assert sorted(decoding.rows) == [1, 3]
+    lengths = [len(ids) - len(prompt) for ids, prompt in zip(decoding.token_ids, prompts, strict=True)]
+    assert lengths == [4, 25, 8, 25, 16, 8]
+
+
+def tokens_computed(gpt: GPTModel, prompts: list[list[int]], new: int, past_context: str) -> list[int]:
+    """How many tokens go through the model at each step."""
+    counts: list[int] = []
+    handle = gpt.tok_emb.register_forward_hook(lambda module, args, out: counts.append(args[0].numel()))
+    decoding = Decoding(gpt.eval(), prompts, new, 8, past_context)
+    steps = []
+    for _ in range(new):
+        decoding.logits()
+        decoding.append([1] * len(prompts))
+        steps.append(sum(counts))
+        counts.clear()
+    handle.remove()
+    return steps
+
+
+def test_a_step_computes_one_token_a_row_and_a_shared_prompt_once() -> None:
+    assert tokens_computed(model(), [[1, 2, 3, 4]] * 5, 5, "exact") == [4, 5, 5, 5, 5]
+    past = tokens_computed(model(), [[1, 2, 3, 4]], 13, "exact")
+    assert past == [4, 1, 1, 1, 1, *[8] * 8]  # past the context the whole window, as the book does
+    half = tokens_computed(model(), [[1, 2, 3, 4]], 13, "half")
+    assert half == [4, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]

@@ -20,8 +20,6 @@ def test_fp32_equals_cross_entropy(tokens: int) -> None:
         torch.autograd.grad(3 * loss, (hidden, weight)), expected_gradients, strict=True
     ):
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)
 
 
 def test_bf16_is_within_its_rounding() -> None:

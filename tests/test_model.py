@@ -8,12 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm.config import ModelConfig
+from llm.loss import CHUNK_TOKENS
 from llm.model import GPTModel, MultiHeadAttention, parameter_count, training_flops_per_token
 
 SMALL = ModelConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, qkv_bias=True)
 
 
-def test_logits_equal_those_of_transformers() -> None:
+def pair_with_transformers() -> tuple[GPTModel, GPT2LMHeadModel]:
+    """A model and transformers' GPT-2 with the same random weights."""
     torch.manual_seed(1)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_head=4, n_layer=3)).eval()
     weights = theirs.state_dict()
@@ -45,9 +47,26 @@ def test_logits_equal_those_of_transformers() -> None:
             ours[f"{here}norm{number}.shift"] = weights[f"{there}ln_{number}.bias"]
     model = GPTModel(SMALL).eval()
     model.load_state_dict(ours)
+    return model, theirs
+
+
+def test_logits_equal_those_of_transformers() -> None:
+    model, theirs = pair_with_transformers()
     idx = torch.randint(97, (2, 24))
     with torch.no_grad():
         torch.testing.assert_close(model(idx), theirs(idx).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_token_losses_equal_cross_entropy_over_all_logits(tie_weights: bool) -> None:
+    model = GPTModel(replace(SMALL, tie_weights=tie_weights))
+    idx, targets = torch.randint(97, (50, 24)), torch.randint(97, (50, 24))
+    assert idx.numel() > CHUNK_TOKENS
+    expected = torch.nn.functional.cross_entropy(model(idx).transpose(1, 2), targets, reduction="none")
+    losses = model.token_losses(idx, targets)
+    torch.testing.assert_close(losses, expected)
+    assert not losses.requires_grad
+    torch.testing.assert_close(model(idx, targets), expected.mean())
 
 
 def test_dropout_by_hand_and_fused_attention_agree_without_dropout() -> None:

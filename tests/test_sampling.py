@@ -1,16 +1,26 @@
 """Sampling filters against transformers' logits processors, ties and edges included."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from llm.config import SamplingConfig
-from llm.sampling import filter_logits, next_token
+from llm.sampling import (
+    draw_at,
+    draw_from,
+    filter_logits,
+    next_distribution,
+    next_token,
+    penalise_repetition,
+    uniform_stream,
+)
 
 NO_IDS = torch.LongTensor()  # none of these processors looks at them
 
@@ -38,13 +48,60 @@ def test_filters_equal_transformers(
     assert torch.equal(filter_logits(logits, SamplingConfig(temperature, top_k, top_p, min_p)), expected)
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    logits = torch.randn(8, 50)
-    assert torch.equal(next_token(logits, SamplingConfig(temperature=0.0)), logits.argmax(-1))
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 10.0])
+def test_repetition_penalty_equals_transformers(penalty: float) -> None:
+    logits = logits_with_ties()  # positive, zero and negative
+    ids = torch.randint(50, (64, 30))  # with repetitions
+    seen = torch.zeros(64, 50, dtype=torch.bool).scatter(1, ids, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    assert torch.equal(penalise_repetition(logits, seen, penalty), expected)
 
 
-def test_draws_follow_the_probabilities() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-7, 1e-6, 1e-3])
+def test_near_temperature_zero_is_greedy(temperature: float) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(8, 50) * 100
+    config = SamplingConfig(temperature, top_k=None)
+    uniform = torch.rand(8)
+    assert torch.equal(next_token(logits, config, draw_at(uniform)), logits.argmax(-1))
+    distribution = next_distribution(logits, config)
+    assert torch.equal(draw_at(uniform)(distribution), logits.argmax(-1))
+    assert torch.equal(distribution.max(-1).values, torch.ones(8))
+
+
+def test_drawing_from_a_generator_follows_the_probabilities() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).repeat(60_000, 1)
-    drawn = next_token(logits, SamplingConfig(1.0, top_k=None), torch.Generator().manual_seed(0))
+    draw = draw_from(torch.Generator().manual_seed(0))
+    drawn = next_token(logits, SamplingConfig(1.0, top_k=None), draw)
     frequencies = torch.bincount(drawn, minlength=3) / len(drawn)
     torch.testing.assert_close(frequencies, torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0)
+
+
+def test_drawing_at_a_number_is_the_inverse_of_the_cumulative_distribution() -> None:
+    below_one = np.nextafter(np.float32(1), np.float32(0))
+    numbers = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, below_one])
+    probabilities = torch.tensor([0.5, 0.3, 0.2]).repeat(6, 1)
+    assert draw_at(numbers)(probabilities).tolist() == [0, 0, 1, 1, 2, 2]
+    # What may not be drawn is not drawn, at either end or between.
+    masked = torch.tensor([0.0, 0.0, 0.7, 0.0, 0.3, 0.0]).repeat(6, 1)
+    assert draw_at(numbers)(masked).tolist() == [2, 2, 2, 4, 4, 4]
+
+
+def test_drawing_at_numbers_follows_the_probabilities_in_a_large_vocabulary() -> None:
+    torch.manual_seed(2)
+    probabilities = torch.softmax(filter_logits(torch.randn(50_257) * 2, SamplingConfig(1.0, 10)), dim=-1)
+    numbers = torch.from_numpy(uniform_stream(7, (0, 0), 4000))
+    drawn = torch.cat([draw_at(part)(probabilities.expand(len(part), -1)) for part in numbers.split(500)])
+    frequencies = torch.bincount(drawn, minlength=50_257) / len(drawn)
+    torch.testing.assert_close(frequencies, probabilities, atol=0.03, rtol=0)
+    assert not frequencies[probabilities == 0].any()
+
+
+def test_streams_repeat_differ_and_go_on() -> None:
+    stream = uniform_stream(123, (0, 1), 1000)
+    assert np.array_equal(uniform_stream(123, (0, 1), 2000)[:1000], stream)
+    assert not np.isin(stream[:10], uniform_stream(123, (1, 0), 1000)).any()
+    assert not np.isin(stream[:10], uniform_stream(124, (0, 1), 1000)).any()
+    assert stream.dtype == np.float32
+    assert 0 <= stream.min() < 0.01
+    assert 0.99 < stream.max() < 1
