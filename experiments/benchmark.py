@@ -1,4 +1,4 @@
-"""Measure training speed, variants side by side: `python experiments/benchmark.py --help`."""
+"""Measure the speed of training or generation: `python experiments/benchmark.py --help`."""
 
 from pathlib import Path
 
@@ -8,9 +8,15 @@ from llm.config import BenchmarkConfig
 
 
 def run(config: BenchmarkConfig, run_dir: Path) -> None:
-    from llm.benchmark import benchmark_training  # imports torch, which --help need not wait for
+    # These import torch, which --help need not wait for.
+    if config.measure == "generation":
+        from llm.generation_benchmark import benchmark_generation
 
-    benchmark_training(config, run_dir)
+        benchmark_generation(config, run_dir)
+    else:
+        from llm.benchmark import benchmark_training
+
+        benchmark_training(config, run_dir)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError
+from llm.progress import format_table
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 
@@ -188,6 +189,15 @@ class SweepTable(Callback):
         print(f"\nsweep folder {_relative(Path(config.hydra.sweep.dir).absolute())}")
 
 
+class StudyReport(Callback):
+    """Ends a sweep of sampling settings with a report."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from llm.generation_run import conclude_study
+
+        conclude_study(_relative(Path(config.hydra.sweep.dir).absolute()))
+
+
 def _number(path: Path) -> int:
     name = path.parents[1].name
     return int(name) if name.isdigit() else -1
@@ -213,14 +223,7 @@ def _table(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
                 "best" if loss is not None and loss == best else summary.get("error") or "",
             ]
         )
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 3 or column == 8 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    return format_table(cells, left={0, 1, 2, 8})
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -43,7 +43,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
             optimizers = build_optimizers(model, config.optimizer)
             variants[f"{precision}, {name} loss"] = _updater(config, each, model, optimizers, loss)
         if importlib.util.find_spec("transformers"):
-            theirs = _transformers_gpt2(config.model)
+            theirs = transformers_gpt2(config.model)
             adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))
             name = f"{precision}, transformers {version('transformers')}"
             variants[name] = _updater(config, each, theirs, adamw, _transformers_loss)
@@ -93,8 +93,8 @@ def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
 
 
-def _transformers_gpt2(config: ModelConfig) -> nn.Module:
-    """GPT-2 of the same size as transformers has it."""
+def transformers_gpt2(config: ModelConfig) -> nn.Module:
+    """GPT-2 of the same size as transformers has it, in training mode."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = GPT2Config(

@@ -8,13 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from llm.checkpoint import find_checkpoint, step_of
-from llm.config import GenerateConfig, UserError, validate
+from llm.config import GenerateConfig, TrackingConfig, UserError, validate
 from llm.copying import NgramIndex, load_ngram_index
 from llm.corpus import find_files, load_text, read_text, split_text
 from llm.dataset import token_file
 from llm.files import append_json_line, cache_folder, write_json
 from llm.inference import load_for_inference
+from llm.progress import format_table
+from llm.report import MAIN_METRICS, METRICS, study_jobs, study_report
 from llm.runtime import Runtime, start_runtime
 from llm.study import copying_metrics, sample_metrics
 from llm.text_generation import Sample, generate_texts
@@ -49,6 +53,27 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
     finally:
         write_json(run_dir / "summary.json", summary)
         tracker.finish(summary, failed=summary["status"] == "failed")
+
+
+def conclude_study(folder: Path) -> None:
+    """At the end of a sweep: a table, a report in its folder, and a W&B run beside those of the jobs."""
+    jobs = study_jobs(folder)
+    page = study_report(jobs, folder)
+    recorded = OmegaConf.load(folder / jobs[0].name / ".hydra" / "config.yaml").tracking
+    failed = [job for job in jobs if job.error]
+    tracker = Tracker(
+        folder, TrackingConfig(**{**recorded, "name": "study", "group": str(folder)}), {}, "study"
+    )
+    tracker.log_table("settings", [job.row() for job in jobs])
+    tracker.log_picture("report", folder / "report.png")
+    tracker.finish({"settings": len(jobs), "failed": len(failed)}, failed=bool(failed))
+    cells = [["job", "set", *(METRICS[metric][0].lower() for metric in MAIN_METRICS), ""]]
+    for job in jobs:
+        cells.append([job.name, job.title, *map(job.written, MAIN_METRICS), job.error or ""])
+    print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
+    print(f"\nreport      {page}")
+    if tracker.wandb_folder:
+        print(f"W&B         wandb sync {folder}/wandb/offline-run-* {folder}/*/wandb/offline-run-*")
 
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:

@@ -66,3 +66,16 @@ def format_count(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g}{unit}"
     return f"{count:.3g}"
+
+
+def format_table(cells: list[list[str]], left: set[int]) -> str:
+    """Rows of cells as lines, the first row a heading; columns in `left` start at the left, the others end at
+    the right."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )

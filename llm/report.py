@@ -1,0 +1,406 @@
+"""A sampling study as a page, a table and a picture, from the files of its jobs alone."""
+
+import csv
+import html
+import io
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from llm.files import read_json_lines, replacing, write_text
+
+# What is shown of each setting: its title, how its number is written, and what it means.
+METRICS = {
+    "perplexity": ("Perplexity", "{:.1f}", "of the samples under the model itself, at temperature 1"),
+    "log_probability": ("Log-probability", "{:.2f}", "mean under the model, nats per token"),
+    "entropy": ("Entropy", "{:.2f}", "mean of the distributions drawn from, nats per token"),
+    "distinct_1": ("Distinct-1", "{:.3f}", "share of different tokens among all"),
+    "distinct_2": ("Distinct-2", "{:.3f}", "share of different pairs of tokens"),
+    "distinct_3": ("Distinct-3", "{:.3f}", "share of different triples of tokens"),
+    "repetition": ("Repetition", "{:.1%}", "share of 4-grams that stood before in their own sample"),
+    "length": ("Length", "{:.1f}", "mean new tokens of a sample"),
+    "copied": (
+        "Copied",
+        "{:.1%}",
+        "share of new tokens in runs of 8 or more that stand in the training text",
+    ),
+    "longest_copy": ("Longest copy", "{:.0f}", "tokens of the longest run that stands in the training text"),
+}
+MAIN_METRICS = ("perplexity", "entropy", "distinct_2", "repetition", "copied", "longest_copy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One setting of a study."""
+
+    name: str
+    overrides: list[str]
+    setting: dict[str, str]  # those overrides that differ between jobs
+    summary: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        return ", ".join(f"{_short(key)} {value}" for key, value in self.setting.items()) or "the one setting"
+
+    @property
+    def error(self) -> str | None:
+        if self.summary.get("status") == "finished":
+            return None
+        return self.summary.get("error") or "it did not finish"
+
+    def figure(self, metric: str) -> float | None:
+        return self.summary.get(metric)
+
+    def written(self, metric: str) -> str:
+        value = self.figure(metric)
+        return "–" if value is None else METRICS[metric][1].format(value)
+
+    def row(self) -> dict[str, Any]:
+        """What was set, and all figures."""
+        return {"job": self.name, **self.setting, **{metric: self.figure(metric) for metric in METRICS}}
+
+
+def study_jobs(folder: Path) -> list[Job]:
+    """The jobs of a sweep folder, by number, with whatever each has left."""
+    folders = sorted(
+        (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: int(job.name)
+    )
+    overrides = [[str(each) for each in OmegaConf.load(job / ".hydra" / "overrides.yaml")] for job in folders]
+    jobs = []
+    for job, own in zip(folders, overrides, strict=True):
+        differing = [each for each in own if not all(each in other for other in overrides)]
+        setting = {key: value for key, _, value in (each.partition("=") for each in differing)}
+        summary = job / "summary.json"
+        jobs.append(
+            Job(
+                job.name,
+                own,
+                setting,
+                json.loads(summary.read_text("utf-8")) if summary.exists() else {},
+                read_json_lines(job / "samples.jsonl"),
+            )
+        )
+    return jobs
+
+
+def study_report(jobs: list[Job], folder: Path) -> Path:
+    """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png` into a sweep folder.
+
+    Returns the page.
+    """
+    write_text(folder / "report.csv", _csv(jobs))
+    _draw(jobs, folder / "report.png")
+    write_text(folder / "report.html", _page(folder, jobs))
+    return folder / "report.html"
+
+
+def _csv(jobs: list[Job]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(jobs[0].row()), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(job.row() for job in jobs)
+    return text.getvalue()
+
+
+def _short(key: str | None) -> str:
+    return (key or "").rsplit(".", 1)[-1]
+
+
+def _axes(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
+    """The swept keys: the one down the side of a heatmap, the one along its top, and the others."""
+    keys = list(jobs[0].setting)
+    if len(keys) < 2:
+        return None, keys[0] if keys else None, []
+    return keys[0], keys[1], keys[2:]
+
+
+def _values(jobs: list[Job], key: str | None) -> list[str]:
+    """The values of a swept key, numbers first and in order; one empty value for no key."""
+    return sorted({job.setting[key] for job in jobs} if key else [""], key=_order)
+
+
+def _order(value: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+def _job_at(jobs: list[Job], fixed: dict[str, str], *places: tuple[str | None, str]) -> Job | None:
+    """The job of a cell."""
+    setting = {**fixed, **{key: value for key, value in places if key}}
+    return next((job for job in jobs if job.setting == setting), None)
+
+
+def _range(jobs: list[Job], metric: str) -> tuple[float, float]:
+    """The least and the most of a metric; zeros if no job has it."""
+    values = [value for job in jobs if (value := job.figure(metric)) is not None]
+    return (min(values), max(values)) if values else (0.0, 0.0)
+
+
+# The picture
+
+
+def _draw(jobs: list[Job], path: Path) -> None:
+    """Heatmaps over the first two swept keys, or curves over the only one."""
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
+
+    down, along, others = _axes(jobs)
+    fixed = {key: _values(jobs, key)[0] for key in others}
+    columns, rows = _values(jobs, along), _values(jobs, down)
+    figure = Figure(figsize=(max(9, 1.5 + 2.2 * len(columns)), 2.4 + 0.8 * len(rows)), dpi=150)
+    for axes, metric in zip(figure.subplots(2, 3).flat, MAIN_METRICS, strict=True):
+        grid = [[_job_at(jobs, fixed, (down, row), (along, column)) for column in columns] for row in rows]
+        figures = [[job.figure(metric) if job else None for job in line] for line in grid]
+        numbers = [[math.nan if value is None else value for value in line] for line in figures]
+        if down is None:
+            axes.plot(range(len(columns)), numbers[0], "o-", color="#1f6fb4")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+        else:
+            axes.imshow(numbers, cmap="Blues", aspect="auto")
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set_ylabel(_short(down))
+            low, high = _range(jobs, metric)
+            for y, x in product(range(len(rows)), range(len(columns))):
+                if job := grid[y][x]:
+                    colour = "white" if numbers[y][x] > low + 0.6 * (high - low) else "black"
+                    axes.text(x, y, job.written(metric), ha="center", va="center", fontsize=8, color=colour)
+        axes.set_title(METRICS[metric][0], fontsize=10, loc="left")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_xlabel(_short(along))
+        axes.tick_params(labelsize=8)
+    if fixed:
+        figure.suptitle(
+            "at " + ", ".join(f"{_short(key)} {value}" for key, value in fixed.items()), fontsize=10
+        )
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+# The page
+
+
+def _page(folder: Path, jobs: list[Job]) -> str:
+    finished = [job for job in jobs if not job.error]
+    summary = finished[0].summary if finished else {}
+    tokens = sum(job.summary["new_tokens"] for job in finished)
+    about = f"{len(jobs)} settings · {sum(len(job.samples) for job in jobs)} samples · {tokens:,} tokens"
+    if summary:
+        about += f" · {summary['checkpoint']} · {summary['precision']} · seed {summary['seed']}"
+    samples = [
+        {
+            "title": f"Job {job.name}: {job.title}",
+            "error": job.error,
+            "samples": [
+                {"prompt": line["prompt"], "text": line["text"][len(line["prompt"]) :], "about": _about(line)}
+                for line in job.samples
+            ],
+        }
+        for job in jobs
+    ]
+    return Template(PAGE).substitute(
+        folder=html.escape(str(folder)),
+        about=html.escape(about),
+        failed="".join(
+            f"<p class=failed>{html.escape(f'Job {job.name} ({job.title}) failed: {job.error}')}</p>"
+            for job in jobs
+            if job.error
+        ),
+        maps="".join(_heatmaps(jobs, metric) for metric in METRICS),
+        table=_job_table(jobs),
+        commands="".join(
+            f"<li><code>python experiments/generate.py {html.escape(shlex.join(job.overrides))}</code></li>"
+            for job in jobs
+        ),
+        data=json.dumps(samples, ensure_ascii=False).replace("<", "\\u003c"),
+    )
+
+
+def _about(line: dict[str, Any]) -> str:
+    """The figures of a sample, in a line."""
+    tokens = len(line["token_ids"])
+    parts = [f"sample {line['sample']}"]
+    if tokens:
+        parts.append(f"perplexity {math.exp(-line['log_probability'] / tokens):.1f}")
+    parts.append(f"{tokens} tokens, ended by {line['stop_reason']}")
+    if "copied" in line:
+        parts.append(f"{line['copied']:.0%} copied, at most {line['longest_copy']} tokens in a row")
+    return " · ".join(parts)
+
+
+def _heatmaps(jobs: list[Job], metric: str) -> str:
+    """A metric over the first two swept keys, once for each setting of the others."""
+    down, along, others = _axes(jobs)
+    title, _, meaning = METRICS[metric]
+    maps = "".join(
+        _heatmap(jobs, metric, down, along, dict(zip(others, values, strict=True)))
+        for values in product(*(_values(jobs, key) for key in others))
+    )
+    return f"<figure><figcaption><b>{title}</b> {meaning}</figcaption>{maps}</figure>"
+
+
+def _heatmap(jobs: list[Job], metric: str, down: str | None, along: str | None, fixed: dict[str, str]) -> str:
+    columns = _values(jobs, along)
+    corner = " \\ ".join(_short(key) for key in (down, along) if key)
+    caption = ", ".join(f"{_short(key)} {value}" for key, value in fixed.items())
+    head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in columns)
+    body = []
+    for row in _values(jobs, down):
+        there = [_job_at(jobs, fixed, (down, row), (along, column)) for column in columns]
+        cells = "".join(f"<td>{_cell(jobs, job, metric) if job else ''}</td>" for job in there)
+        body.append(f"<tr><th scope=row>{html.escape(row)}</th>{cells}</tr>")
+    return (
+        f"<table>{f'<caption>{html.escape(caption)}</caption>' if caption else ''}"
+        f"<thead><tr><th>{html.escape(corner)}</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def _cell(jobs: list[Job], job: Job, metric: str) -> str:
+    value, (low, high) = job.figure(metric), _range(jobs, metric)
+    heat = round(100 * (value - low) / (high - low)) if value is not None and high > low else 0
+    deep = " class=deep" if heat > 55 else ""
+    name = html.escape(f"{METRICS[metric][0]}, {job.title}", quote=True)
+    return (
+        f'<button data-job={jobs.index(job)}{deep} style="--heat:{heat}%" title="{name}">'
+        f"{job.written(metric)}</button>"
+    )
+
+
+def _job_table(jobs: list[Job]) -> str:
+    keys = list(jobs[0].setting)
+    names = ["job", *map(_short, keys), *(METRICS[metric][0] for metric in METRICS)]
+    head = "".join(f"<th scope=col><button>{html.escape(name)}</button></th>" for name in names)
+    rows = []
+    for job in jobs:
+        cells = [(job.name, job.name), *((value := job.setting.get(key, ""), value) for key in keys)]
+        cells += [
+            (
+                "" if job.figure(metric) is None else str(job.figure(metric)),
+                job.written(metric),
+            )
+            for metric in METRICS
+        ]
+        rows.append(
+            "<tr>"
+            + "".join(f'<td data-value="{html.escape(raw)}">{html.escape(text)}</td>' for raw, text in cells)
+            + "</tr>"
+        )
+    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Sampling study $folder</title>
+<style>
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #667; --line: #d8dde3;
+  --cold: #eef3f8; --hot: #1a5e9e; --deep-ink: #fff; --mark: #d1495b; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e4e7eb; --faint: #98a2ad;
+  --line: #333a42; --cold: #20272f; --hot: #7fb8ea; --deep-ink: #0c1116; --mark: #ff8a96; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1500px; padding: 1.5rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
+p { margin: .3rem 0; }
+.about, figcaption, .figures, caption { color: var(--faint); overflow-wrap: anywhere; }
+.failed { color: var(--mark); }
+main { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 2rem; margin-top: 1.2rem; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.4rem;
+  align-content: start; }
+figure { margin: 0; overflow-x: auto; }
+figcaption { font-size: .85rem; margin-bottom: .3rem; min-height: 2.6em; }
+figcaption b { color: var(--ink); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+figure table { width: 100%; margin-bottom: .5rem; }
+caption { text-align: left; font-size: .85rem; }
+th { font-weight: 500; font-size: .8rem; color: var(--faint); padding: .15rem .4rem; text-align: right;
+  white-space: nowrap; }
+figure thead th + th { text-align: center; }
+figure td { padding: 1px; }
+button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+figure button { width: 100%; padding: .4rem .3rem; border-radius: 3px;
+  background: color-mix(in oklab, var(--hot) var(--heat), var(--cold)); }
+figure button.deep { color: var(--deep-ink); }
+button[aria-pressed=true] { outline: 3px solid var(--mark); outline-offset: -1px; position: relative; }
+button:focus-visible { outline: 3px solid var(--ink); outline-offset: 1px; position: relative; }
+#samples { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow-y: auto;
+  border-left: 1px solid var(--line); padding-left: 1.5rem; align-self: start; }
+#samples h2 { margin-top: 0; }
+article { border-top: 1px solid var(--line); padding: .6rem 0; }
+article pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 14px/1.45 ui-monospace, monospace; }
+article pre span, .figures { color: var(--faint); }
+.figures { font-size: .8rem; margin-top: .4rem; }
+.wide { overflow-x: auto; }
+.jobs td { padding: .25rem .6rem; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
+.jobs th[aria-sort=ascending] button::after { content: " ↑"; }
+.jobs th[aria-sort=descending] button::after { content: " ↓"; }
+li { margin: .3rem 0; }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
+@media (max-width: 800px) { body { padding: 1rem; } main { grid-template-columns: minmax(0, 1fr); }
+  #samples { position: static; max-height: none; border: 0; padding: 0; } }
+</style>
+<header><h1>Sampling study</h1><p class="about">$folder · $about</p>$failed</header>
+<main>
+<section class="maps" aria-label="metrics; a cell shows its samples">$maps</section>
+<aside id="samples" aria-live="polite"></aside>
+</main>
+<h2>All settings</h2>
+<div class="wide"><table class="jobs">$table</table></div>
+<h2>To generate a setting again</h2>
+<ol start="0">$commands</ol>
+<script type="application/json" id="data">$data</script>
+<script>
+const jobs = JSON.parse(document.getElementById("data").textContent);
+const cells = document.querySelectorAll("figure button");
+const panel = document.getElementById("samples");
+function element(name, text, parent) {
+  const made = document.createElement(name);
+  made.textContent = text;
+  parent.append(made);
+  return made;
+}
+function show(number) {
+  cells.forEach(cell => cell.setAttribute("aria-pressed", cell.dataset.job == number));
+  panel.replaceChildren();
+  panel.scrollTop = 0;
+  element("h2", jobs[number].title, panel);
+  if (jobs[number].error) element("p", jobs[number].error, panel).className = "failed";
+  for (const sample of jobs[number].samples) {
+    const article = element("article", "", panel);
+    const text = element("pre", "", article);
+    element("span", sample.prompt, text);
+    text.append(sample.text);
+    element("div", sample.about, article).className = "figures";
+  }
+}
+cells.forEach(cell => cell.addEventListener("click", () => {
+  show(cell.dataset.job);
+  if (panel.getBoundingClientRect().top > innerHeight) panel.scrollIntoView();  // on a phone it is below
+}));
+if (jobs.length) show(0);
+const table = document.querySelector(".jobs");
+const heads = [...table.tHead.rows[0].cells];
+heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
+  const down = head.getAttribute("aria-sort") == "ascending";
+  heads.forEach(each => each.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const rows = [...table.tBodies[0].rows].map(row => [row.cells[column].dataset.value, row]);
+  rows.sort(([a], [b]) => (a === "") - (b === "") || (down ? -1 : 1) * (a - b || a.localeCompare(b)));
+  table.tBodies[0].append(...rows.map(([, row]) => row));
+}));
+</script>
+</html>
+"""
