@@ -78,7 +78,7 @@ class InferenceLinear(nn.Module):
         elif len(rows) > INT8_KERNEL_ROWS or x.shape[-1] % INT8_KERNEL_INPUTS:
             out = F.linear(rows, self.weight.to(self.dtype) * self.scales[:, None], self.bias)
         else:
-            out = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scales)
             out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 

@@ -1,21 +1,50 @@
 """The decode loop against the book's, written out again step by step."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from test_model import pair_with_transformers
 
-from llm.config import ModelConfig
+from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
 from llm.generation import Decoding, generate
+from llm.inference import for_inference
 from llm.model import GPTModel
+from llm.runtime import start_runtime
+from llm.sampling import draw_at, next_token, uniform_stream
 
 CONFIG = ModelConfig(
-    vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.5, init="torch"
+    vocab_size=61,
+    context_length=8,
+    emb_dim=16,
+    n_heads=2,
+    n_layers=2,
+    drop_rate=0.5,
+    tie_weights=False,
+    init="torch",
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products as small as these wait for a second thread much longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def model() -> GPTModel:
+    """With weights so large that the likeliest token depends on every token of the window. With those of a
+    fresh model it depends on the last one alone, and greedy text is one token again and again."""
     torch.manual_seed(3)
-    return GPTModel(CONFIG)
+    gpt = GPTModel(CONFIG)
+    with torch.no_grad():
+        for parameter in gpt.trf_blocks.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return gpt
 
 
 def book_generate(
@@ -43,11 +72,25 @@ def test_greedy_equals_the_book_up_to_the_context_and_past_it(length: int) -> No
     prompt = torch.randint(61, (3, length))
     gpt = model()
     expected = book_generate(gpt, prompt, 20, 8, 0.0, None)
+    gpt.train()  # as in the middle of training: no dropout while it generates, and then as before
     assert torch.equal(generate(gpt, prompt, 20, context_size=8), expected)
+    assert gpt.training
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 8])
+def test_each_of_ragged_rows_equals_the_book_alone(context: int) -> None:
+    gpt = model().eval()
+    prompts = [torch.randint(61, (length,)).tolist() for length in (3, 1, 12, 7, 8, 9, 3)]
+    decoding = Decoding(gpt, prompts, 20, context)
+    for _ in range(20):
+        decoding.append(decoding.logits().argmax(dim=-1).tolist())
+    for prompt, ids in zip(prompts, decoding.token_ids, strict=True):
+        assert ids == book_generate(gpt, torch.tensor([prompt]), 20, context, 0.0, None)[0].tolist()
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 11])
 def test_sampling_equals_the_book_on_the_same_stream(length: int) -> None:
+    torch.manual_seed(length)
     prompt = torch.randint(61, (3, length))
     gpt = model()
     torch.manual_seed(11)
@@ -62,7 +105,7 @@ def test_sampling_equals_the_book_on_the_same_stream(length: int) -> None:
 
 
 def test_greedy_equals_transformers() -> None:
-    gpt, theirs = pair_with_transformers()
+    gpt, theirs = pair_with_transformers(std=0.5)
     for length in (1, 3, 10):
         prompt = torch.randint(97, (2, length))
         expected = theirs.generate(
@@ -81,12 +124,14 @@ def test_a_row_ends_at_eos_and_the_others_go_on() -> None:
     gpt = model()
     free = generate(gpt, prompt, 20, context_size=8)
     eos = int(free[0, 7])
+    ends = [row.index(eos) if eos in row else 20 for row in free[:, 5:].tolist()]
+    assert ends[0] < max(ends)  # so the first row is filled up
     result = generate(gpt, prompt, 20, context_size=8, eos_id=eos)
-    for free_row, row in zip(free[:, 5:].tolist(), result[:, 5:].tolist(), strict=True):
-        end = free_row.index(eos) if eos in free_row else len(free_row)
-        kept = free_row[:end][: len(row)]
-        assert row == kept + [eos] * (len(row) - len(kept))
-    assert eos not in generate(gpt, prompt[:1], 20, context_size=8, eos_id=eos)[0, 5:].tolist()
+    assert result.shape == (3, 5 + max(ends))
+    for free_row, row, end in zip(free[:, 5:].tolist(), result[:, 5:].tolist(), ends, strict=True):
+        assert row == free_row[:end] + [eos] * (max(ends) - end)
+    alone = generate(gpt, prompt[:1], 20, context_size=8, eos_id=eos)
+    assert torch.equal(alone, free[:1, : 5 + ends[0]])
 
 
 def window_logits(gpt: GPTModel, window: list[int]) -> torch.Tensor:
@@ -94,26 +139,77 @@ def window_logits(gpt: GPTModel, window: list[int]) -> torch.Tensor:
         return gpt(torch.tensor([window]))[0, -1]
 
 
-@pytest.mark.parametrize(("past_context", "jump"), [("exact", 1), ("half", 4)])
-def test_logits_of_ragged_rows_are_those_of_their_windows(past_context: str, jump: int) -> None:
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("past_context", "context", "jump"),
+    [("exact", 8, 1), ("exact", 5, 1), ("half", 8, 4), ("half", 7, 3), ("half", 2, 1), ("half", 1, 1)],
+)
+def test_logits_of_ragged_rows_are_those_of_their_windows(
+    past_context: str, context: int, jump: int, seed: int
+) -> None:
     """Rows of different lengths, equal ones among them, that end in any order, past the context too."""
+    torch.manual_seed(seed)
+    order, tokens = torch.randperm(6).tolist(), torch.randint(61, (25, 6))
+    ends = {3: order[:1], 7: order[1:3], 15: order[3:5], 24: order[5:]}
     gpt = model().eval()
     prompts = [[1, 2, 3], [4], [5] * 12, [1, 2, 3], list(range(8)), [9, 9]]
-    decoding = Decoding(gpt, prompts, 25, 8, past_context)
-    tokens = torch.randint(61, (25, len(prompts)), generator=torch.Generator().manual_seed(4))
-    ends = {3: [0], 7: [5, 2], 15: [4]}
+    decoding = Decoding(gpt, prompts, 25, context, past_context)
     for step in range(25):
         logits = decoding.logits()
-        assert len(logits) == len(decoding.rows)
         for row, found in zip(decoding.rows, logits, strict=True):
             ids = decoding.token_ids[row]
-            start = next(start for start in range(0, len(ids), jump) if len(ids) - start <= 8)
+            start = next(start for start in range(0, len(ids), jump) if len(ids) - start <= context)
             torch.testing.assert_close(found, window_logits(gpt, ids[start:]), atol=1e-5, rtol=1e-5)
         decoding.append([int(tokens[step, row]) for row in decoding.rows])
         decoding.end(ends.get(step, []))
-    assert sorted(decoding.rows) == [1, 3]
-    lengths = [len(ids) - len(prompt) for ids, prompt in zip(decoding.token_ids, prompts, strict=True)]
-    assert lengths == [4, 25, 8, 25, 16, 8]
+    assert not decoding.rows
+    for step, rows in ends.items():
+        for row in rows:
+            assert decoding.token_ids[row] == prompts[row] + tokens[: step + 1, row].tolist()
+
+
+def test_a_row_draws_the_same_in_any_batch() -> None:
+    gpt, config = model().eval(), SamplingConfig(temperature=1.4, top_k=25)
+    prompts = [torch.randint(61, (length,)).tolist() for length in (3, 1, 12, 7, 8, 9, 3, 3)]
+    uniforms = torch.from_numpy(np.stack([uniform_stream(5, (row,), 20) for row in range(8)]))
+
+    def drawn(batch_size: int) -> list[list[int]]:
+        rows = []
+        for start in range(0, 8, batch_size):
+            batch = slice(start, start + batch_size)
+            decoding = Decoding(gpt, prompts[batch], 20, 8)
+            for step in range(20):
+                draw = draw_at(uniforms[batch, step])
+                decoding.append(next_token(decoding.logits(), config, draw).tolist())
+            rows += decoding.token_ids
+        return rows
+
+    alone = drawn(1)
+    assert drawn(3) == alone
+    assert drawn(8) == alone
+    assert len({tuple(row[-20:]) for row in alone}) == 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "cache_dtype", "tolerance"),
+    [
+        ("fp32", torch.float32, 1e-5),
+        ("bf16", torch.float32, 0.03),
+        ("bf16", torch.bfloat16, 0.03),  # as on a GPU
+        ("int8", torch.float32, 0.03),
+    ],
+)
+def test_models_made_ready_decode(precision: str, cache_dtype: torch.dtype, tolerance: float) -> None:
+    """Kept keys and values give the logits of the same weights over the whole window."""
+    ready = for_inference(model(), start_runtime(RuntimeConfig(device="cpu", precision=precision)))
+    ready.cache_dtype = cache_dtype
+    decoding = Decoding(ready, [[1, 2, 3], [4], [5] * 12], 12, 8, "half")
+    for step in range(12):
+        for ids, found in zip(decoding.token_ids, decoding.logits(), strict=True):
+            start = next(start for start in range(0, len(ids), 4) if len(ids) - start <= 8)
+            wanted = window_logits(ready, ids[start:])
+            assert (found - wanted).norm() <= tolerance * wanted.norm()
+        decoding.append([7 * step % 61, 60 - step, step])
 
 
 def tokens_computed(gpt: GPTModel, prompts: list[list[int]], new: int, past_context: str) -> list[int]:
@@ -137,3 +233,12 @@ def test_a_step_computes_one_token_a_row_and_a_shared_prompt_once() -> None:
     assert past == [4, 1, 1, 1, 1, *[8] * 8]  # past the context the whole window, as the book does
     half = tokens_computed(model(), [[1, 2, 3, 4]], 13, "half")
     assert half == [4, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]
+
+
+def test_rows_that_differ_are_computed_side_by_side() -> None:
+    # Of two equal prompts one is computed, and the shorter one is filled up.
+    assert tokens_computed(model(), [[1, 2, 3], [4], [1, 2, 3]], 2, "exact") == [2 * 3, 3]
+    prompts = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
+    # The second row is past the context from the fourth step on, the first from the sixth.
+    assert tokens_computed(model(), prompts, 6, "exact") == [2 * 6, 2, 2, 2 + 8, 2 + 8, 2 * 8]
+    assert tokens_computed(model(), prompts, 8, "half") == [2 * 6, 2, 2, 2 + 5, 2, 2 + 5, 2, 2 + 5]

@@ -14,10 +14,11 @@ from llm.model import GPTModel, MultiHeadAttention, parameter_count, training_fl
 SMALL = ModelConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, qkv_bias=True)
 
 
-def pair_with_transformers() -> tuple[GPTModel, GPT2LMHeadModel]:
-    """A model and transformers' GPT-2 with the same random weights."""
+def pair_with_transformers(std: float = 0.02) -> tuple[GPTModel, GPT2LMHeadModel]:
+    """A model and transformers' GPT-2 with the same random weights, of standard deviation `std`."""
     torch.manual_seed(1)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_head=4, n_layer=3)).eval()
+    size = GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_head=4, n_layer=3, initializer_range=std)
+    theirs = GPT2LMHeadModel(size).eval()
     weights = theirs.state_dict()
     names = {
         "attn.c_proj": "att.out_proj",
