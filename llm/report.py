@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from string import Template
@@ -71,7 +72,7 @@ class Job:
 def study_jobs(folder: Path) -> list[Job]:
     """The jobs of a sweep folder, by number, with whatever each has left."""
     folders = sorted(
-        (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: int(job.name)
+        (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: _order(job.name)
     )
     overrides = [[str(each) for each in OmegaConf.load(job / ".hydra" / "overrides.yaml")] for job in folders]
     jobs = []
@@ -119,7 +120,15 @@ def _axes(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
     keys = list(jobs[0].setting)
     if len(keys) < 2:
         return None, keys[0] if keys else None, []
-    return keys[0], keys[1], keys[2:]
+    longest = sorted(keys, key=lambda key: -len(_values(jobs, key)))[:2]
+    down, along = sorted(longest, key=lambda key: (_short(key) != "temperature", keys.index(key)))
+    return down, along, [key for key in keys if key not in longest]
+
+
+def _subject(jobs: list[Job]) -> str:
+    """The checkpoint and its step; nothing if no job got so far as to load it."""
+    summary = next((job.summary for job in jobs if "checkpoint" in job.summary), None)
+    return f"{summary['checkpoint']}, step {summary['step']}" if summary else ""
 
 
 def _values(jobs: list[Job], key: str | None) -> list[str]:
@@ -150,14 +159,17 @@ def _range(jobs: list[Job], metric: str) -> tuple[float, float]:
 
 
 def _draw(jobs: list[Job], path: Path) -> None:
-    """Heatmaps over the first two swept keys, or curves over the only one."""
+    """Heatmaps over two swept keys, at the first value of any others, or curves over the only one."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
+    from matplotlib.ticker import PercentFormatter
 
     down, along, others = _axes(jobs)
     fixed = {key: _values(jobs, key)[0] for key in others}
     columns, rows = _values(jobs, along), _values(jobs, down)
-    figure = Figure(figsize=(max(9, 1.5 + 2.2 * len(columns)), 2.4 + 0.8 * len(rows)), dpi=150)
+    height = 2.8 + 0.8 * len(rows) if down else 5
+    figure = Figure(figsize=(max(9, 1.5 + 2.2 * len(columns)), height), dpi=150)
     for axes, metric in zip(figure.subplots(2, 3).flat, MAIN_METRICS, strict=True):
+        low, high = _range(jobs, metric)  # of all slices, as on the page
         grid = [[_job_at(jobs, fixed, (down, row), (along, column)) for column in columns] for row in rows]
         figures = [[job.figure(metric) if job else None for job in line] for line in grid]
         numbers = [[math.nan if value is None else value for value in line] for line in figures]
@@ -165,26 +177,32 @@ def _draw(jobs: list[Job], path: Path) -> None:
             axes.plot(range(len(columns)), numbers[0], "o-", color="#1f6fb4")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
+            if METRICS[metric][1].endswith("%}"):
+                axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         else:
-            axes.imshow(numbers, cmap="Blues", aspect="auto")
-            axes.set_yticks(range(len(rows)), rows)
+            axes.imshow(numbers, cmap="Blues", aspect="auto", vmin=low, vmax=high)
+            axes.set_yticks(range(len(rows)), map(_tick, rows))
             axes.set_ylabel(_short(down))
-            low, high = _range(jobs, metric)
             for y, x in product(range(len(rows)), range(len(columns))):
                 if job := grid[y][x]:
                     colour = "white" if numbers[y][x] > low + 0.6 * (high - low) else "black"
                     axes.text(x, y, job.written(metric), ha="center", va="center", fontsize=8, color=colour)
         axes.set_title(METRICS[metric][0], fontsize=10, loc="left")
-        axes.set_xticks(range(len(columns)), columns)
+        axes.set_xticks(range(len(columns)), map(_tick, columns))
         axes.set_xlabel(_short(along))
         axes.tick_params(labelsize=8)
-    if fixed:
-        figure.suptitle(
-            "at " + ", ".join(f"{_short(key)} {value}" for key, value in fixed.items()), fontsize=10
-        )
+    shown = ", ".join(f"{_short(key)} {_tick(value)}" for key, value in fixed.items())
+    slice_shown = f"\nonly {shown} is shown" if fixed else ""
+    figure.suptitle(f"Sampling study\n{_tick(_subject(jobs), 90)}{slice_shown}", fontsize=10)
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _tick(value: str, most: int = 20) -> str:
+    """A value, as a prompt, that fits beside an axis and is not taken for mathematics."""
+    shown = value if len(value) <= most else "…" + value[1 - most :]
+    return shown.replace("$", r"\$")
 
 
 # The page
@@ -194,13 +212,17 @@ def _page(folder: Path, jobs: list[Job]) -> str:
     finished = [job for job in jobs if not job.error]
     summary = finished[0].summary if finished else {}
     tokens = sum(job.summary["new_tokens"] for job in finished)
-    about = f"{len(jobs)} settings · {sum(len(job.samples) for job in jobs)} samples · {tokens:,} tokens"
+    about = (
+        f"{datetime.now():%Y-%m-%d %H:%M} · {len(jobs)} setting{'s' * (len(jobs) > 1)} · "
+        f"{sum(len(job.samples) for job in jobs)} samples · {tokens:,} tokens"
+    )
     if summary:
-        about += f" · {summary['checkpoint']} · {summary['precision']} · seed {summary['seed']}"
+        about += f" · {summary['precision']} · seed {summary['seed']}"
     samples = [
         {
             "title": f"Job {job.name}: {job.title}",
             "error": job.error,
+            "copy": _longest_copy(job),
             "samples": [
                 {"prompt": line["prompt"], "text": line["text"][len(line["prompt"]) :], "about": _about(line)}
                 for line in job.samples
@@ -210,6 +232,7 @@ def _page(folder: Path, jobs: list[Job]) -> str:
     ]
     return Template(PAGE).substitute(
         folder=html.escape(str(folder)),
+        subject=html.escape(_subject(jobs)),
         about=html.escape(about),
         failed="".join(
             f"<p class=failed>{html.escape(f'Job {job.name} ({job.title}) failed: {job.error}')}</p>"
@@ -219,7 +242,8 @@ def _page(folder: Path, jobs: list[Job]) -> str:
         maps="".join(_heatmaps(jobs, metric) for metric in METRICS),
         table=_job_table(jobs),
         commands="".join(
-            f"<li><code>python experiments/generate.py {html.escape(shlex.join(job.overrides))}</code></li>"
+            f"<li value={job.name}><code>python experiments/generate.py "
+            f"{html.escape(shlex.join([*job.overrides, 'study=true']))}</code></li>"
             for job in jobs
         ),
         data=json.dumps(samples, ensure_ascii=False).replace("<", "\\u003c"),
@@ -233,9 +257,20 @@ def _about(line: dict[str, Any]) -> str:
     if tokens:
         parts.append(f"perplexity {math.exp(-line['log_probability'] / tokens):.1f}")
     parts.append(f"{tokens} tokens, ended by {line['stop_reason']}")
-    if "copied" in line:
+    if line.get("copied") is not None:
         parts.append(f"{line['copied']:.0%} copied, at most {line['longest_copy']} tokens in a row")
     return " · ".join(parts)
+
+
+def _longest_copy(job: Job) -> str | None:
+    """What a setting copied at most, and from where."""
+    if not job.summary.get("longest_copy_text"):
+        return None
+    place = job.summary["longest_copy_token"]
+    return (
+        f"Longest copy, {job.written('longest_copy')} tokens, from training token {place:,} on: "
+        f"{job.summary['longest_copy_text']}"
+    )
 
 
 def _heatmaps(jobs: list[Job], metric: str) -> str:
@@ -268,10 +303,10 @@ def _heatmap(jobs: list[Job], metric: str, down: str | None, along: str | None, 
 def _cell(jobs: list[Job], job: Job, metric: str) -> str:
     value, (low, high) = job.figure(metric), _range(jobs, metric)
     heat = round(100 * (value - low) / (high - low)) if value is not None and high > low else 0
-    deep = " class=deep" if heat > 55 else ""
+    missing = " class=missing" if value is None else ""
     name = html.escape(f"{METRICS[metric][0]}, {job.title}", quote=True)
     return (
-        f'<button data-job={jobs.index(job)}{deep} style="--heat:{heat}%" title="{name}">'
+        f'<button data-job={jobs.index(job)}{missing} style="--heat:{heat}%" title="{name}">'
         f"{job.written(metric)}</button>"
     )
 
@@ -305,43 +340,48 @@ PAGE = r"""<!doctype html>
 <title>Sampling study $folder</title>
 <style>
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #667; --line: #d8dde3;
-  --cold: #eef3f8; --hot: #1a5e9e; --deep-ink: #fff; --mark: #d1495b; }
+  --cold: #eef3f8; --hot: #5f93c9; --mark: #d1495b; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e4e7eb; --faint: #98a2ad;
-  --line: #333a42; --cold: #20272f; --hot: #7fb8ea; --deep-ink: #0c1116; --mark: #ff8a96; } }
+  --line: #333a42; --cold: #20272f; --hot: #2d659c; --mark: #ff8a96; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1500px; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: 0; }
+h1 small { font-size: 1rem; font-weight: 400; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 p { margin: .3rem 0; }
-.about, figcaption, .figures, caption { color: var(--faint); overflow-wrap: anywhere; }
+.about, figcaption, .figures, .copy, caption { color: var(--faint); overflow-wrap: anywhere; }
 .failed { color: var(--mark); }
 main { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 2rem; margin-top: 1.2rem; }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.4rem;
   align-content: start; }
 figure { margin: 0; overflow-x: auto; }
-figcaption { font-size: .85rem; margin-bottom: .3rem; min-height: 2.6em; }
+figcaption { font-size: .85rem; margin-bottom: .3rem; min-height: 2.9em; }
 figcaption b { color: var(--ink); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 figure table { width: 100%; margin-bottom: .5rem; }
 caption { text-align: left; font-size: .85rem; }
 th { font-weight: 500; font-size: .8rem; color: var(--faint); padding: .15rem .4rem; text-align: right;
   white-space: nowrap; }
+figure th:first-child { width: 1%; }
+figure thead th { vertical-align: bottom; }
+figure thead th:first-child { white-space: normal; }
 figure thead th + th { text-align: center; }
 figure td { padding: 1px; }
 button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 figure button { width: 100%; padding: .4rem .3rem; border-radius: 3px;
   background: color-mix(in oklab, var(--hot) var(--heat), var(--cold)); }
-figure button.deep { color: var(--deep-ink); }
+figure button.missing { background: none; color: var(--faint); }
 button[aria-pressed=true] { outline: 3px solid var(--mark); outline-offset: -1px; position: relative; }
 button:focus-visible { outline: 3px solid var(--ink); outline-offset: 1px; position: relative; }
 #samples { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow-y: auto;
   border-left: 1px solid var(--line); padding-left: 1.5rem; align-self: start; }
 #samples h2 { margin-top: 0; }
+.copy { font-size: .85rem; white-space: pre-wrap; margin: 0 0 .6rem; }
 article { border-top: 1px solid var(--line); padding: .6rem 0; }
 article pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 14px/1.45 ui-monospace, monospace; }
-article pre span, .figures { color: var(--faint); }
+article pre span { color: var(--faint); }
 .figures { font-size: .8rem; margin-top: .4rem; }
 .wide { overflow-x: auto; }
 .jobs td { padding: .25rem .6rem; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
@@ -350,17 +390,17 @@ article pre span, .figures { color: var(--faint); }
 li { margin: .3rem 0; }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
 @media (max-width: 800px) { body { padding: 1rem; } main { grid-template-columns: minmax(0, 1fr); }
-  #samples { position: static; max-height: none; border: 0; padding: 0; } }
+  #samples { position: static; max-height: 85vh; border: 0; padding: 0; } }
 </style>
-<header><h1>Sampling study</h1><p class="about">$folder · $about</p>$failed</header>
+<header><h1>Sampling study <small>$subject</small></h1><p class="about">$folder · $about</p>$failed</header>
 <main>
 <section class="maps" aria-label="metrics; a cell shows its samples">$maps</section>
-<aside id="samples" aria-live="polite"></aside>
+<aside id="samples" tabindex="0" aria-label="samples of the setting"></aside>
 </main>
 <h2>All settings</h2>
 <div class="wide"><table class="jobs">$table</table></div>
 <h2>To generate a setting again</h2>
-<ol start="0">$commands</ol>
+<ol>$commands</ol>
 <script type="application/json" id="data">$data</script>
 <script>
 const jobs = JSON.parse(document.getElementById("data").textContent);
@@ -376,8 +416,9 @@ function show(number) {
   cells.forEach(cell => cell.setAttribute("aria-pressed", cell.dataset.job == number));
   panel.replaceChildren();
   panel.scrollTop = 0;
-  element("h2", jobs[number].title, panel);
+  element("h2", jobs[number].title, panel).setAttribute("role", "status");
   if (jobs[number].error) element("p", jobs[number].error, panel).className = "failed";
+  if (jobs[number].copy) element("p", jobs[number].copy, panel).className = "copy";
   for (const sample of jobs[number].samples) {
     const article = element("article", "", panel);
     const text = element("pre", "", article);

@@ -56,6 +56,7 @@ def test_the_model_itself_stays_as_it_was(tie_weights: bool, precision: str) -> 
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert not ready.training
+    assert not any(isinstance(module, torch.nn.Linear) for module in ready.modules())  # not one forgotten
     theirs = dict(ready.named_parameters())
     shared = {name for name, parameter in model.named_parameters() if parameter is theirs.get(name)}
     assert shared >= {name for name in before if "emb" in name or "norm" in name}  # which need not change

@@ -54,7 +54,14 @@ def write_job(folder: Path, number: int, setting: dict[str, str], **summary: Any
     if not summary:
         return
     figures = {metric: number + place / 100 for place, metric in enumerate(METRICS)}
-    about = {"checkpoint": "run/last", "precision": "fp32", "seed": 1, "new_tokens": 3, "status": "finished"}
+    about = {
+        "checkpoint": "run/last",
+        "step": 1874,
+        "precision": "fp32",
+        "seed": 1,
+        "new_tokens": 3,
+        "status": "finished",
+    }
     (job / "summary.json").write_text(json.dumps({**about, **figures, **summary}), encoding="utf-8")
     sample = {
         "prompt": "To <be>",
@@ -85,6 +92,7 @@ def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:
         assert [job for job, _ in cells] == [3, 2, 1, 0]  # numbers in order, down and across
     assert [text for _, text in page.figures[0]] == ["3.0", "2.0", "1.0", "0.0"]
     data = json.loads(page.data)
+    assert "run/last, step 7" in page.text
     assert data[0]["title"] == "Job 0: temperature 10, top_k 100"
     assert data[0]["samples"] == [
         {
@@ -104,6 +112,9 @@ def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:
 
 def test_failed_jobs_are_named_and_what_is_missing_is_a_dash(tmp_path: Path) -> None:
     write_job(tmp_path, 0, {"sampling.top_k": "5"}, copied=None, longest_copy=None)
+    samples = tmp_path / "0" / "samples.jsonl"
+    line = json.loads(samples.read_text("utf-8")) | {"copied": None, "longest_copy": None}
+    samples.write_text(json.dumps(line) + "\n", encoding="utf-8")
     write_job(tmp_path, 1, {"sampling.top_k": "<0>"}, status="failed", error="top_k=<0>: no", perplexity=None)
     write_job(tmp_path, 2, {"sampling.top_k": "7"})  # was killed before it wrote anything
     page = report(tmp_path)
@@ -112,6 +123,44 @@ def test_failed_jobs_are_named_and_what_is_missing_is_a_dash(tmp_path: Path) -> 
     assert [text for _, text in page.figures[0]] == ["0.0", "–", "–"]
     copied = list(METRICS).index("copied")
     assert page.figures[copied][0] == (0, "–")
+    data = json.loads(page.data)
+    assert data[0]["samples"][0]["about"].endswith("3 tokens, ended by length")
+    assert data[2] == {
+        "title": "Job 2: top_k 7",
+        "error": "it did not finish",
+        "copy": None,
+        "samples": [],
+    }
+    with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["perplexity"] for row in csv.DictReader(file)] == ["0.0", "", ""]
+
+
+def test_the_longest_copy_is_quoted(tmp_path: Path) -> None:
+    copy = {"longest_copy": 12, "longest_copy_text": HOSTILE, "longest_copy_token": 12345}
+    write_job(tmp_path, 0, {}, **copy)
+    (data,) = json.loads(report(tmp_path).data)
+    assert data["copy"] == f"Longest copy, 12 tokens, from training token 12,345 on: {HOSTILE}"
+
+
+def test_keys_with_the_most_values_are_the_axes_and_temperature_is_down(tmp_path: Path) -> None:
+    settings = [(p, k, t) for p in ("0.9", "null") for k in ("5", "25", "100") for t in ("0.5", "1", "1.4")]
+    for number, (top_p, top_k, temperature) in enumerate(settings):
+        setting = {
+            "sampling.top_p": top_p,
+            "sampling.top_k": top_k,
+            "sampling.temperature": temperature,
+        }
+        write_job(tmp_path, number, setting, step=7)
+    cells = [job for job, _ in report(tmp_path).figures[0]]
+    ordered = [(p, k, t) for p in ("0.9", "null") for t in ("0.5", "1", "1.4") for k in ("5", "25", "100")]
+    assert cells == [settings.index(each) for each in ordered]
+
+
+def test_values_that_matplotlib_would_take_for_mathematics(tmp_path: Path) -> None:
+    for number, prompt in enumerate((r"'$\no$'", "'" + 100 * "long " + "'")):
+        write_job(tmp_path, number, {"prompt": prompt}, step=7)
+    report(tmp_path)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("keys", [0, 1, 3])

@@ -122,6 +122,9 @@ def test_drawing_at_a_number_is_the_inverse_of_the_cumulative_distribution() -> 
     # What may not be drawn is not drawn, at either end or between.
     masked = torch.tensor([0.0, 0.0, 0.7, 0.0, 0.3, 0.0]).repeat(6, 1)
     assert draw_at(numbers)(masked).tolist() == [2, 2, 2, 4, 4, 4]
+    # Nor is it where rounding has left the sum below the number.
+    short = torch.tensor([[0.5, 0.499999, 0.0]])
+    assert draw_at(numbers[-1:])(short).tolist() == [1]
 
 
 def test_drawing_at_a_number_does_not_depend_on_the_batch() -> None:
