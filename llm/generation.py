@@ -69,7 +69,8 @@ class Decoding:
         context_size: int,
         past_context: str = "exact",
     ) -> None:
-        """`prompts` may differ in length, and none is empty; equal ones are computed once."""
+        """`prompts` may differ in length, and none is empty; equal ones are computed once. The model is one
+        without dropout, as in evaluation mode."""
         self.model = model
         self.token_ids = [list(prompt) for prompt in prompts]
         self.rows = list(range(len(prompts)))  # those that go on, in the order of the logits

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm.config import SamplingConfig
 
-GREEDY_BELOW = 1e-6  # a temperature; any two logits that differ are then too far apart for a second choice
+GREEDY_BELOW = 1e-6  # a temperature; below it quotients overflow, and there is hardly a second choice
 
 # Probabilities (batch, vocab), each row summing to 1, to token ids (batch,).
 Draw = Callable[[Tensor], Tensor]
@@ -101,4 +101,5 @@ def draw_at(uniform: Tensor) -> Draw:
 
 def uniform_stream(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
     """The first `count` numbers in [0, 1) of a random stream of its own: (count,), fp32."""
-    return np.random.default_rng((seed, *stream)).random(count, dtype=np.float32)
+    # numpy takes zeros at the end of a seed for nothing: without the 1, sample 0 would have training's stream.
+    return np.random.default_rng((seed, *stream, 1)).random(count, dtype=np.float32)

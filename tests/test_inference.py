@@ -83,6 +83,7 @@ def test_int8_is_the_nearest_of_255_steps() -> None:
     weight[7] = 0
     quantised, scales = quantise(weight)
     assert (quantised.dtype, scales.dtype) == (torch.int8, torch.bfloat16)
+    assert (scales > 0).all()  # nothing is divided by 0, a row of zeros included
     torch.testing.assert_close(scales.float(), weight.abs().amax(dim=1) / 127, atol=1e-30, rtol=2**-8)
     steps = torch.arange(-127, 128)
     for row, found, scale in zip(weight, quantised, scales.float(), strict=True):

@@ -154,6 +154,8 @@ def test_streams_repeat_differ_and_go_on() -> None:
     assert np.array_equal(uniform_stream(123, (0, 1), 2000)[:1000], stream)
     assert not np.isin(stream[:10], uniform_stream(123, (1, 0), 1000)).any()
     assert not np.isin(stream[:10], uniform_stream(124, (0, 1), 1000)).any()
+    shuffle = np.random.default_rng((123, 0)).random(1000, dtype=np.float32)  # as of training's first epoch
+    assert not np.isin(uniform_stream(123, (0, 0), 10), shuffle).any()
     assert stream.dtype == np.float32
     assert 0 <= stream.min() < 0.01
     assert 0.99 < stream.max() < 1
