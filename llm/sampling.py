@@ -101,5 +101,5 @@ def draw_at(uniform: Tensor) -> Draw:
 
 def uniform_stream(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:
     """The first `count` numbers in [0, 1) of a random stream of its own: (count,), fp32."""
-    # numpy takes zeros at the end of a seed for nothing: without the 1, sample 0 would have training's stream.
+    # numpy takes zeros at the end of a seed for nothing: without the 1, sample 0 had training's stream.
     return np.random.default_rng((seed, *stream, 1)).random(count, dtype=np.float32)
