@@ -109,6 +109,7 @@ def transformers_gpt2(config: ModelConfig) -> nn.Module:
         tie_word_embeddings=config.tie_weights,
         bos_token_id=None,
         eos_token_id=None,
+        loss_type="ForCausalLM",
     )
     return GPT2LMHeadModel(sizes).train()
 

@@ -14,6 +14,7 @@ def test_training_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
     assert [row["variant"] for row in rows][:2] == ["fp32, plain loss", "fp32, chunked loss"]
     assert rows[0]["speed"] == 1.0
+    assert not result.stderr
 
 
 def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
