@@ -109,9 +109,10 @@ def transformers_gpt2(config: ModelConfig) -> nn.Module:
         tie_word_embeddings=config.tie_weights,
         bos_token_id=None,
         eos_token_id=None,
-        loss_type="ForCausalLM",
     )
-    return GPT2LMHeadModel(sizes).train()
+    model = GPT2LMHeadModel(sizes).train()
+    model.loss_type = "ForCausalLM"  # else it warns that it has to guess this
+    return model
 
 
 def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
