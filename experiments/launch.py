@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError
+from llm.files import as_typed
 from llm.progress import format_table
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
@@ -53,7 +54,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
                 _name_in_tracker(config)
             if "study" in config and config.study is None:
                 config.study = HydraConfig.get().mode == RunMode.MULTIRUN
-            return work(OmegaConf.to_object(config), _relative(run_dir))
+            return work(OmegaConf.to_object(config), as_typed(run_dir))
         except UserError as error:
             error_log.error("error: %s", error)
             if HydraConfig.get().mode == RunMode.RUN:
@@ -108,11 +109,6 @@ def _keys_of(schema: type, path: str) -> list[str]:
     return [item.name for item in fields(place)]
 
 
-def _relative(path: Path) -> Path:
-    """A path as a user would type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def _name_in_tracker(config: DictConfig) -> None:
     """Name the run after what was overridden, and its group after the sweep's folder."""
     hydra_config = HydraConfig.get()
@@ -124,7 +120,7 @@ def _name_in_tracker(config: DictConfig) -> None:
         ]
         config.tracking.name = " ".join(overridden).replace("${", r"\${") or "default"
     if config.tracking.group is None and hydra_config.mode == RunMode.MULTIRUN:
-        config.tracking.group = str(_relative(Path(hydra_config.sweep.dir).absolute()))
+        config.tracking.group = str(as_typed(Path(hydra_config.sweep.dir)))
 
 
 def _quoted(argument: str) -> str:
@@ -186,7 +182,7 @@ class SweepTable(Callback):
             varied = [each for each in override if not all(each in other for other in overrides)]
             rows.append((path.parents[1].name, " ".join(varied), summary))
         print("\n" + _table(rows))
-        print(f"\nsweep folder {_relative(Path(config.hydra.sweep.dir).absolute())}")
+        print(f"\nsweep folder {as_typed(Path(config.hydra.sweep.dir))}")
 
 
 class StudyReport(Callback):
@@ -195,7 +191,7 @@ class StudyReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from llm.generation_run import conclude_study
 
-        conclude_study(_relative(Path(config.hydra.sweep.dir).absolute()))
+        conclude_study(as_typed(Path(config.hydra.sweep.dir)))
 
 
 def _number(path: Path) -> int:

@@ -71,6 +71,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def as_typed(path: Path) -> Path:
+    """A path as a user would type it here: relative, if it lies below the working folder."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def cache_folder(configured: str | None) -> Path:
     """Where token files and downloads lie: as configured, or the user's cache folder (XDG)."""
     if configured:

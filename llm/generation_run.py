@@ -15,7 +15,7 @@ from llm.config import GenerateConfig, TrackingConfig, UserError, validate
 from llm.copying import NgramIndex, load_ngram_index
 from llm.corpus import find_files, load_text, read_text, split_text
 from llm.dataset import token_file
-from llm.files import append_json_line, cache_folder, write_json
+from llm.files import append_json_line, as_typed, cache_folder, write_json
 from llm.inference import load_for_inference
 from llm.progress import format_table
 from llm.report import MAIN_METRICS, METRICS, study_jobs, study_report
@@ -78,7 +78,7 @@ def conclude_study(folder: Path) -> None:
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
     """The samples, and what a summary says of them."""
-    folder = find_checkpoint(config.checkpoint)
+    folder = as_typed(find_checkpoint(config.checkpoint))
     runtime = start_runtime(config.runtime)
     model, _, tokenizer = load_for_inference(folder, runtime)
     prompts = _prompts(config)

@@ -17,7 +17,7 @@ from llm.config import EvaluateConfig, SamplingConfig, UserError, validate
 from llm.corpus import find_files, read_text
 from llm.dataset import Batch, load_windows, ordered_batches, whole_batches
 from llm.evaluation import evaluate
-from llm.files import write_json
+from llm.files import as_typed, write_json
 from llm.inference import load_for_inference
 from llm.model import GPTModel
 from llm.progress import Progress, format_count
@@ -42,7 +42,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
             cannot be loaded.
     """
     validate(config)
-    folder = find_checkpoint(config.checkpoint)
+    folder = as_typed(find_checkpoint(config.checkpoint))
     runtime = start_runtime(config.runtime)
     model, trained, tokenizer = load_for_inference(folder, runtime)
     log.info("checkpoint %s · %s · %s\n", folder, runtime.device, runtime.precision)
