@@ -20,7 +20,7 @@ from llm.inference import load_for_inference
 from llm.progress import format_table
 from llm.report import MAIN_METRICS, METRICS, study_jobs, study_report
 from llm.runtime import Runtime, start_runtime
-from llm.study import copying_metrics, sample_metrics
+from llm.study import copying_metrics, copying_of, sample_metrics
 from llm.text_generation import Sample, generate_texts
 from llm.tracking import Tracker
 
@@ -85,8 +85,10 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
     log.info("checkpoint %s · %s · %s\n", folder, runtime.device, runtime.precision)
     streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
+    step = step_of(folder)
+    index = _training_index(folder, runtime) if config.study else None
     begin = time.perf_counter()
-    samples = []
+    samples, copying = [], []
     for sample in generate_texts(
         model,
         tokenizer,
@@ -102,13 +104,16 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
         show=_show if streaming else None,
     ):
         samples.append(sample)
+        if index:
+            copying.append(copying_of(sample, index, tokenizer))
+        line = {"step": step, **sample.line(), **(copying[-1] if index else {})}
+        append_json_line(run_dir / "samples.jsonl", {**line, "sampling": asdict(config.sampling)})
         if streaming:
             _show("\n\n")
         elif not config.study:
             _show(f"{_heading(config, sample, len(prompts))}\n{sample.text}\n\n")
     seconds = time.perf_counter() - begin
     new_tokens = sum(len(sample.token_ids) for sample in samples)
-    step = step_of(folder)
     about = {
         "checkpoint": str(folder),
         "step": step,
@@ -119,15 +124,10 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
         "device": runtime.device.type,
         "precision": runtime.precision,
     }
-    of_each: list[dict[str, Any]] = [{} for _ in samples]
     if config.study:
         about |= sample_metrics(samples)
-        if index := _training_index(folder, runtime):
-            overall, of_each = copying_metrics(samples, index, tokenizer)
-            about |= overall
-    for sample, figures in zip(samples, of_each, strict=True):
-        line = {"step": step, **sample.line(), **figures, "sampling": asdict(config.sampling)}
-        append_json_line(run_dir / "samples.jsonl", line)
+    if index:
+        about |= copying_metrics(samples, copying)
     log.info(
         "%d tokens at %.1f tokens/s; kept in %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
     )

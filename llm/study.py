@@ -7,10 +7,11 @@ from itertools import chain
 from typing import Any
 
 import tiktoken
+import torch
 
 from llm.copying import NgramIndex, copied_runs, copied_share, longest_run
 from llm.text_generation import Sample
-from llm.tokenizer import bytes_of
+from llm.tokenizer import token_ids_to_text
 
 REPEATED_NGRAM = 4  # tokens; as the repetition rate of Welleck et al. 2020 (seq-rep-4)
 
@@ -46,35 +47,32 @@ def repeated_share(samples: list[list[int]], n: int) -> float | None:
     return 1 - sum(map(len, counts)) / total if total else None
 
 
-def copying_metrics(
-    samples: list[Sample], index: NgramIndex, tokenizer: tiktoken.Encoding
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What was copied word for word from the training text: over all samples, and of each.
+def copying_of(sample: Sample, index: NgramIndex, tokenizer: tiktoken.Encoding) -> dict[str, Any]:
+    """What a sample copied word for word from the training text.
 
-    `copied` is the share of new tokens in runs of the index's n or more; `longest_copy` the tokens of the
+    `copied` is the share of its new tokens in runs of the index's n or more; `longest_copy` the tokens of the
     longest, which stands in the training split from token `longest_copy_token` on.
     """
-    runs = [copied_runs(index, sample.token_ids) for sample in samples]
-    longest = [longest_run(each) for each in runs]
-    shares = [copied_share(each, len(sample.token_ids)) for each, sample in zip(runs, samples, strict=True)]
-    lengths = [run.length if run else 0 for run in longest]
-    tokens = sum(len(sample.token_ids) for sample in samples)
-    copied = sum(share * len(sample.token_ids) for share, sample in zip(shares, samples, strict=True))
-    best = max(range(len(samples)), key=lambda number: lengths[number])
-    run = longest[best]
-    overall: dict[str, Any] = {
-        "copied": copied / tokens if tokens else None,
-        "longest_copy": lengths[best],
-        "longest_copy_token": run.position if run else None,
-        "longest_copy_text": None,
+    runs = copied_runs(index, sample.token_ids)
+    longest = longest_run(runs)
+    copied = {"copied": copied_share(runs, len(sample.token_ids))}
+    if longest is None:
+        return {**copied, "longest_copy": 0, "longest_copy_token": None, "longest_copy_text": None}
+    words = sample.token_ids[longest.start : longest.start + longest.length]
+    return {
+        **copied,
+        "longest_copy": longest.length,
+        "longest_copy_token": longest.position,
+        "longest_copy_text": token_ids_to_text(torch.tensor(words), tokenizer),
     }
-    if run:
-        words = samples[best].token_ids[run.start : run.start + run.length]
-        overall["longest_copy_text"] = b"".join(bytes_of(token, tokenizer) for token in words).decode(
-            errors="replace"
-        )
-    each = [{"copied": share, "longest_copy": length} for share, length in zip(shares, lengths, strict=True)]
-    return overall, each
+
+
+def copying_metrics(samples: list[Sample], copying: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same over all samples, from what `copying_of` says of each."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    copied = sum(each["copied"] * length for each, length in zip(copying, lengths, strict=True))
+    longest = max(copying, key=lambda each: each["longest_copy"])
+    return {**longest, "copied": copied / sum(lengths) if any(lengths) else None}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -98,7 +98,8 @@ def generate_texts(
             else:
                 samples = f"samples {start + 1} to {start + len(batch)} of {len(rows)}"
                 progress.update((start + share * len(batch)) / len(rows), samples)
-        progress.clear()
+        if not show:  # which has left the cursor behind a text that must stay
+            progress.clear()
         yield from (row.sample for row in batch)
 
 
