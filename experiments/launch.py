@@ -44,6 +44,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     # Hydra would print its own errors on several lines; with this it raises them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    logging.raiseExceptions = False  # a full disk takes the log's lines; no traceback for each
     failed = False
 
     def job(config: DictConfig) -> float | None:
@@ -67,7 +68,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             sys.exit(130)
 
     try:
-        sys.argv[1:] = _with_resumed_overrides([_quoted(argument) for argument in sys.argv[1:]])
+        sys.argv[1:] = _with_recorded_overrides([_quoted(argument) for argument in sys.argv[1:]])
         main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
         job.__module__ = "__main__"
         main(job)()
@@ -135,17 +136,25 @@ def _quoted(argument: str) -> str:
     return f"{name}='{escaped}'".replace("${", r"\${")
 
 
-def _with_resumed_overrides(arguments: list[str]) -> list[str]:
+def _with_recorded_overrides(arguments: list[str]) -> list[str]:
     """With `resume=RUN_FOLDER`, the command line that began that run, changed by what is given now.
 
-    Hydra then writes to that folder, and its record of the config there stays true.
+    Hydra then writes to that folder, and its record of the config there stays true. With `rerun=`, the config
+    is the run's own, whatever the defaults are by now, and takes no changes.
     """
     given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
+    if "rerun" in given:
+        free = ("rerun", "resume", "tracking", "hydra", "data.path", "data.cache_dir")
+        if others := [argument for key, argument in given.items() if not key.startswith(free)]:
+            raise UserError(
+                f"rerun repeats a run as it was: leave out {' '.join(others)}, or begin a new run with it"
+            )
     if "resume" not in given:
         return arguments
     from llm.checkpoint import find_run
 
-    run_dir = find_run(given["resume"].partition("=")[2])
+    name = given["resume"].partition("=")[2]
+    run_dir = find_run(name.strip("'\""), with_checkpoint=False)
     record = run_dir / ".hydra" / "overrides.yaml"
     if not record.exists():
         raise UserError(
@@ -156,7 +165,7 @@ def _with_resumed_overrides(arguments: list[str]) -> list[str]:
     merged = {
         **begun,
         **given,
-        "resume": f"resume='{run_dir}'",
+        "resume": f"resume='{run_dir if name == 'latest' else name}'",
         "hydra.run.dir": f"hydra.run.dir='{run_dir}'",
     }
     return flags + list(merged.values())

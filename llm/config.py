@@ -5,7 +5,8 @@ is what `python experiments/pretrain.py` runs.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 
 class UserError(Exception):
@@ -108,12 +109,18 @@ class TrainingConfig:
     eval_iter: int = key(5, "batches of either split in an evaluation", at_least=1)
     grad_clip: float | None = key(1.0, "largest global gradient norm", above=0)
     accumulate: int = key(1, "batches whose gradients make one update", at_least=1)
+    max_skipped: int = key(
+        0,
+        "updates in a row whose loss or gradient is not finite that are left out; one more stops the run",
+        at_least=0,
+    )
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int | None = key(None, "updates from one checkpoint to the next", at_least=1)
-    every_minutes: float | None = key(5.0, "minutes of training from one checkpoint to the next", above=0)
+    every_minutes: float | None = key(1.0, "minutes of training from one checkpoint to the next", above=0)
+    keep: int = key(2, "checkpoints that are kept, besides the best", at_least=1)
 
 
 @dataclass
@@ -180,7 +187,13 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = key(123, "all randomness derives from it", at_least=0)
-    resume: str | None = key(None, "run folder to go on with, or latest")
+    init_from: str | None = key(
+        None,
+        "weights to begin with: a run or checkpoint folder of ours, a folder in Hugging Face's GPT-2 layout, "
+        "a name on its hub, or the book's .pth file",
+    )
+    resume: str | None = key(None, "run or checkpoint folder to go on with, or latest")
+    rerun: str | None = key(None, "run folder to repeat from its own record and compare with, or latest")
 
 
 @dataclass
@@ -219,6 +232,18 @@ class EvaluateConfig:
     batch_size: int = key(16, "windows in a batch", at_least=1)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
+    format: str = key(
+        "huggingface",
+        "huggingface: a folder that transformers opens; "
+        "book: the book's model.pth and model_and_optimizer.pth",
+        choices=("huggingface", "book"),
+    )
+    to: str | None = key(None, "new folder to write to; null: one in this export's run folder")
 
 
 @dataclass
@@ -300,11 +325,37 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict`: nested plain values to a `schema` dataclass."""
-    nested = {item.name: item.type for item in fields(schema)}
-    return schema(
-        **{
-            name: from_dict(nested[name], value) if is_dataclass(nested[name]) else value  # type: ignore[arg-type]
-            for name, value in values.items()
-        }
-    )
+    """The inverse of `dataclasses.asdict`: nested plain values to a `schema` dataclass.
+
+    Raises:
+        TypeError, KeyError: a value is of another type, or its key is unknown.
+    """
+    types: dict[str, Any] = {item.name: item.type for item in fields(schema)}
+    read = {}
+    for name, value in values.items():
+        if is_dataclass(types[name]):
+            read[name] = from_dict(types[name], value)
+        elif type(value) in _plain_types(types[name]):
+            read[name] = value
+        else:
+            raise TypeError(f"{name}={value!r} is of the wrong type")
+    return schema(**read)
+
+
+def _plain_types(annotation: Any) -> set[type]:
+    """What JSON may hold for `int | None`, `list[str]`, and the like."""
+    alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    found = {get_origin(each) or each for each in alternatives}
+    return found | {int} if float in found else found
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The keys, by dotted name, whose values differ between two configs, as {key: (one's, the other's)}."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for item in fields(one):
+        ours, theirs = getattr(one, item.name), getattr(other, item.name)
+        if is_dataclass(ours):
+            found |= differences(ours, theirs, f"{prefix}{item.name}.")
+        elif ours != theirs:
+            found[prefix + item.name] = (ours, theirs)
+    return found

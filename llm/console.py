@@ -2,8 +2,12 @@
 
 import logging
 
+import torch
+
+from llm.checkpoint import step_folders, steps_of
+from llm.config import PretrainConfig
 from llm.evaluation import Evaluation
-from llm.model import parameter_count, training_flops_per_token
+from llm.model import GPTModel, parameter_count, training_flops_per_token
 from llm.optimizer import orthogonalisation_flops
 from llm.progress import format_count, format_seconds
 from llm.run import Run, Summary
@@ -72,11 +76,16 @@ def announce(run: Run, matmul_flops: float) -> None:
     validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
     log.info("then       a pass over the validation split: about %s", format_seconds(validation_seconds))
     log.info("run folder %s\n", run.run_dir)
-    if run.counters.steps:
-        log.info("resumed after %d updates, %.2f epochs\n", run.counters.steps, run.position()["epoch"])
+    if run.resumed:
+        changed = run.resumed[-1]["changed"]
+        log.info("resumed after %d updates, %.2f epochs", run.counters.steps, run.position()["epoch"])
+        for key, (was, now) in changed.items():
+            log.info("changed    %s=%s (it was %s)", key, now, was)
+        log.info("")
 
 
 def status(metrics: dict[str, float]) -> str:
+    """Where a run is, for its progress."""
     return (
         f"epoch {metrics['epoch']:.2f} · {format_count(metrics['tokens_seen'])} tokens · "
         f"loss {metrics['train/loss']:.3f} · {format_count(metrics['tokens_per_second'])} tokens/s"
@@ -93,11 +102,29 @@ def evaluation_line(run: Run, train: Evaluation, validation: Evaluation) -> str:
 
 
 def not_finite(run: Run, loss: float, grad_norm: float) -> str:
-    last = run.run_dir / "checkpoints" / "last"
-    good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "no checkpoint was saved yet"
+    """Why a run stops, and where to go on from: the last checkpoint whose weights gave a finite loss."""
+    if run.writer:
+        run.writer.wait()
+    first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of those left out
+    good = [folder for folder in step_folders(run.run_dir) if steps_of(folder) < first]
+    go_on = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
+    how = f"go on with resume={good[0]} optimizer.lr=…" if good else "begin again with a lower optimizer.lr"
     return (
-        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {good}; "
-        f"lower optimizer.lr or set training.grad_clip"
+        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {go_on}; "
+        f"{how}, or set training.grad_clip, or training.max_skipped to leave out such updates"
+    )
+
+
+def sizes(config: PretrainConfig) -> str:
+    """What a run keeps in memory, and the keys to lower when it does not fit."""
+    with torch.device("meta"):
+        parameters = parameter_count(GPTModel(config.model))
+    data, rows = config.data, config.data.batch_size // config.runtime.processes
+    return (
+        f"{format_count(parameters)} parameters take about {format_count(16 * parameters)}B with gradients "
+        f"and averages, beside the activations of {rows} windows of {config.model.context_length} tokens; "
+        f"lower data.batch_size={data.batch_size} (and raise training.accumulate by as much), "
+        f"model.context_length, model.n_layers or model.emb_dim"
     )
 
 
@@ -111,6 +138,8 @@ def print_summary(summary: Summary, run: Run) -> None:
         "validation loss": _figure(summary.val_loss, "{:.3f}"),
         "validation perplexity": _figure(summary.val_perplexity, "{:.1f}"),
         "validation bits per byte": _figure(summary.val_bits_per_byte, "{:.3f}"),
+        "updates left out": str(summary.skipped) if summary.skipped else "–",
+        "gradient-norm spikes": str(summary.grad_norm_spikes) if summary.grad_norm_spikes else "–",
         "best validation loss": _figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
         "training time": format_seconds(summary.seconds),
         "execution time": format_seconds(summary.total_seconds),

@@ -101,16 +101,14 @@ class TrainingBatches:
         torch.set_rng_state(now)
         return batches
 
-    def state(self) -> dict[str, int | Tensor | None]:
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "epoch_generator_state": self._epoch_generator_state,
-        }
+    def state(self) -> tuple[dict[str, int], Tensor | None]:
+        """Where the next batch stands, and in the book's order the generator's state when its epoch began."""
+        return {"epoch": self.epoch, "position": self.position}, self._epoch_generator_state
 
-    def load_state(self, state: dict) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._epoch_generator_state = state["epoch_generator_state"]
+    def load_state(self, place: dict[str, int], epoch_generator_state: Tensor | None) -> None:
+        """The inverse of `state`."""
+        self.epoch, self.position = place["epoch"], place["position"]
+        self._epoch_generator_state = epoch_generator_state
         self._batches = None
 
 
@@ -178,6 +176,12 @@ def load_windows(config: PretrainConfig, tokenizer: tiktoken.Encoding) -> tuple[
                 f"or lower model.context_length, data.batch_size or training.accumulate"
             )
     return windows[0], windows[1]
+
+
+def fingerprint_of(windows: Windows) -> str:
+    """A hash of the text and the tokenizer that windows come from: the name of their token file."""
+    assert isinstance(windows.tokens, np.memmap)
+    return Path(str(windows.tokens.filename)).stem
 
 
 def token_file(text: str, tokenizer: tiktoken.Encoding, cache: Path, what: str) -> np.ndarray:

@@ -5,16 +5,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llm.config import UserError
+from llm.progress import format_count
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary name beside `path`, for a file or a folder; on success it takes `path`'s place.
+
+    Args:
+        size: the bytes that will be written, where they are many; a disk with less room is not begun with.
 
     Raises:
         UserError: the disk is full, or the place cannot be written; nothing half written stays.
@@ -22,6 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if size > _room(path.parent):
+            raise OSError("no space left on the disk")
         yield temporary
         is_folder = temporary.is_dir() and not temporary.is_symlink()
         if not temporary.is_symlink():
@@ -32,12 +38,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _flush(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = f"{error.strerror or error}{_room_wanted(path, size)}"
+        raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        if temporary.is_dir() and not temporary.is_symlink():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def _room(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _room_wanted(path: Path, size: int) -> str:
+    if not size or not path.parent.exists():
+        return ""
+    return f" (it takes {format_count(size)}B, and {format_count(_room(path.parent))}B are free)"
 
 
 def _flush(path: Path) -> None:
@@ -48,19 +62,52 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when its process was killed."""
+    for leftover in folder.glob(".*.tmp"):
+        remove(leftover)
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value))
 
 
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Add one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def append_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    """Add JSON objects as lines, all of them or none.
+
+    Raises:
+        UserError: they cannot be written; the file is as it was.
+    """
+    content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from llm.checkpoint import find_checkpoint, step_of
+from llm.checkpoint import step_of
 from llm.config import GenerateConfig, TrackingConfig, UserError, validate
 from llm.copying import NgramIndex, load_ngram_index
 from llm.corpus import find_files, load_text, read_text, split_text
 from llm.dataset import token_file
-from llm.files import append_json_line, as_typed, cache_folder, write_json
+from llm.files import append_json_lines, cache_folder, write_json
 from llm.inference import load_for_inference
+from llm.pretrained import resolve
 from llm.progress import format_table
 from llm.report import MAIN_METRICS, METRICS, study_jobs, study_report
 from llm.runtime import Runtime, start_runtime
@@ -78,15 +79,15 @@ def conclude_study(folder: Path) -> None:
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
     """The samples, and what a summary says of them."""
-    folder = as_typed(find_checkpoint(config.checkpoint))
+    checkpoint = resolve(config.checkpoint)
     runtime = start_runtime(config.runtime)
-    model, _, tokenizer = load_for_inference(folder, runtime)
+    model, _, tokenizer = load_for_inference(checkpoint, runtime)
     prompts = _prompts(config)
     num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
-    log.info("checkpoint %s · %s · %s\n", folder, runtime.device, runtime.precision)
+    log.info("checkpoint %s · %s · %s\n", checkpoint, runtime.device, runtime.precision)
     streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
-    step = step_of(folder)
-    index = _training_index(folder, runtime) if config.study else None
+    step = step_of(Path(checkpoint))
+    index = _training_index(checkpoint, runtime) if config.study else None
     begin = time.perf_counter()
     samples, copying = [], []
     for sample in generate_texts(
@@ -107,7 +108,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
         if index:
             copying.append(copying_of(sample, index, tokenizer))
         line = {"step": step, **sample.line(), **(copying[-1] if index else {})}
-        append_json_line(run_dir / "samples.jsonl", {**line, "sampling": asdict(config.sampling)})
+        append_json_lines(run_dir / "samples.jsonl", [{**line, "sampling": asdict(config.sampling)}])
         if streaming:
             _show("\n\n")
         elif not config.study:
@@ -115,7 +116,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     seconds = time.perf_counter() - begin
     new_tokens = sum(len(sample.token_ids) for sample in samples)
     about = {
-        "checkpoint": str(folder),
+        "checkpoint": checkpoint,
         "step": step,
         "num_samples": len(samples),
         "new_tokens": new_tokens,
@@ -153,9 +154,12 @@ def _show(piece: str) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _training_index(folder: Path, runtime: Runtime) -> NgramIndex | None:
+def _training_index(checkpoint: str, runtime: Runtime) -> NgramIndex | None:
     """The index over the tokens that a checkpoint was trained on; None, and a line why, without them."""
-    _, trained, tokenizer = load_for_inference(folder, runtime)
+    _, trained, tokenizer = load_for_inference(checkpoint, runtime)
+    if trained is None:
+        log.warning("what was copied is not measured: what %s was trained on is not known", checkpoint)
+        return None
     try:
         training_text = split_text(load_text(trained.data), trained.data.train_ratio)[0]
     except UserError as error:

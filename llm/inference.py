@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.checkpoint import load_checkpoint
-from llm.config import PretrainConfig
+from llm.checkpoint import model_of_weights, read_config
+from llm.config import PretrainConfig, UserError
 from llm.model import GPTModel
+from llm.pretrained import is_ours, open_weights, resolve
 from llm.runtime import Runtime
 from llm.tokenizer import load_tokenizer
 
@@ -20,15 +21,29 @@ INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to b
 INT8_KERNEL_INPUTS = 16  # the kernel reads so many at once, and past the end of what does not divide
 
 
-@functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
-def load_for_inference(folder: Path, runtime: Runtime) -> tuple[GPTModel, PretrainConfig, tiktoken.Encoding]:
-    """The model of a checkpoint folder, ready; the config of its run; its tokenizer.
+def load_for_inference(
+    checkpoint: str | Path, runtime: Runtime
+) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
+    """The model of a run, a checkpoint or foreign weights (see `open_weights`), ready; the config of its run,
+    if it is of ours; its tokenizer.
 
     Raises:
-        UserError: the folder holds no whole checkpoint.
+        UserError: there are no such weights, they are damaged, or their tokenizer is not known.
     """
-    model, trained = load_checkpoint(folder, runtime.device)
-    return for_inference(model, runtime), trained, load_tokenizer(trained.tokenizer.name)
+    return _load(resolve(str(checkpoint)), runtime)
+
+
+@functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
+def _load(name: str, runtime: Runtime) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
+    source = open_weights(name)
+    if source.tokenizer is None:
+        raise UserError(
+            f"{source.origin} does not say which tokenizer it was trained with, and its "
+            f"{source.model.vocab_size} tokens are not GPT-2's"
+        )
+    model = model_of_weights(source.model, source.weights, source.origin).to(runtime.device)
+    trained = read_config(Path(name)) if is_ours(name) else None
+    return for_inference(model, runtime), trained, load_tokenizer(source.tokenizer)
 
 
 def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm.config import OptimizerConfig
+from llm.config import OptimizerConfig, UserError
 
 
 class Optimizers:
@@ -27,12 +27,42 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+    def state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """The averages that the optimizers keep, by the parameter's name in `model` and their own, as in
+        {"tok_emb.weight": {"exp_avg": …}}; empty before the first step. Hyperparameters are the config's."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        return {names[parameter]: state for part in self.parts for parameter, state in part.state.items()}
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    def load_state(self, model: nn.Module, state: dict[str, dict[str, Tensor]], source: str) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            UserError: it is that of another optimizer or another model.
+        """
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for part in self.parts:
+            parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+            wanted = _STATE_KEYS[type(part)] if state else set()
+            for parameter in parameters:
+                averages = state.get(names[parameter], {})
+                shapes = {tensor.shape for key, tensor in averages.items() if key != "step"}
+                if averages.keys() != wanted or not shapes <= {parameter.shape}:
+                    raise UserError(
+                        f"{source} holds the state of another optimizer or model: {names[parameter]} needs "
+                        f"{', '.join(sorted(wanted))} of its shape"
+                    )
+            numbered = {
+                number: {key: tensor.clone() for key, tensor in state[names[parameter]].items()}
+                for number, parameter in enumerate(parameters)
+                if names[parameter] in state
+            }
+            part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
+
+
+_STATE_KEYS: dict[type, set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:

@@ -1,9 +1,7 @@
 """The parts of a training run, put together, saved and restored."""
 
-import platform
-import subprocess
+import logging
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,44 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llm.checkpoint import load_training_state, load_weights, save_checkpoint
+from llm.checkpoint import (
+    STATE_TENSORS,
+    WEIGHTS,
+    CheckpointWriter,
+    Snapshot,
+    check_shapes,
+    copy_weights,
+    load_optimizer_state,
+    read_state,
+    read_tensors,
+)
 from llm.config import PretrainConfig, UserError
-from llm.dataset import TrainingBatches, Windows, load_windows
+from llm.dataset import TrainingBatches, Windows, fingerprint_of, load_windows
 from llm.model import GPTModel
 from llm.optimizer import Optimizers, build_optimizers
+from llm.pretrained import open_weights
+from llm.record import git_commit, git_is_clean, machine, package_versions, recorded_clock
 from llm.runtime import Runtime
+from llm.start import Start, rewind
 from llm.tokenizer import bytes_of_tokens, load_tokenizer
 from llm.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Counters:
     """How far a run is; saved with each checkpoint."""
 
-    steps: int = 0  # updates done
+    steps: int = 0  # updates done, those left out among them
     tokens_seen: int = 0
     seconds: float = 0.0  # of training; evaluation, samples and saving do not count
     best_val_loss: float | None = None
     best_step: int | None = None
+    skipped: int = 0  # updates left out, their loss or gradient not finite
+    skipped_in_a_row: int = 0
+    usual_grad_norm: float | None = None  # a running mean
+    grad_norm_spikes: int = 0
 
 
 @dataclass
@@ -48,6 +65,8 @@ class Summary:
     val_bits_per_byte: float | None = None
     best_val_loss: float | None = None  # of the evaluations along the way
     best_step: int | None = None
+    skipped: int = 0
+    grad_norm_spikes: int = 0
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     mfu: float | None = None  # model FLOPs a second over those of a large matrix product
@@ -56,8 +75,13 @@ class Summary:
     seed: int = 0
     device: str = ""
     precision: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    git_commit: str | None = None
+    machine: str = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=package_versions)
+    git_commit: str | None = field(default_factory=git_commit)
+    git_clean: bool | None = field(default_factory=git_is_clean)  # whether the code was as committed
+    init_from: str | None = None
+    resumed: list[dict[str, Any]] = field(default_factory=list)  # after how many updates, with what changed
+    rerun: str | None = None  # whether the numbers of the run that was repeated came out the same
     error: str | None = None
 
 
@@ -67,6 +91,7 @@ class Run:
 
     config: PretrainConfig
     run_dir: Path
+    run_id: str
     runtime: Runtime
     tokenizer: tiktoken.Encoding
     bytes_of_tokens: Tensor  # (vocab_size,)
@@ -77,7 +102,10 @@ class Run:
     validation_windows: Windows
     batches: TrainingBatches
     counters: Counters
-    tracker: Tracker | None  # the main process's alone
+    clock: list[float]  # of a rerun: the seconds of training after each update, as recorded
+    resumed: list[dict[str, Any]]  # see Summary
+    tracker: Tracker | None  # the main process's alone, as is the writer
+    writer: CheckpointWriter | None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -115,8 +143,9 @@ class Run:
         }
 
 
-def build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
+def build_run(start: Start, run_id: str, runtime: Runtime) -> Run:
     """Everything that can go wrong by the user's hand goes wrong here, before the first update."""
+    config, run_dir = start.config, start.run_dir
     tokenizer = load_tokenizer(config.tokenizer.name)
     training_windows, validation_windows = load_windows(config, tokenizer)
     torch.manual_seed(config.seed)
@@ -124,6 +153,7 @@ def build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
     run = Run(
         config=config,
         run_dir=run_dir,
+        run_id=run_id,
         runtime=runtime,
         tokenizer=tokenizer,
         bytes_of_tokens=bytes_of_tokens(tokenizer, config.model.vocab_size),
@@ -134,46 +164,135 @@ def build_run(config: PretrainConfig, run_dir: Path, runtime: Runtime) -> Run:
         validation_windows=validation_windows,
         batches=TrainingBatches(training_windows, config.data, config.seed),
         counters=Counters(),
+        clock=recorded_clock(start.rerun_of) if start.rerun_of else [],
+        resumed=[],
         tracker=None,
+        writer=None,
     )
     if not runtime.is_main:
         torch.manual_seed(config.seed + runtime.rank)  # dropout differs between processes
-    if config.resume:
-        _restore(run)
-        if run.progress() >= 1:
-            key, value = run.binding_limit()
-            raise UserError(f"{run_dir} is finished: {key}={value:g} is spent; to go on, raise it")
+    if start.checkpoint:
+        _restore(run, start)
+    elif config.init_from:
+        _begin_from(run, config.init_from)
     if runtime.is_main:  # last, for from here on it has to be ended
-        run.tracker = Tracker(run_dir, config.tracking, asdict(config), "pretrain")
-        if config.resume:
-            run.tracker.rewind(run.counters.steps)
+        rewind(start)
+        run.tracker = Tracker(run_dir, config.tracking, asdict(config), "pretrain", run_id)
+        run.writer = CheckpointWriter(run_dir, config.checkpoint.keep)
     model.train()
     return run
 
 
 def save(run: Run) -> None:
-    """Save all that is needed to go on exactly. Every process calls it, the main one writes."""
-    generator_states = run.runtime.gather(_generator_states(run.runtime))
-    if run.runtime.is_main:
-        training_state = {
-            "optimizers": run.optimizers.state_dict(),
-            "counters": asdict(run.counters),
-            "batches": run.batches.state(),
-            "generators": generator_states,
-        }
-        save_checkpoint(run.run_dir, "step", run.counters.steps, run.model, run.config, training_state)
+    """Begin to save all that is needed to go on exactly. Every process calls it, the main one writes."""
+    generators = run.runtime.gather(_generator_states(run.runtime))
+    if not run.writer or not run.tracker:
+        return
+    run.writer.wait()
+    try:
+        record_sizes = run.tracker.record_sizes()
+    except UserError as error:
+        log.warning("checkpoint not saved: %s; training goes on, and the next one tries again", error)
+        return
+    place, epoch_generator_state = run.batches.state()
+    tensors = {
+        **{
+            f"optimizer/{name}/{key}": tensor.to("cpu", copy=True)
+            for name, state in run.optimizers.state(run.model).items()
+            for key, tensor in state.items()
+        },
+        **{
+            f"generator/{rank}/{kind}": state
+            for rank, states in enumerate(generators)
+            for kind, state in states.items()
+        },
+    }
+    if epoch_generator_state is not None:
+        tensors["epoch_generator"] = epoch_generator_state
+    state = {
+        "run_id": run.run_id,
+        "counters": asdict(run.counters),
+        "batches": place,
+        "data": _data(run),
+        "resumed": run.resumed,
+    }
+    weights = copy_weights(run.model)
+    run.writer.write(Snapshot(run.counters.steps, run.config, weights, tensors, state, record_sizes))
 
 
-def _restore(run: Run) -> None:
-    """The inverse of `save`."""
-    folder = (run.run_dir / "checkpoints" / "last").resolve()
-    weights, state = load_training_state(folder)
-    load_weights(run.model, weights, folder)
-    run.optimizers.load_state_dict(state["optimizers"])
-    run.counters = Counters(**state["counters"])
-    run.batches.load_state(state["batches"])
-    if run.runtime.rank < len(state["generators"]):
-        _set_generator_states(run.runtime, state["generators"][run.runtime.rank])
+def finish_saving(run: Run) -> None:
+    """Wait until all is on disk; every process calls it.
+
+    Raises:
+        UserError: the last state is not saved.
+    """
+    if run.runtime.agree(bool(run.writer and not run.writer.has_saved(run.counters.steps))):
+        save(run)  # never tried, or tried in vain
+    if run.writer and (error := run.writer.wait()):
+        raise error
+    if run.tracker:
+        run.tracker.flush()
+
+
+def _data(run: Run) -> list[str]:
+    return [fingerprint_of(windows) for windows in (run.training_windows, run.validation_windows)]
+
+
+def _restore(run: Run, start: Start) -> None:
+    """The inverse of `save`.
+
+    Raises:
+        UserError: the checkpoint is of other data or another model, or the run has come to its end.
+    """
+    folder = start.checkpoint
+    assert folder
+    weights, tensors, state = (
+        read_tensors(folder / WEIGHTS),
+        read_tensors(folder / STATE_TENSORS),
+        read_state(folder),
+    )
+    check_shapes(run.model, weights, folder)
+    run.model.load_state_dict(weights)
+    run.optimizers.load_state(run.model, load_optimizer_state(folder), str(folder))
+    try:
+        run.counters = Counters(**state["counters"])
+        run.batches.load_state(state["batches"], tensors.get("epoch_generator"))
+        run.resumed = state["resumed"]
+        if state["data"] != _data(run):
+            raise UserError(
+                f"the text is not the one that {start.run_dir} was trained on: give that one with data.path, "
+                f"or begin a new run with init_from={start.run_dir}"
+            )
+        for kind in {"cpu", run.runtime.device.type}:
+            if (name := f"generator/{run.runtime.rank}/{kind}") in tensors:
+                _GENERATORS[kind].set_rng_state(tensors[name])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged or of another format: {error}") from error
+    if run.progress() >= 1 and start.was_finished:
+        key, value = run.binding_limit()
+        raise UserError(f"{start.run_dir} is finished: {key}={value:g} is spent; to go on, raise it")
+    changed = {key: list(values) for key, values in start.changes.items() if not key.startswith("tracking.")}
+    run.resumed = [*run.resumed, {"steps": run.counters.steps, "changed": changed}]
+
+
+def _begin_from(run: Run, name: str) -> None:
+    """Take over given weights, and the optimizer's state where they come with it."""
+    source = open_weights(name)
+    weights = dict(source.weights)
+    positions = run.config.model.context_length
+    weights["pos_emb.weight"] = weights["pos_emb.weight"][:positions]
+    check_shapes(run.model, weights, source.origin)
+    run.model.load_state_dict(weights)
+    if not source.optimizer_state:
+        return
+    if run.config.optimizer.name == "adamw" and positions == source.model.context_length:
+        run.optimizers.load_state(run.model, source.optimizer_state, source.origin)
+    else:
+        log.info(
+            "the optimizer state in %s is left out: it is AdamW's, for a context of %d tokens",
+            source.origin,
+            source.model.context_length,
+        )
 
 
 def _generator_states(runtime: Runtime) -> dict[str, Tensor]:
@@ -181,28 +300,4 @@ def _generator_states(runtime: Runtime) -> dict[str, Tensor]:
     return {kind: _GENERATORS[kind].get_rng_state() for kind in {"cpu", runtime.device.type}}
 
 
-def _set_generator_states(runtime: Runtime, states: dict[str, Tensor]) -> None:
-    for kind in {"cpu", runtime.device.type} & states.keys():
-        _GENERATORS[kind].set_rng_state(states[kind])
-
-
 _GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
-
-
-def package_versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "wandb")}
-    return {"python": platform.python_version(), **packages}
-
-
-def git_commit() -> str | None:
-    """The commit of this code, or None outside a git checkout."""
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -19,6 +20,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from llm.config import RuntimeConfig, UserError
+
+ERROR = "error.txt"  # what another process than the main one could not do
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,11 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
     if config.processes == 1:
         yield start_runtime(config)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        meeting_place = f"file://{Path(folder) / 'meeting-place'}"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         others = [
             mp.get_context("spawn").Process(
-                target=_other_process, args=(rank, config, meeting_place, work, arguments), daemon=True
+                target=_other_process, args=(rank, config, folder, work, arguments), daemon=True
             )
             for rank in range(1, config.processes)
         ]
@@ -146,34 +149,64 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
         for other in others:
             other.start()
         try:
-            _join_group(runtime, meeting_place)
+            _join_group(runtime, folder)
             yield runtime
             for other in others:
                 other.join()
             dist.destroy_process_group()
+        except RuntimeError as error:  # what torch says when another process is gone
+            if not (folder / ERROR).exists():
+                raise
+            raise UserError((folder / ERROR).read_text("utf-8")) from error
         finally:
             for other in others:
                 other.kill()
 
 
 def _other_process(
-    rank: int, config: RuntimeConfig, meeting_place: str, work: Callable[..., Any], arguments: tuple
+    rank: int, config: RuntimeConfig, folder: Path, work: Callable[..., Any], arguments: tuple
 ) -> None:
-    runtime = start_runtime(config, rank)
-    _join_group(runtime, meeting_place)
-    work(*arguments, runtime)
-    dist.destroy_process_group()
+    try:
+        runtime = start_runtime(config, rank)
+        _join_group(runtime, folder)
+        work(*arguments, runtime)
+        dist.destroy_process_group()
+    except UserError as error:  # the main process says it, and alone
+        (folder / ERROR).write_text(str(error), encoding="utf-8")
+        sys.exit(1)
 
 
-def _join_group(runtime: Runtime, meeting_place: str) -> None:
+def _join_group(runtime: Runtime, folder: Path) -> None:
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     dist.init_process_group(
         "nccl" if runtime.device.type == "cuda" else "gloo",
-        init_method=meeting_place,
+        init_method=f"file://{folder / 'meeting-place'}",
         rank=runtime.rank,
         world_size=runtime.processes,
     )
+
+
+@contextlib.contextmanager
+def out_of_memory_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
+    """
+    Args:
+        sizes: gives, once memory is out, the sizes at play and the keys to lower.
+
+    Raises:
+        UserError: memory is out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+        text = str(error)
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|can't allocate memory|not enough memory", text, re.IGNORECASE
+        ):
+            raise
+        wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
+        more = f" ({wanted[1]} more were asked for)" if wanted else ""
+        raise UserError(f"out of memory{more}: {sizes()}") from error
 
 
 def device_name(device: torch.device) -> str:

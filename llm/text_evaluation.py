@@ -12,14 +12,15 @@ import tiktoken
 import torch
 
 from llm import plots
-from llm.checkpoint import find_checkpoint, step_of
+from llm.checkpoint import step_of
 from llm.config import EvaluateConfig, SamplingConfig, UserError, validate
 from llm.corpus import find_files, read_text
 from llm.dataset import Batch, load_windows, ordered_batches, whole_batches
 from llm.evaluation import evaluate
-from llm.files import as_typed, write_json
+from llm.files import write_json
 from llm.inference import load_for_inference
 from llm.model import GPTModel
+from llm.pretrained import resolve
 from llm.progress import Progress, format_count
 from llm.runtime import start_runtime
 from llm.sampling import next_distribution, penalise_repetition
@@ -42,12 +43,14 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
             cannot be loaded.
     """
     validate(config)
-    folder = as_typed(find_checkpoint(config.checkpoint))
+    checkpoint = resolve(config.checkpoint)
     runtime = start_runtime(config.runtime)
-    model, trained, tokenizer = load_for_inference(folder, runtime)
-    log.info("checkpoint %s · %s · %s\n", folder, runtime.device, runtime.precision)
+    model, trained, tokenizer = load_for_inference(checkpoint, runtime)
+    log.info("checkpoint %s · %s · %s\n", checkpoint, runtime.device, runtime.precision)
     context = model.config.context_length
     if config.text is None and config.path is None:
+        if trained is None:
+            raise UserError(f"what {checkpoint} was trained on is not known: give a text with path= or text=")
         windows = load_windows(trained, tokenizer)[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
         count = len(windows) * context
@@ -59,8 +62,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         model, _with_progress(batches, count), bytes_of_tokens(tokenizer, model.config.vocab_size), runtime
     )
     figures: dict[str, Any] = {
-        "checkpoint": str(folder),
-        "step": step_of(folder),
+        "checkpoint": checkpoint,
+        "step": step_of(Path(checkpoint)),
         "precision": runtime.precision,
         "what": what,
         "tokens": count,

@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import os
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -82,7 +84,7 @@ def _bytes_encoding() -> tiktoken.Encoding:
     """256 bytes and the end of text."""
     return tiktoken.Encoding(
         "bytes",
-        pat_str=r"(?s:.)",
+        pat_str=r"[\s\S]",  # any character; understood by every regex library
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={END_OF_TEXT: 256},
     )
@@ -131,3 +133,69 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     for token, rank in tokenizer._mergeable_ranks.items():
         digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
     return digest.hexdigest()
+
+
+def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
+    """The content of a `tokenizer.json` of Hugging Face's tokenizers that gives the same ids."""
+    characters = _byte_characters()
+    ranks = encoding._mergeable_ranks
+
+    def spelled(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    merges = [
+        [spelled(piece) for piece in _merge_of(token, rank, ranks)]
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        if len(token) > 1
+    ]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": encoding._pat_str},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": token_id, "content": text, **special}
+            for text, token_id in encoding._special_tokens.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {spelled(token): rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
+
+
+def _byte_characters() -> list[str]:
+    """A visible character for each byte, as GPT-2's vocabulary spells them: bytes that are no visible Latin-1
+    character are numbered from 256 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two pieces that a token is merged from: what is left once all merges of lower rank are done."""
+    pieces = [bytes([byte]) for byte in token]
+    while len(pieces) > 2:
+        pairs = [ranks.get(one + other, rank) for one, other in pairwise(pieces)]
+        place = min(range(len(pairs)), key=pairs.__getitem__)
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+    return pieces

@@ -1,38 +1,49 @@
 """Where metrics go: `metrics.jsonl` in the run folder, and Weights & Biases under the same names."""
 
-import json
+import logging
+import math
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from llm.config import TrackingConfig, UserError
-from llm.files import append_json_line, read_json_lines, write_text
+from llm.files import append_json_lines, read_json_lines
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
     """Records one run. W&B is imported only if it is wanted, and a run of it is always ended."""
 
     def __init__(
-        self, run_dir: Path, config: TrackingConfig, run_config: dict[str, Any], job_type: str
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        run_config: dict[str, Any],
+        job_type: str,
+        run_id: str | None = None,
     ) -> None:
         """
+        Args:
+            run_id: a run with this id goes on in W&B, if it is there already.
+
         Raises:
             UserError: W&B cannot start online, for want of a key or a network.
         """
         self.run_dir = run_dir
         self.metrics = run_dir / "metrics.jsonl"
         self.samples = run_dir / "samples.jsonl"
+        self._pending: dict[Path, list[dict[str, Any]]] = {self.metrics: [], self.samples: []}
         self._wandb_run = None
         if config.mode != "disabled":
-            self._wandb_run = self._start_wandb(config, run_config, job_type)
+            self._wandb_run = self._start_wandb(config, run_config, job_type, run_id)
 
-    def _start_wandb(self, config: TrackingConfig, run_config: dict[str, Any], job_type: str) -> Any:
+    def _start_wandb(
+        self, config: TrackingConfig, run_config: dict[str, Any], job_type: str, run_id: str | None
+    ) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")  # what it says at its end, the run says itself
         import wandb
 
-        id_file = self.run_dir / "wandb" / "run-id.txt"  # a resumed run goes on as the same W&B run
-        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
         try:
             run = wandb.init(
                 mode=config.mode,  # type: ignore[arg-type]  # validated: offline or online
@@ -53,29 +64,51 @@ class Tracker:
                 f"tracking={config.mode}: Weights & Biases did not start ({str(error).splitlines()[0]}); "
                 f"log in with `wandb login`, or use tracking=offline and `wandb sync` later"
             ) from error
-        write_text(id_file, run_id)
         # Any panel may be drawn over either axis; W&B's own step counts log calls and means nothing here.
         run.define_metric("step")
         run.define_metric("tokens_seen")
         run.define_metric("*", step_metric="step")
         return run
 
-    def rewind(self, steps: int) -> None:
-        """Drop what an interrupted run recorded after its last checkpoint, `steps` updates from the start."""
-        for path in (self.metrics, self.samples):
-            if path.exists():
-                kept = [line for line in read_json_lines(path) if line["step"] < steps]
-                write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of the update `step`, counted from 0."""
-        append_json_line(self.metrics, {"step": step, **metrics})
+        """Record metrics of the update `step`, counted from 0. What is not finite is null in the file."""
+        written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(self.metrics, {"step": step, **written})
         if self._wandb_run:
             self._wandb_run.log({"step": step, **metrics})
 
     def log_sample(self, line: dict[str, Any]) -> None:
         """Keep a sample in `samples.jsonl`; `finish` gives all of them to W&B."""
-        append_json_line(self.samples, line)
+        self._append(self.samples, line)
+
+    def _append(self, file: Path, line: dict[str, Any]) -> None:
+        """Add a line; if the disk is full, keep it in memory and try again with the next one."""
+        self._pending[file].append(line)
+        try:
+            self.flush()
+        except UserError as error:
+            if len(self._pending[file]) == 1:
+                log.warning("%s; its lines are kept in memory and tried again", error)
+
+    def flush(self) -> None:
+        """Write the lines that are kept in memory.
+
+        Raises:
+            UserError: they still cannot be written.
+        """
+        for file, lines in self._pending.items():
+            if lines:
+                append_json_lines(file, lines)
+                lines.clear()
+
+    def record_sizes(self) -> dict[str, int]:
+        """The sizes of `metrics.jsonl` and `samples.jsonl` in bytes, with all lines so far in them.
+
+        Raises:
+            UserError: a line cannot be written.
+        """
+        self.flush()
+        return {file.name: file.stat().st_size if file.exists() else 0 for file in self._pending}
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Show rows in W&B as a table, which it can plot; what is no plain value is left out."""

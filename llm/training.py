@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llm import console, dataset, plots
-from llm.checkpoint import find_run, save_checkpoint
+from llm.checkpoint import copy_weights
 from llm.config import PretrainConfig, UserError, validate
 from llm.dataset import Windows
 from llm.evaluation import Evaluation, evaluate
@@ -26,12 +25,24 @@ from llm.files import write_json
 from llm.inference import for_inference
 from llm.model import parameter_count, training_flops_per_token
 from llm.progress import Progress
-from llm.run import Run, Summary, build_run, git_commit, package_versions, save
-from llm.runtime import Runtime, device_name, measure_matmul_flops, peak_memory_bytes, processes
+from llm.record import compare_rerun
+from llm.run import Run, Summary, build_run, finish_saving, save
+from llm.runtime import (
+    Runtime,
+    device_name,
+    measure_matmul_flops,
+    out_of_memory_in_one_line,
+    peak_memory_bytes,
+    processes,
+)
 from llm.schedule import lr_factor
+from llm.start import Start, alone, find_start, run_folder
 from llm.text_generation import generate_texts
 
 log = logging.getLogger(__name__)
+
+SPIKE = 4.0  # times the running mean of the gradient norm
+SPIKES_FROM_STEP = 20  # before, it falls too fast for a mean to say much
 
 
 def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summary:
@@ -48,56 +59,66 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
     if not logging.getLogger().handlers:  # in a notebook; under Hydra the log is set up by then
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     begin = time.perf_counter()
-    if config.resume:
-        run_dir = find_run(config.resume)
-    run_dir = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    summary = Summary(str(run_dir), seed=config.seed, git_commit=git_commit(), versions=package_versions())
-    try:
-        validate(config)
-        with processes(config.runtime, _pretrain, config, run_dir, summary) as runtime:
-            run = _pretrain(config, run_dir, summary, runtime)
-    except BaseException as error:
-        summary.status = "failed"
-        summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        summary.total_seconds = time.perf_counter() - begin
-        if summary.device or not config.resume:  # a resumed run that did not start keeps the summary it has
-            write_json(run_dir / "summary.json", asdict(summary))
-    console.print_summary(summary, run)
+    run_dir = run_folder(config, run_dir)
+    with alone(run_dir) as run_id:
+        summary = Summary(str(run_dir), seed=config.seed, init_from=config.init_from)
+        try:
+            validate(config)
+            start = find_start(config, run_dir)
+            validate(start.config)
+            with processes(start.config.runtime, _pretrain, start, run_id, summary) as runtime:
+                run = _pretrain(start, run_id, summary, runtime)
+        except BaseException as error:
+            summary.status = "failed"
+            summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            summary.total_seconds = time.perf_counter() - begin
+            if summary.device or not config.resume:  # a resumed run that did not start keeps its summary
+                write_json(run_dir / "summary.json", asdict(summary))
+        console.print_summary(summary, run)
+        if start.rerun_of and summary.status == "finished":
+            compare_rerun(run_dir, start.rerun_of)
     return summary
 
 
-def _pretrain(config: PretrainConfig, run_dir: Path, summary: Summary, runtime: Runtime) -> Run:
+def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> Run:
     """What each process of a run does; the main one fills in the summary."""
-    run = build_run(config, run_dir, runtime)
-    try:
-        summary.device, summary.precision = device_name(runtime.device), runtime.precision
-        summary.parameters = parameter_count(run.model)
-        matmul_flops = measure_matmul_flops(runtime) * runtime.processes
-        if runtime.is_main:
-            write_json(run_dir / "summary.json", asdict(summary))
-            console.announce(run, matmul_flops)
-        with _stop_requests(runtime) as stop:
-            train(run, stop)
-        summary.status = "interrupted" if stop.is_set else "finished"
-        if runtime.is_main:
-            _conclude(run, summary, matmul_flops)
-    finally:
-        counters = run.counters
-        summary.steps, summary.tokens_seen, summary.seconds = (
-            counters.steps,
-            counters.tokens_seen,
-            counters.seconds,
-        )
-        summary.best_val_loss, summary.best_step = counters.best_val_loss, counters.best_step
-        if run.tracker:
-            figures = asdict(summary)
-            del figures["total_seconds"]  # not known yet
-            run.tracker.log_picture("loss", run_dir / "loss.png")
-            run.tracker.finish(figures, failed=summary.status == "running")
+    config, run_dir = start.config, start.run_dir
+    with out_of_memory_in_one_line(lambda: console.sizes(config)):
+        run = build_run(start, run_id, runtime)
+        try:
+            summary.device, summary.precision = device_name(runtime.device), runtime.precision
+            summary.parameters, summary.resumed = parameter_count(run.model), run.resumed
+            matmul_flops = measure_matmul_flops(runtime) * runtime.processes
+            if runtime.is_main:
+                write_json(run_dir / "summary.json", asdict(summary))
+                console.announce(run, matmul_flops)
+            with _stop_requests(runtime) as stop:
+                train(run, stop)
+            summary.status = "interrupted" if stop.is_set else "finished"
+            if runtime.is_main:
+                _conclude(run, summary, matmul_flops)
+        except BaseException:
+            summary.status = "failed"
+            raise
+        finally:
+            for name, value in asdict(run.counters).items():
+                if hasattr(summary, name):
+                    setattr(summary, name, value)
+            _close(run, summary)
     return run
+
+
+def _close(run: Run, summary: Summary) -> None:
+    """End what a run has open, whatever became of it."""
+    if run.writer:
+        run.writer.wait()
+    if run.tracker:
+        figures = asdict(summary)
+        del figures["total_seconds"]  # not known yet
+        run.tracker.log_picture("loss", run.run_dir / "loss.png")
+        run.tracker.finish(figures, failed=summary.status == "failed")
 
 
 def train(run: Run, stop: "StopRequest") -> None:
@@ -121,19 +142,19 @@ def train(run: Run, stop: "StopRequest") -> None:
         minutes_due = (
             checkpoint.every_minutes and counters.seconds - saved_seconds >= 60 * checkpoint.every_minutes
         )
-        if run.runtime.agree(bool(steps_due or minutes_due)):
+        if run.runtime.agree(bool(steps_due or minutes_due) and not counters.skipped_in_a_row):
             save(run)
             saved_steps, saved_seconds = counters.steps, counters.seconds
     progress.clear()
-    if counters.steps > saved_steps:
-        save(run)
+    finish_saving(run)
 
 
 def update(run: Run, lr: float) -> dict[str, float]:
-    """One optimizer step over `accumulate` batches; returns its metrics.
+    """One optimizer step over `accumulate` batches; returns its metrics. It is left out, and counted, if the
+    loss or the gradient is not finite.
 
     Raises:
-        UserError: the loss or the gradient is not finite; the weights are those before this step.
+        UserError: more than `max_skipped` in a row were left out; the weights are those before them.
     """
     training, runtime, counters = run.config.training, run.runtime, run.counters
     start = time.perf_counter()
@@ -154,22 +175,47 @@ def update(run: Run, lr: float) -> dict[str, float]:
     if training.grad_clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, training.grad_clip, grad_norm)
     mean_loss, norm = runtime.mean(loss).item(), grad_norm.item()
-    if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-        raise UserError(console.not_finite(run, mean_loss, norm))
-    run.optimizers.set_lr(lr)
-    run.optimizers.step()
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if finite:
+        run.optimizers.set_lr(lr)
+        run.optimizers.step()
     run.optimizers.zero_grad()
     seconds = time.perf_counter() - start
+    watch(run, finite, mean_loss, norm)
+    recorded = run.clock[counters.steps : counters.steps + 1]  # in a rerun
+    counters.seconds = recorded[0] if recorded else counters.seconds + seconds
     counters.steps += 1
     counters.tokens_seen += tokens
-    counters.seconds += seconds
     return {
         **run.position(),
         "train/loss": mean_loss,
         "lr": lr,
         "grad_norm": norm,
         "tokens_per_second": tokens / seconds,
+        **({} if finite else {"skipped": counters.skipped}),
     }
+
+
+def watch(run: Run, finite: bool, loss: float, grad_norm: float) -> None:
+    """Count updates that are left out and gradient norms far above their running mean, and say so.
+
+    Raises:
+        UserError: too many in a row are left out.
+    """
+    counters = run.counters
+    counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
+    if not finite:
+        if counters.skipped_in_a_row > run.config.training.max_skipped:
+            raise UserError(console.not_finite(run, loss, grad_norm))
+        counters.skipped += 1
+        log.warning("step %d left out: loss %s, gradient norm %s", counters.steps, loss, grad_norm)
+        return
+    usual = counters.usual_grad_norm
+    if usual and grad_norm > SPIKE * usual and counters.steps >= SPIKES_FROM_STEP:
+        counters.grad_norm_spikes += 1
+        ratio = grad_norm / usual
+        log.warning("step %d: gradient norm %.3g, %.1f times its mean", counters.steps, grad_norm, ratio)
+    counters.usual_grad_norm = grad_norm if usual is None else 0.95 * usual + 0.05 * grad_norm
 
 
 def evaluate_splits(run: Run) -> None:
@@ -185,9 +231,10 @@ def evaluate_splits(run: Run) -> None:
     }
     run.tracker.log(step, {**run.position(), **metrics})
     log.info(console.evaluation_line(run, train, validation))
-    if counters.best_val_loss is None or validation.loss < counters.best_val_loss:
+    if validation.loss < (math.inf if counters.best_val_loss is None else counters.best_val_loss):
         counters.best_val_loss, counters.best_step = validation.loss, step
-        save_checkpoint(run.run_dir, "best", counters.steps, run.model, run.config)
+        assert run.writer
+        run.writer.best = counters.steps, copy_weights(run.model)
 
 
 def _evaluate_some(run: Run, windows: Windows) -> Evaluation:

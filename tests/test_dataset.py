@@ -88,7 +88,7 @@ def test_an_epoch_has_each_window_once_and_resumes_anywhere(order: str) -> None:
         state, generator = states[position]
         resumed = TrainingBatches(windows, config, seed=7)
         torch.manual_seed(99)
-        resumed.load_state(state)
+        resumed.load_state(*state)
         torch.set_rng_state(generator)
         rest = [next(resumed)[0][:, 0].tolist() for _ in range(2 * per_epoch - position)]
         assert rest == seen[position:]

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: files, errors, resuming, interrupting, sweeping, reproducing."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -219,27 +220,39 @@ def test_a_signal_ends_a_run_cleanly(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path, text: str) -> None:
-    result = script(
-        "pretrain",
+    common = [
         *TINY,
         "data=text",
         text,
-        "training.max_steps=50",
         "optimizer=adamw",
-        "optimizer.lr=1e30",
         "schedule=constant",
         "training.grad_clip=null",
         "checkpoint.every_steps=1",
-        "hydra.run.dir=run",
-    )
+    ]
+    result = script("pretrain", *common, "training.max_steps=50", "optimizer.lr=1e30", "hydra.run.dir=run")
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("error: step 1: loss ")
-    assert "the last good checkpoint is" in line
-    assert "step-00000001" in line
+    assert "there is no good checkpoint" in line  # those of step 1 are what gave that loss
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["error"] in line
+
+    well = script("pretrain", *common, "training.max_steps=5", "optimizer.lr=0.001", "hydra.run.dir=other")
+    assert well.returncode == 0, well.stderr
+    astray = ("resume=other", "training.max_steps=9", "optimizer.lr=1e30")
+    for skipped, step in ((0, 6), (2, 8)):
+        result = script("pretrain", *astray, f"training.max_skipped={skipped}")
+        assert result.returncode == 1
+        assert f"error: step {step}: loss " in result.stderr
+        [good] = re.findall(r"last good checkpoint is (\S+);", result.stderr)
+        assert good == "other/checkpoints/step-00000005"
+    back = script("pretrain", f"resume={good}", "training.max_steps=9", "optimizer.lr=0.001")
+    assert back.returncode == 0, back.stderr
+    assert "changed    training.max_steps=9 (it was 5)" in back.stdout
+    lines = [line for line in numbers(tmp_path / "other") if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(9))
+    assert all(line["train/loss"] < 6 for line in lines)
 
 
 def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: Path, text: str) -> None:
@@ -276,8 +289,8 @@ def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: P
         (["data.train_ratio=1.5"], "data.train_ratio=1.5: must be above 0 and below 1"),
         (["data=text", "data.path=missing"], "data.path=missing: no such file"),
         (["data=the_verdict"], "could not download"),
-        (["resume=nowhere"], "nowhere is no run folder with a checkpoint"),
-        (["resume=latest"], "there is no run with a checkpoint under outputs/"),
+        (["resume=nowhere"], "nowhere is no run folder"),
+        (["resume=latest"], "there is no run under outputs/"),
         (["tracking=online"], "tracking=online: Weights & Biases did not start"),
         (["hydra.run.dir=/proc/nothing"], "/proc/nothing"),
     ],

@@ -1,0 +1,234 @@
+"""The fault drill: real runs that are killed, damaged and starved of disk must end as one left alone.
+
+    python tests/drill.py 40        forty seeds; tests/test_drill.py runs a few
+
+Each seed decides the settings of a run and what befalls it. Compared at the end: every line of metrics (but
+what a clock decides), every sample, the weights, the optimizer's state and the random states, bit for bit.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STEPS = 48
+COMMON = (
+    f"training.max_steps={STEPS}",
+    "training.max_minutes=null",
+    "training.eval_freq=5",
+    "checkpoint.every_steps=3",
+    "checkpoint.every_minutes=null",
+    "model=tiny",
+    "model.drop_rate=0.1",
+    "data=text",
+    "data.batch_size=2",
+    "samples.max_new_tokens=5",
+    "samples.every_epoch=true",
+    "tracking=disabled",
+)
+VARIANTS = (
+    ("optimizer=muon", "tokenizer=bytes"),
+    ("optimizer=adamw", "tokenizer=bytes", "data.order=book", "runtime.precision=fp32"),
+    ("optimizer=muon", "tokenizer=bytes", "training.accumulate=2", "data.order=book"),
+    ("optimizer=adamw", "tokenizer=gpt2", "schedule=cosine", "model.tie_weights=false"),
+    ("optimizer=muon", "tokenizer=bytes", "runtime.precision=fp32", "model.qkv_bias=true"),
+    ("optimizer=adamw", "tokenizer=bytes", "training.accumulate=3", "schedule=constant"),
+)
+TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer\n" for number in range(150))
+DAMAGES = ("cut", "bit", "empty", "format", "swapped", "missing")
+TIMED = ("seconds", "tokens_per_second")
+
+
+@dataclass
+class Drill:
+    """Where a drill works, and what has happened in it so far."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        (self.folder / "text.txt").write_text(TEXT, encoding="utf-8")
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def begin(self, variant: int, name: str) -> subprocess.Popen[str]:
+        return self.start(*COMMON, "data.path=text.txt", *VARIANTS[variant], f"hydra.run.dir={name}")
+
+    def reference(self, variant: int) -> Path:
+        """A run of these settings that nothing befalls."""
+        folder = self.folder / f"reference-{variant}"
+        if not folder.exists():
+            finish(self.begin(variant, folder.name))
+        return folder
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """All of a run that must not depend on what befell it."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    sums = (run / "checkpoints" / "last" / "SHA256SUMS").read_text().splitlines()
+    return {
+        "metrics": [{key: line[key] for key in line if key not in TIMED} for line in metrics],
+        "samples": (run / "samples.jsonl").read_text(),
+        "tensors": [line for line in sums if line.endswith(".safetensors")],
+        "best": (run / "checkpoints" / "best" / "SHA256SUMS").read_text().splitlines()[-1],
+    }
+
+
+def drill(work: Drill, seed: int) -> str:
+    """Let things befall one run, and compare; returns what befell it.
+
+    Raises:
+        AssertionError: the run did not end as one left alone.
+    """
+    chance = random.Random(seed)
+    variant = seed % len(VARIANTS)
+    reference = work.reference(variant)
+    run = work.folder / f"run-{seed}"
+    process = work.begin(variant, run.name)
+    befallen = []
+    damaged, to_find = False, False
+    for _ in range(chance.randint(1, 3)):
+        starve = chance.random() < 0.3
+        befallen.append(_starve(process, run, chance) if starve else _kill(process, run, work, chance))
+        output, _ = process.communicate(timeout=300)
+        to_find = _check_output(output, damaged, to_find, work)
+        if process.returncode == 0:
+            break
+        if chance.random() < 0.6 and (damage := _damage(run, work, chance, reference)):
+            befallen.append(damage)
+            damaged = to_find = True
+        begun = (run / "run-id.txt").exists()
+        process = work.start(f"resume={run.name}") if begun else work.begin(variant, run.name)
+    output, _ = process.communicate(timeout=300)
+    _check_output(output, damaged, to_find, work)
+    assert process.returncode == 0, output
+    expected, found = outcome(reference), outcome(run)
+    for what, value in expected.items():
+        assert found[what] == value, f"seed {seed}: {what} differ after {', '.join(befallen)}"
+    assert not list(run.rglob(".*.tmp"))
+    shutil.rmtree(run)
+    work.counts["runs"] += 1
+    return f"{' '.join(VARIANTS[variant])}: {', '.join(befallen)}"
+
+
+def _check_output(output: str, damaged: bool, to_find: bool, work: Drill) -> bool:
+    """Hold what a process said against what befell the run; whether a damaged file is still to be found."""
+    assert "Traceback" not in output, output
+    found = "is passed over" in output
+    assert not found or damaged, output
+    assert found or not to_find or "resumed after" not in output, output
+    work.counts["damages found"] += to_find and found
+    work.counts["full disks"] += "cannot write" in output
+    return to_find and not found
+
+
+def _kill(process: subprocess.Popen[str], run: Path, work: Drill, chance: random.Random) -> str:
+    """`kill -9` while it starts, at a random update, or inside the write of a checkpoint."""
+    kind = chance.choice(("start", "update", "update", "write", "write"))
+    step, delay = chance.randrange(STEPS), chance.uniform(0, 0.05)
+    if kind == "start":
+        time.sleep(chance.uniform(0, 5))
+    while process.poll() is None and kind != "start":
+        reached = _steps(run) >= step
+        if reached and (kind == "update" or list((run / "checkpoints").glob(".*.tmp"))):
+            time.sleep(delay if kind == "update" else delay / 10)
+            break
+        time.sleep(0.0005)
+    if process.poll() is not None:
+        return "nothing: it was done"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    inside = bool(list((run / "checkpoints").glob(".*.tmp")))
+    work.counts["kills"] += 1
+    work.counts["kills inside a write"] += inside
+    return f"killed after {_steps(run)} updates{' inside a write' if inside else ''}"
+
+
+def _starve(process: subprocess.Popen[str], run: Path, chance: random.Random) -> str:
+    """Let no file grow past some size for a while: writes fail as on a full disk, and succeed again later."""
+    step = chance.randrange(STEPS // 2)
+    while process.poll() is None and _steps(run) < step:
+        time.sleep(0.001)
+    if process.poll() is not None:
+        return "nothing: it was done"
+    size = chance.choice((0, 2_000, 100_000))
+    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
+    time.sleep(chance.uniform(0.1, 0.6))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+    return f"no file over {size} bytes for a while from step {step}"
+
+
+def _steps(run: Path) -> int:
+    """Lines of metrics so far; about the updates done."""
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _damage(run: Path, work: Drill, chance: random.Random, other: Path) -> str | None:
+    """Damage a file of the newest checkpoint, if there is one before it to fall back to."""
+    folders = sorted((run / "checkpoints").glob("step-*")) if (run / "checkpoints").exists() else []
+    if len(folders) < 2:
+        return None
+    file = chance.choice(sorted(folders[-1].iterdir()))
+    kind = chance.choice(DAMAGES)
+    damage_file(file, kind, other / "checkpoints" / "last" / file.name, chance)
+    return f"{file.name} {kind}"
+
+
+def damage_file(file: Path, kind: str, of_other_run: Path, chance: random.Random) -> None:
+    content = file.read_bytes()
+    match kind:
+        case "cut":
+            file.write_bytes(content[: len(content) // 2] if content else b"\0")
+        case "bit":
+            place = chance.randrange(len(content)) if content else 0
+            flipped = bytes([content[place] ^ 1 << chance.randrange(8)]) if content else b"\0"
+            file.write_bytes(content[:place] + flipped + content[place + 1 :])
+        case "empty":
+            file.write_bytes(b"" if content else b"\0")
+        case "format":
+            file.write_bytes(b"PK\x03\x04 this is something else\n" * 20)
+        case "swapped":
+            shutil.copyfile(of_other_run, file)
+        case "missing":
+            file.unlink()
+
+
+def main(seeds: int) -> None:
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Drill(Path(folder))
+        for seed in range(seeds):
+            print(f"seed {seed}: {drill(work, seed)}: the same", flush=True)
+    figures = ", ".join(f"{count} {what}" for what, count in work.counts.items())
+    print(f"{figures}: nothing lost; {(time.monotonic() - begin) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)

@@ -1,0 +1,426 @@
+"""Weights in and out, against transformers, tokenizers and torch themselves; hostile files are refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Script
+from safetensors.torch import load_file, save_file
+
+from llm.checkpoint import check_shapes, model_of_weights
+from llm.config import ModelConfig, OptimizerConfig, UserError
+from llm.model import GPTModel
+from llm.optimizer import build_optimizers
+from llm.pretrained import export_book, export_huggingface, open_weights
+from llm.tokenizer import load_tokenizer
+
+IDS = torch.tensor([[1, 5, 2, 90, 11, 3], [7, 7, 0, 98, 4, 60]])
+HARD_TEXT = (
+    "Hello  world\n\n\n  It's 12345 o'clock, ain't it?\tnaïve café — 日本語 🙂👩‍👩‍👧 \u00a0 x\r\n"
+    "<|endoftext|>  \n don't WE'LL we'll     \n\t end \ufffd\u200b١٢٣ "
+)
+
+
+def hugging_face_gpt2(**settings: Any) -> transformers.GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4, **settings}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for parameter in model.parameters():  # biases and LayerNorms too, which transformers begins at 0 and 1
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def our_model(folder: str | Path) -> GPTModel:
+    source = open_weights(str(folder))
+    return model_of_weights(source.model, source.weights, source.origin).eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"n_layer": 1, "n_head": 1},
+        {"tie_word_embeddings": False},
+        {"n_embd": 48, "activation_function": "gelu_pytorch_tanh"},
+    ],
+)
+@torch.no_grad()
+def test_weights_of_transformers_give_its_logits(tmp_path: Path, settings: dict[str, Any]) -> None:
+    theirs = hugging_face_gpt2(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = our_model(tmp_path)
+    assert ours.config.tie_weights == settings.get("tie_word_embeddings", True)
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_shards_half_precision_and_plain_names_load_too(tmp_path: Path) -> None:
+    theirs = hugging_face_gpt2()
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    torch.testing.assert_close(our_model(tmp_path / "shards")(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    # OpenAI's own on the hub: names without the prefix, and the causal mask among them
+    theirs.save_pretrained(tmp_path / "plain")
+    plain = theirs.transformer.state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    save_file({k: v.contiguous() for k, v in plain.items()}, tmp_path / "plain" / "model.safetensors")
+    torch.testing.assert_close(our_model(tmp_path / "plain")(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    theirs.half().save_pretrained(tmp_path / "half")
+    torch.testing.assert_close(our_model(tmp_path / "half")(IDS), theirs.float()(IDS).logits)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("tie_weights", [False, True])
+@torch.no_grad()
+def test_transformers_opens_an_export(tmp_path: Path, qkv_bias: bool, tie_weights: bool) -> None:
+    torch.manual_seed(1)
+    ours = GPTModel(ModelConfig(300, 16, 32, 4, 2, qkv_bias=qkv_bias, tie_weights=tie_weights)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    export_huggingface(ours, "bytes", tmp_path / "export")
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    theirs, report = opened
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(theirs(IDS).logits, ours(IDS), atol=1e-5, rtol=1e-5)
+    back = open_weights(str(tmp_path / "export"))
+    assert (back.tokenizer, back.model.tie_weights) == ("bytes", tie_weights)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back.weights[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_exported_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> None:
+    encoding = load_tokenizer(name)
+    export_huggingface(GPTModel(ModelConfig(encoding.n_vocab, 8, 8, 1, 1)), name, tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text in (HARD_TEXT, *HARD_TEXT.split("\n"), Path(__file__).read_text("utf-8")):
+        ids = encoding.encode(text, allowed_special="all")
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == encoding.eot_token
+
+
+class BooksAttention(torch.nn.Module):
+    """The parameters of the book's MultiHeadAttention, and its buffer, in its order."""
+
+    def __init__(self, width: int, context: int) -> None:
+        super().__init__()
+        for name in ("W_query", "W_key", "W_value"):
+            setattr(self, name, torch.nn.Linear(width, width, bias=False))
+        self.out_proj = torch.nn.Linear(width, width)
+        self.register_buffer("mask", torch.triu(torch.ones(context, context), diagonal=1))
+
+
+def books_model(config: ModelConfig) -> GPTModel:
+    """Ours with the buffers that the book's has; a head of its own."""
+    model = GPTModel(config)
+    for block in model.trf_blocks:
+        block.att = BooksAttention(config.emb_dim, config.context_length)
+    return model
+
+
+BOOK = ModelConfig(40, 8, 64, 1, 2, tie_weights=False)
+
+
+def train_one_step(model: GPTModel) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_the_books_two_files_load(tmp_path: Path) -> None:
+    book = books_model(BOOK)
+    optimizer = train_one_step(book)
+    torch.save(book.state_dict(), tmp_path / "model.pth")
+    both = {"model_state_dict": book.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+    torch.save(both, tmp_path / "model_and_optimizer.pth")
+    for name in ("model.pth", "model_and_optimizer.pth"):
+        source = open_weights(str(tmp_path / name))
+        assert source.model == ModelConfig(40, 8, 64, 1, 2, tie_weights=False)
+        check_shapes(GPTModel(BOOK), source.weights, name)
+        assert all(torch.equal(tensor, book.state_dict()[key]) for key, tensor in source.weights.items())
+    assert source.optimizer_state
+    for key, parameter in book.named_parameters():
+        assert torch.equal(source.optimizer_state[key]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+    ours = GPTModel(BOOK)
+    build_optimizers(ours, OptimizerConfig(name="adamw")).load_state(ours, source.optimizer_state, "here")
+
+
+def test_the_books_two_files_are_written(tmp_path: Path) -> None:
+    ours = GPTModel(BOOK)
+    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw", weight_decay=0.1))
+    ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    optimizers.step()
+    export_book(ours, tmp_path / "book", optimizers.state(ours), OptimizerConfig(name="adamw"))
+    book = books_model(BOOK)  # and so does the book read them
+    optimizer = torch.optim.AdamW(book.parameters(), lr=5e-4, weight_decay=0.1)
+    saved = torch.load(tmp_path / "book" / "model_and_optimizer.pth", weights_only=True)
+    assert list(saved["model_state_dict"]) == list(book.state_dict())
+    book.load_state_dict(saved["model_state_dict"])
+    optimizer.load_state_dict(saved["optimizer_state_dict"])
+    for name, parameter in book.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name))
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], optimizers.state(ours)[name]["exp_avg"])
+    plain = torch.load(tmp_path / "book" / "model.pth", weights_only=True)
+    assert all(torch.equal(tensor, saved["model_state_dict"][name]) for name, tensor in plain.items())
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """A hub on this machine's own interface, with two repositories; gives its address."""
+    served = tmp_path / "served"
+    hugging_face_gpt2().save_pretrained(served / "someone" / "small")
+    hugging_face_gpt2().save_pretrained(served / "openai-community" / "gpt2")
+    commit = {
+        "someone": "a" * 40,
+        "openai-community": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    }
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            owner, repository, _, revision, name = self.path.lstrip("/").split("/", 4)
+            file = served / owner / repository / name
+            if revision not in ("main", commit[owner]) or not file.exists():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            content = file.read_bytes()
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", commit[owner])
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if with_body:
+                if name == "model.safetensors" and (served / "tamper").exists():
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def open_from(hub: str | None, name: str, tmp_path: Path) -> str:
+    """What a process of its own says of a name, with a cache of its own: huggingface_hub reads its settings
+    when it is imported."""
+    code = (
+        "import sys; from llm.config import UserError; from llm.pretrained import open_weights\n"
+        "try:\n"
+        "    source = open_weights(sys.argv[1])\n"
+        "    print(source.origin, source.weights['tok_emb.weight'].sum().item())\n"
+        "except UserError as error: print('error:', error)"
+    )
+    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    address = {"HF_ENDPOINT": hub or "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub-cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, name],
+        env={**kept, **address, "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_weights_come_from_the_hub_by_name_and_then_from_its_cache(tmp_path: Path, hub: str) -> None:
+    total = hugging_face_gpt2().transformer.wte.weight.sum().item()
+    for address in (hub, None):  # then with nothing to reach
+        for name in ("someone/small", f"someone/small@{'a' * 40}"):
+            assert open_from(address, name, tmp_path) == f"someone/small at revision {'a' * 40} {total}"
+    assert "error: someone/else" in open_from(None, "someone/else", tmp_path)
+    assert "cannot be reached" in open_from(None, "someone/else", tmp_path)
+    assert open_from(hub, "someone/none", tmp_path).startswith("error: someone/none cannot be had")
+
+
+def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str) -> None:
+    # a file under OpenAI's name and revision that is not OpenAI's
+    assert "is not what the hub has (its SHA-256 differs)" in open_from(hub, "gpt2", tmp_path)
+    (tmp_path / "served" / "tamper").touch()  # what arrives is not what was announced
+    line = open_from(hub, "someone/small", tmp_path)
+    assert "\n" not in line
+    assert "is not what the hub has (its SHA-256 differs)" in line or "cannot be had" in line
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("bomb-went-off",)
+
+
+def refused(path: str | Path) -> str:
+    with pytest.raises(UserError) as error:
+        open_weights(str(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("model_type", "llama", "model_type=llama is not supported"),
+        ("activation_function", "relu", "activation_function=relu is not supported"),
+        ("n_inner", 7, "n_inner=7 is not supported"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True is not supported"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-06 is not supported"),
+        ("n_layer", 10**9, "config.json says n_layer=1000000000, and the weights have 3"),
+        ("n_embd", 10**12, "wte.weight has shape (99, 32), and should have (99, 1000000000000)"),
+        ("n_head", 5, "model.emb_dim=32 does not divide into model.n_heads=5 heads"),
+        ("n_embd", "wide", "n_embd=wide is no whole number"),
+        ("n_layer", 0, "model.n_layers=0: must be at least 1"),
+        ("vocab_size", None, "vocab_size=None is no whole number"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, key: str, value: object, line: str) -> None:
+    hugging_face_gpt2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    assert line in refused(tmp_path)
+
+
+def test_hostile_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
+    hugging_face_gpt2().save_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (b"", weights[:1000], weights[:-1], b"\xff" * 8 + weights[8:], b"PK\x03\x04" * 100):
+        (folder / "model.safetensors").write_bytes(content)
+        assert "is damaged or of another format" in refused(folder)
+    torch.save(_Bomb(), folder / "model.safetensors")
+    assert "is damaged or of another format" in refused(folder)
+    for outside in ("../../etc/passwd", "/etc/passwd", "sub/x", ".."):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        index = {"weight_map": {"transformer.wte.weight": outside}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert f"names {outside}, which is not a file of its folder" in refused(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert "is damaged or of another format" in refused(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    torch.save(_Bomb(), folder / "pytorch_model.bin")
+    assert "holds its weights as a pickle, which can run code" in refused(folder)
+    for content in (b"", b"[1, 2]", b"{", b"\xff"):
+        (folder / "config.json").write_bytes(content)
+        assert "config.json cannot be read" in refused(folder)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
+    hugging_face_gpt2().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "surprise has shape (1,), and should have nothing" in refused(tmp_path)
+    del tensors["transformer.ln_f.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "ln_f.bias has shape nothing, and should have (32,)" in refused(tmp_path)
+
+
+def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pth"
+    torch.save({"tok_emb.weight": _Bomb()}, path)
+    assert "is damaged, or no state dict" in refused(path)
+    torch.save({"tok_emb.weight": _Bomb()}, path, _use_new_zipfile_serialization=False)
+    assert "is a plain pickle, which can run code" in refused(path)
+    state = books_model(BOOK).state_dict()
+    torch.save({**state, "tok_emb.weight": torch.zeros(1).expand(10**9, 64)}, path)
+    assert "claims 256000000000 bytes that are not in the file" in refused(path)
+    torch.save({**state, "pos_emb.weight": torch.zeros(8, 3)}, path)
+    assert "pos_emb.weight has shape (8, 3)" in refused(path)
+    torch.save([1, 2], path)
+    assert "is damaged, or no state dict" in refused(path)
+    torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is no .pth file" in refused(path)
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../../escaped", b"x")
+    assert "../../escaped leads out of the archive" in refused(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", b"\0" * 10**7)
+    assert "unpacks to 10000000 bytes, more than the file has" in refused(path)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tmp_path: Path) -> None:
+    hugging_face_gpt2(vocab_size=257, n_positions=32).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "text.txt").write_text("99 bottles of beer on the wall\n" * 80, encoding="utf-8")
+    common = (
+        "data=text",
+        "data.path=text.txt",
+        "tokenizer=bytes",
+        "model.context_length=16",
+        "data.batch_size=2",
+        "training.max_minutes=null",
+        "optimizer=adamw",
+        "schedule=constant",
+        "optimizer.lr=1e-12",
+        "samples.max_new_tokens=3",
+        "tracking=disabled",
+    )
+    tuned = script("pretrain", *common, "init_from=theirs", "training.max_steps=2", "hydra.run.dir=tuned")
+    assert tuned.returncode == 0, tuned.stderr
+    resumed = script("pretrain", "resume=tuned", "training.max_steps=3")
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = open_weights(str(tmp_path / "tuned")), open_weights(str(tmp_path / "theirs"))
+    assert (ours.model.emb_dim, ours.model.context_length) == (32, 16)
+    for name, tensor in theirs.weights.items():
+        torch.testing.assert_close(
+            ours.weights[name], tensor[:16] if name == "pos_emb.weight" else tensor, atol=1e-6, rtol=0
+        )
+    for argument, line in (
+        ("model.emb_dim=64", "model.emb_dim=64: the weights of theirs have 32; leave it out"),
+        ("model.context_length=64", "the weights of theirs have positions for 32; ask for no more"),
+        ("init_from=no/such/folder", "no/such/folder: no such file or folder"),
+    ):
+        failed = script("pretrain", *common, "init_from=theirs", argument, "training.max_steps=2")
+        assert failed.returncode == 1
+        assert line in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1
+
+    exported = script("export", "checkpoint=tuned", "to=export")
+    assert exported.returncode == 0, exported.stderr
+    again = script("export", "checkpoint=tuned", "to=export")
+    assert again.stderr == "error: to=export is there already: give the name of a new folder\n"
+    texts = []
+    for checkpoint in ("tuned", "export"):
+        sampled = script("generate", f"checkpoint={checkpoint}", "max_new_tokens=8", "runtime=reference")
+        assert sampled.returncode == 0, sampled.stderr
+        texts.append(sampled.stdout.split("\n\n")[1])
+    assert texts[0] == texts[1]
+    evaluated = script("evaluate", "checkpoint=export")
+    assert evaluated.returncode == 1
+    assert "what export was trained on is not known" in evaluated.stderr
+
+    book = script("export", "checkpoint=tuned", "format=book", "to=book")
+    assert book.returncode == 0, book.stderr
+    assert sorted(file.name for file in (tmp_path / "book").iterdir()) == [
+        "model.pth",
+        "model_and_optimizer.pth",
+    ]
