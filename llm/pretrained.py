@@ -142,8 +142,10 @@ def _from_hub(name: str) -> Pretrained:
     if asked:
         revision, checksum = asked, checksum if asked == revision else None
 
+    cached_only = not _hub_answers()
+
     def download(file: str) -> Path:
-        return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=cached_only))
 
     try:
         folder = download("config.json").parent
@@ -169,6 +171,18 @@ def _from_hub(name: str) -> Pretrained:
         if re.fullmatch("[0-9a-f]{64}", expected) and _sha256(file) != expected:
             raise UserError(f"{file} is not what the hub has (its SHA-256 differs): delete it and try again")
     return _from_huggingface(folder, f"{repository} at revision {revision}")
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; asked once, where its library would try for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.DEFAULT_ETAG_TIMEOUT)
+    except Exception:  # of whichever HTTP library it uses by now
+        return False
+    return True
 
 
 def _sha256(file: Path) -> str:

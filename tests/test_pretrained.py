@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -199,9 +200,10 @@ def hub(tmp_path: Path) -> Iterator[str]:
             self.answer(with_body=True)
 
         def answer(self, with_body: bool) -> None:
-            owner, repository, _, revision, name = self.path.lstrip("/").split("/", 4)
+            asked = re.fullmatch(r"/([\w-]+)/(\w+)/resolve/(\w+)/(\S+)", self.path)
+            owner, repository, revision, name = asked.groups() if asked else ("", "", "", "")
             file = served / owner / repository / name
-            if revision not in ("main", commit[owner]) or not file.exists():
+            if revision not in ("main", commit.get(owner)) or not file.exists():
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound")
                 self.send_header("Content-Length", "0")

@@ -1,0 +1,14 @@
+"""The fault drill, a short version: see drill.py."""
+
+from pathlib import Path
+
+import pytest
+from drill import Drill, drill
+
+# 0: killed inside a write and at an update; 1: killed, and a bit flipped; 2: a full disk for a while
+SEEDS = (0, 1, 2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_befalls_a_run_leaves_no_trace(tmp_path: Path, environment: dict[str, str], seed: int) -> None:
+    drill(Drill(tmp_path, environment), seed)
