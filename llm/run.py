@@ -81,7 +81,6 @@ class Summary:
     git_clean: bool | None = field(default_factory=git_is_clean)  # whether the code was as committed
     init_from: str | None = None
     resumed: list[dict[str, Any]] = field(default_factory=list)  # after how many updates, with what changed
-    rerun: str | None = None  # whether the numbers of the run that was repeated came out the same
     error: str | None = None
 
 
