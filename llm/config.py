@@ -36,6 +36,12 @@ def key(
     return field(default=default, metadata=metadata)
 
 
+WEIGHTS_MEANING = (
+    "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 layout, a name on its hub, "
+    "or the book's .pth file"
+)
+
+
 @dataclass
 class ModelConfig:
     vocab_size: int = key(50257, "token ids that the model knows", at_least=1)
@@ -187,18 +193,14 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = key(123, "all randomness derives from it", at_least=0)
-    init_from: str | None = key(
-        None,
-        "weights to begin with: a run or checkpoint folder of ours, a folder in Hugging Face's GPT-2 layout, "
-        "a name on its hub, or the book's .pth file",
-    )
+    init_from: str | None = key(None, f"weights to begin with: {WEIGHTS_MEANING}")
     resume: str | None = key(None, "run or checkpoint folder to go on with, or latest")
     rerun: str | None = key(None, "run folder to repeat from its own record and compare with, or latest")
 
 
 @dataclass
 class GenerateConfig:
-    checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
+    checkpoint: str = key("latest", WEIGHTS_MEANING)
     prompt: str = key("Every effort moves you", "text to go on from")
     prompt_file: str | None = key(
         None, "instead of prompt: a file, a folder or a glob, a prompt a file; -: standard input"
@@ -223,7 +225,7 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
+    checkpoint: str = key("latest", WEIGHTS_MEANING)
     text: str | None = key(None, "show what the model makes of this text, token by token, and what is next")
     path: str | None = key(None, "instead of a split: a UTF-8 file, a folder (its *.txt and *.md), or a glob")
     split: str = key(
@@ -236,7 +238,7 @@ class EvaluateConfig:
 
 @dataclass
 class ExportConfig:
-    checkpoint: str = key("latest", "run folder, checkpoint folder, or latest")
+    checkpoint: str = key("latest", WEIGHTS_MEANING)
     format: str = key(
         "huggingface",
         "huggingface: a folder that transformers opens; "

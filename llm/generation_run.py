@@ -20,7 +20,7 @@ from llm.inference import load_for_inference
 from llm.pretrained import resolve
 from llm.progress import format_table
 from llm.report import MAIN_METRICS, METRICS, study_jobs, study_report
-from llm.runtime import Runtime, start_runtime
+from llm.runtime import Runtime, out_of_memory_in_one_line, start_runtime
 from llm.study import copying_metrics, copying_of, sample_metrics
 from llm.text_generation import Sample, generate_texts
 from llm.tracking import Tracker
@@ -40,8 +40,12 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
             loaded.
     """
     validate(config)
-    if not config.study:
-        return _generate(config, run_dir)[0]
+    sizes = f"{config.batch_size} samples are generated side by side; lower batch_size or max_new_tokens"
+    with out_of_memory_in_one_line(lambda: sizes):
+        return _study(config, run_dir) if config.study else _generate(config, run_dir)[0]
+
+
+def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
     summary: dict[str, Any] = {"status": "failed", "sampling": asdict(config.sampling), "seed": config.seed}
     tracker = Tracker(run_dir, config.tracking, asdict(config), "generate")
     try:

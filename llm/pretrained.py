@@ -333,14 +333,11 @@ def _from_book(path: Path) -> Pretrained:
             if tensor.layout != torch.strided or claimed > tensor.untyped_storage().nbytes():
                 raise ValueError(f"{name} claims {claimed} bytes that are not in the file")
         config = _book_sizes(weights)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except pickle.UnpicklingError as error:  # its text tells how to load the file all the same
+        raise UserError(
+            f"{path} holds more than tensors, which could run code, or is damaged: it is not opened"
+        ) from error
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged, or no state dict in the book's names: {_first_line(error)}"
         ) from error
