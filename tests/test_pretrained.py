@@ -20,10 +20,20 @@ from conftest import Script
 from safetensors.torch import load_file, save_file
 
 from llm.checkpoint import check_shapes, model_of_weights
-from llm.config import ModelConfig, OptimizerConfig, UserError
+from llm.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TokenizerConfig,
+    UserError,
+)
 from llm.model import GPTModel
 from llm.optimizer import build_optimizers
-from llm.pretrained import export_book, export_huggingface, open_weights
+from llm.pretrained import Pretrained, export_book, export_checkpoint, export_huggingface, open_weights
+from llm.start import with_sizes_of
+from llm.text_evaluation import run_evaluation
 from llm.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[1, 5, 2, 90, 11, 3], [7, 7, 0, 98, 4, 60]])
@@ -396,33 +406,41 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
         torch.testing.assert_close(
             ours.weights[name], tensor[:16] if name == "pos_emb.weight" else tensor, atol=1e-6, rtol=0
         )
-    for argument, line in (
-        ("model.emb_dim=64", "model.emb_dim=64: the weights of theirs have 32; leave it out"),
-        ("model.context_length=64", "the weights of theirs have positions for 32; ask for no more"),
-        ("init_from=no/such/folder", "no/such/folder: no such file or folder"),
-    ):
-        failed = script("pretrain", *common, "init_from=theirs", argument, "training.max_steps=2")
-        assert failed.returncode == 1
-        assert line in failed.stderr
-        assert len(failed.stderr.splitlines()) == 1
-
     exported = script("export", "checkpoint=tuned", "to=export")
     assert exported.returncode == 0, exported.stderr
-    again = script("export", "checkpoint=tuned", "to=export")
-    assert again.stderr == "error: to=export is there already: give the name of a new folder\n"
-    texts = []
-    for checkpoint in ("tuned", "export"):
-        sampled = script("generate", f"checkpoint={checkpoint}", "max_new_tokens=8", "runtime=reference")
-        assert sampled.returncode == 0, sampled.stderr
-        texts.append(sampled.stdout.split("\n\n")[1])
-    assert texts[0] == texts[1]
-    evaluated = script("evaluate", "checkpoint=export")
-    assert evaluated.returncode == 1
-    assert "what export was trained on is not known" in evaluated.stderr
+    sampled = script("generate", "checkpoint=export", "max_new_tokens=8", "num_samples=2")
+    assert sampled.returncode == 0, sampled.stderr
+    assert "sample 2:" in sampled.stdout
 
-    book = script("export", "checkpoint=tuned", "format=book", "to=book")
-    assert book.returncode == 0, book.stderr
-    assert sorted(file.name for file in (tmp_path / "book").iterdir()) == [
-        "model.pth",
-        "model_and_optimizer.pth",
-    ]
+    with pytest.raises(UserError, match="export is there already: give the name of a new folder"):
+        export_checkpoint(ExportConfig(str(tmp_path / "tuned"), to=str(tmp_path / "export")), tmp_path)
+    folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path)
+    assert sorted(file.name for file in folder.iterdir()) == ["model.pth", "model_and_optimizer.pth"]
+    with pytest.raises(UserError, match=r"what .*export was trained on is not known"):
+        run_evaluation(EvaluateConfig(str(tmp_path / "export")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "line"),
+    [
+        (ModelConfig(emb_dim=64), "gpt2", "model.emb_dim=64: the weights of here have 32; leave it out"),
+        (
+            ModelConfig(context_length=64),
+            "gpt2",
+            "the weights of here have positions for 16; ask for no more",
+        ),
+        (
+            ModelConfig(context_length=8),
+            "p50k_base",
+            "tokenizer.name=p50k_base: the weights of here have bytes",
+        ),
+    ],
+)
+def test_other_sizes_than_the_weights_have_are_refused(model: ModelConfig, tokenizer: str, line: str) -> None:
+    config = PretrainConfig(model=model, tokenizer=TokenizerConfig(tokenizer))
+    source = Pretrained(ModelConfig(257, 16, 32, 2, 1), {}, "bytes", "here")
+    with pytest.raises(UserError, match=re.escape(line)):
+        with_sizes_of(config, source)
+    config = with_sizes_of(PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1)), source)
+    assert config.model == ModelConfig(257, 8, 32, 2, 1, drop_rate=0.1)
+    assert config.tokenizer.name == "bytes"

@@ -196,6 +196,27 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(
         pretrain(changed(config, training__max_skipped=1), tmp_path / "stopped")
 
 
+def test_the_last_good_checkpoint_is_from_before_the_weights_went_astray(tmp_path: Path) -> None:
+    config = settings(tmp_path, max_steps=5, grad_clip=None)
+    config = changed(config, optimizer__name="adamw", optimizer__lr=0.001, schedule__name="constant")
+    config.schedule.warmup = 0
+    config.checkpoint.every_steps = 1
+    pretrain(config, tmp_path / "run")
+    # update 5 ruins the weights, so that no later loss is finite; those of update 6 are saved all the same
+    astray = changed(config, resume=str(tmp_path / "run"), optimizer__lr=1e30, training__max_steps=12)
+    for skipped, step in ((0, 6), (2, 8)):
+        with pytest.raises(UserError) as error:
+            pretrain(changed(astray, training__max_skipped=skipped))
+        assert f"step {step}: loss nan" in str(error.value)
+        assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step-00000005;" in str(error.value)
+    good = tmp_path / "run" / "checkpoints" / "step-00000005"
+    summary = pretrain(changed(config, resume=str(good), training__max_steps=8))
+    assert (summary.status, summary.steps, summary.skipped) == ("finished", 8, 0)
+    losses = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+    assert [line["step"] for line in losses] == list(range(8))
+    assert all(line["train/loss"] < 6 for line in losses)
+
+
 def test_gradient_norm_spikes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     class Stub:
         config = PretrainConfig()

@@ -1,7 +1,6 @@
 """The scripts as a user runs them: files, errors, resuming, interrupting, sweeping, reproducing."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT, Script
-from safetensors.torch import load_file
 
 from llm.files import read_json_lines
 
@@ -44,17 +41,6 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
         {key: value for key, value in line.items() if key not in timed}
         for line in read_json_lines(run_dir / "metrics.jsonl")
     ]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str) -> None:
@@ -118,40 +104,6 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     assert alone.returncode == 0, alone.stderr
     assert read_json_lines(tmp_path / "alone" / "samples.jsonl") == [first]
     assert second["sample"] == 1
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("order", ["shuffled", "book"])
-def test_a_resumed_run_equals_one_never_stopped(
-    script: Script, tmp_path: Path, text: str, optimizer: str, order: str
-) -> None:
-    common = [
-        *TINY,
-        "data=text",
-        text,
-        f"optimizer={optimizer}",
-        f"data.order={order}",
-        "schedule=constant",
-        "training.accumulate=2",
-        "checkpoint.every_steps=7",
-    ]
-    for arguments in (
-        [*common, "training.max_steps=24", "hydra.run.dir=whole"],
-        [*common, "training.max_steps=17", "hydra.run.dir=parts"],
-        ["resume=parts", "training.max_steps=24"],
-    ):
-        result = script("pretrain", *arguments)
-        assert result.returncode == 0, result.stderr
-    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
-    if order == "shuffled" and optimizer == "muon":
-        done = script("pretrain", "resume=parts")
-        assert done.returncode == 1
-        assert "training.max_steps=24 is spent; to go on, raise it" in done.stderr
-        assert json.loads((tmp_path / "parts" / "summary.json").read_text())["status"] == "finished"
-        changed = script("pretrain", "resume=parts", "training.max_steps=26", "optimizer.lr=0.0625")
-        assert changed.returncode == 0, changed.stderr
-        assert numbers(tmp_path / "parts")[-2]["lr"] == 0.0625  # the last line is an evaluation
 
 
 def test_evaluation_and_samples_do_not_move_training(script: Script, tmp_path: Path, text: str) -> None:
@@ -220,16 +172,19 @@ def test_a_signal_ends_a_run_cleanly(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path, text: str) -> None:
-    common = [
+    result = script(
+        "pretrain",
         *TINY,
         "data=text",
         text,
+        "training.max_steps=50",
         "optimizer=adamw",
+        "optimizer.lr=1e30",
         "schedule=constant",
         "training.grad_clip=null",
         "checkpoint.every_steps=1",
-    ]
-    result = script("pretrain", *common, "training.max_steps=50", "optimizer.lr=1e30", "hydra.run.dir=run")
+        "hydra.run.dir=run",
+    )
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("error: step 1: loss ")
@@ -237,22 +192,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["error"] in line
-
-    well = script("pretrain", *common, "training.max_steps=5", "optimizer.lr=0.001", "hydra.run.dir=other")
-    assert well.returncode == 0, well.stderr
-    astray = ("resume=other", "training.max_steps=9", "optimizer.lr=1e30")
-    for skipped, step in ((0, 6), (2, 8)):
-        result = script("pretrain", *astray, f"training.max_skipped={skipped}")
-        assert result.returncode == 1
-        assert f"error: step {step}: loss " in result.stderr
-        [good] = re.findall(r"last good checkpoint is (\S+);", result.stderr)
-        assert good == "other/checkpoints/step-00000005"
-    back = script("pretrain", f"resume={good}", "training.max_steps=9", "optimizer.lr=0.001")
-    assert back.returncode == 0, back.stderr
-    assert "changed    training.max_steps=9 (it was 5)" in back.stdout
-    lines = [line for line in numbers(tmp_path / "other") if "train/loss" in line]
-    assert [line["step"] for line in lines] == list(range(9))
-    assert all(line["train/loss"] < 6 for line in lines)
 
 
 def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: Path, text: str) -> None:
