@@ -153,8 +153,8 @@ def _with_recorded_overrides(arguments: list[str]) -> list[str]:
         return arguments
     from llm.checkpoint import find_run
 
-    name = given["resume"].partition("=")[2]
-    run_dir = find_run(name.strip("'\""), with_checkpoint=False)
+    name = given["resume"].partition("=")[2].strip("'\"")
+    run_dir = find_run(name, with_checkpoint=False)
     record = run_dir / ".hydra" / "overrides.yaml"
     if not record.exists():
         raise UserError(
