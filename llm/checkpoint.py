@@ -17,7 +17,6 @@ The number is the count of updates done. A folder is complete, on disk and read 
 name; only then do the links move, and only after that are older folders deleted.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -33,8 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm.config import ModelConfig, PretrainConfig, UserError, from_dict, validate
-from llm.files import as_json, replacing, write_text
+from llm.config import ModelConfig, PretrainConfig, UserError, first_line, from_dict, validate
+from llm.files import as_json, replacing, sha256, write_text
 from llm.model import GPTModel
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
@@ -151,7 +150,7 @@ def _write_folder(
             (temporary / name).write_text(as_json(value), encoding="utf-8")
         for record, size in records.items():
             _copy_start(record, size, temporary / record.name)
-        checksums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         for name, content in tensors.items():
             written = load_file(temporary / name)
             if not all(_same_bytes(tensor, written[key]) for key, tensor in content.items()):
@@ -172,7 +171,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # how this library reports a full disk
-        raise OSError(_first_line(error)) from error
+        raise OSError(first_line(error)) from error
 
 
 def _copy_start(source: Path, size: int, target: Path) -> None:
@@ -185,11 +184,6 @@ def _copy_start(source: Path, size: int, target: Path) -> None:
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def prune(run_dir: Path, steps: int, keep: int) -> None:
@@ -244,12 +238,12 @@ def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
         for name in names:
             if name not in checksums:
                 return f"{CHECKSUMS} does not list {name}"
-            if _sha256(folder / name) != checksums[name]:
+            if sha256(folder / name) != checksums[name]:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
-        return f"it cannot be read: {_first_line(error)}"
+        return f"it cannot be read: {first_line(error)}"
     return None
 
 
@@ -337,7 +331,7 @@ def _read(file: Path, read: Any) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is no whole checkpoint: {file.name} is missing") from error
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged or of another format: {_first_line(error)}") from error
+        raise UserError(f"{file} is damaged or of another format: {first_line(error)}") from error
 
 
 def model_of_weights(config: ModelConfig, weights: dict[str, Tensor], source: Path | str) -> GPTModel:
@@ -365,17 +359,22 @@ def check_shapes(model: nn.Module, weights: dict[str, Tensor], source: Path | st
         UserError: a tensor is missing, of another shape, or too many.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in weights.items()}, source)
+
+
+def compare_shapes(
+    wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: Path | str
+) -> None:
+    """
+    Raises:
+        UserError: a tensor is missing, of another shape, or too many.
+    """
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise UserError(
                 f"{source} holds another model: {name} has shape {found.get(name, 'nothing')}, "
                 f"and the config's model wants {wanted.get(name, 'nothing')}"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run_id(run_dir: Path) -> str:

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their place, flushed to disk, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -75,6 +76,12 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what `replacing` left in a folder when its process was killed."""
     for leftover in folder.glob(".*.tmp"):
         remove(leftover)
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

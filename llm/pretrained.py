@@ -4,7 +4,6 @@ Nothing here runs code that a file brings along, and no size that a file claims 
 is seen to hold it.
 """
 
-import hashlib
 import json
 import logging
 import pickle
@@ -22,13 +21,14 @@ from torch import Tensor
 from llm.checkpoint import (
     CHECKSUMS,
     STATE_TENSORS,
+    compare_shapes,
     find_checkpoint,
     load_checkpoint,
     load_optimizer_state,
     model_of_weights,
 )
-from llm.config import ExportConfig, ModelConfig, OptimizerConfig, UserError, validate
-from llm.files import as_json, as_typed, replacing
+from llm.config import ExportConfig, ModelConfig, OptimizerConfig, UserError, first_line, validate
+from llm.files import as_json, as_typed, replacing, sha256
 from llm.model import GPTModel
 from llm.tokenizer import END_OF_TEXT, as_huggingface, load_tokenizer
 
@@ -164,11 +164,11 @@ def _from_hub(name: str) -> Pretrained:
             f"folder that holds config.json and model.safetensors"
         ) from error
     except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be had from Hugging Face's hub: {_first_line(error)}") from error
+        raise UserError(f"{name} cannot be had from Hugging Face's hub: {first_line(error)}") from error
     for file in files:
         # The hub's cache keeps a large file under the SHA-256 that the hub states for it.
         expected = checksum or file.resolve().name
-        if re.fullmatch("[0-9a-f]{64}", expected) and _sha256(file) != expected:
+        if re.fullmatch("[0-9a-f]{64}", expected) and sha256(file) != expected:
             raise UserError(f"{file} is not what the hub has (its SHA-256 differs): delete it and try again")
     return _from_huggingface(folder, f"{repository} at revision {revision}")
 
@@ -185,11 +185,6 @@ def _hub_answers() -> bool:
     return True
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _from_huggingface(folder: Path, origin: str) -> Pretrained:
     config, described = _huggingface_config(folder / "config.json")
     files = _safetensors_files(folder)
@@ -201,7 +196,7 @@ def _from_huggingface(folder: Path, origin: str) -> Pretrained:
         _check_huggingface_shapes(config, _named_plainly(shapes), origin)
         tensors = _named_plainly({name: tensor for file in files for name, tensor in load_file(file).items()})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{origin} is damaged or of another format: {_first_line(error)}") from error
+        raise UserError(f"{origin} is damaged or of another format: {first_line(error)}") from error
     head = tensors.pop("lm_head.weight", None)
     weights = {ours: tensors[theirs] for theirs, ours in _OUTSIDE.items()}
     for layer in range(config.n_layers):
@@ -226,7 +221,7 @@ def _huggingface_config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         described = dict(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     for name, supported in _SUPPORTED.items():
         if described.get(name, supported[0]) not in supported:
             raise UserError(f"{file}: {name}={described[name]} is not supported; it must be {supported[0]}")
@@ -269,7 +264,7 @@ def _shards(index: Path) -> list[str]:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         outside = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged or of another format: {_first_line(error)}") from error
+        raise UserError(f"{index} is damaged or of another format: {first_line(error)}") from error
     if outside:
         raise UserError(f"{index} names {outside[0]}, which is not a file of its folder")
     return names
@@ -313,12 +308,7 @@ def _check_huggingface_shapes(config: ModelConfig, found: dict[str, tuple[int, .
     }
     if "lm_head.weight" in found:
         wanted["lm_head.weight"] = vocabulary
-    for name in [*wanted, *found]:
-        if wanted.get(name) != found.get(name):
-            raise UserError(
-                f"{origin} does not fit its config.json: {name} has shape {found.get(name, 'nothing')}, and "
-                f"should have {wanted.get(name, 'nothing')}"
-            )
+    compare_shapes(wanted, found, origin)
 
 
 def _from_book(path: Path) -> Pretrained:
@@ -339,7 +329,7 @@ def _from_book(path: Path) -> Pretrained:
         ) from error
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged, or no state dict in the book's names: {_first_line(error)}"
+            f"{path} is damaged, or no state dict in the book's names: {first_line(error)}"
         ) from error
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     model = model_of_weights(config, weights, path)
@@ -524,7 +514,3 @@ def export_book(
             adamw["state"] = {number: optimizer_state[name] for number, name in enumerate(names)}
             both = {"model_state_dict": saved, "optimizer_state_dict": adamw}
             torch.save(both, temporary / "model_and_optimizer.pth")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -302,7 +302,7 @@ def refused(path: str | Path) -> str:
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True is not supported"),
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-06 is not supported"),
         ("n_layer", 10**9, "config.json says n_layer=1000000000, and the weights have 3"),
-        ("n_embd", 10**12, "wte.weight has shape (99, 32), and should have (99, 1000000000000)"),
+        ("n_embd", 10**12, "wte.weight has shape (99, 32), and the config's model wants (99, 1000000000000)"),
         ("n_head", 5, "model.emb_dim=32 does not divide into model.n_heads=5 heads"),
         ("n_embd", "wide", "n_embd=wide is no whole number"),
         ("n_layer", 0, "model.n_layers=0: must be at least 1"),
@@ -346,10 +346,10 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
     hugging_face_gpt2().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert "surprise has shape (1,), and should have nothing" in refused(tmp_path)
+    assert "surprise has shape (1,), and the config's model wants nothing" in refused(tmp_path)
     del tensors["transformer.ln_f.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "ln_f.bias has shape nothing, and should have (32,)" in refused(tmp_path)
+    assert "ln_f.bias has shape nothing, and the config's model wants (32,)" in refused(tmp_path)
 
 
 def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
