@@ -9,6 +9,8 @@ import logging
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,11 @@ GPT2_ON_HUB = {
     ),
 }
 
+_WHAT_TO_GIVE = (
+    "give a run or checkpoint folder, a folder in Hugging Face's GPT-2 layout, the book's .pth file, or a "
+    "name on Hugging Face's hub, as gpt2"
+)
+
 # Hugging Face's names in a block, to ours. Its Conv1D keeps matrices as (in, out), nn.Linear as (out, in).
 _BLOCK = {
     "ln_1.weight": "norm1.scale",
@@ -77,6 +84,7 @@ _SUPPORTED: dict[str, tuple] = {
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
 }  # the values with which GPT-2 is the book's model; the first is what a config means that does not say
 
@@ -99,6 +107,14 @@ def open_weights(name: str) -> Pretrained:
     Raises:
         UserError: there are none of that name, they are damaged, or they are not those of a GPT-2.
     """
+    try:
+        return _open(name)
+    except UserError as error:  # names in a file can hold line breaks and a terminal's control codes
+        line = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(error))
+        raise UserError(line) from error
+
+
+def _open(name: str) -> Pretrained:
     path = Path(name)
     if is_ours(name):
         folder = find_checkpoint(name)
@@ -110,10 +126,7 @@ def open_weights(name: str) -> Pretrained:
         return _from_book(path)
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w.-]+)?", name):
         return _from_hub(name)
-    raise UserError(
-        f"{name}: no such file or folder; give a run or checkpoint folder, a folder in Hugging Face's GPT-2 "
-        f"layout, the book's .pth file, or a name on Hugging Face's hub, as gpt2"
-    )
+    raise UserError(f"{name}: no such file or folder; {_WHAT_TO_GIVE}")
 
 
 def is_ours(name: str) -> bool:
@@ -133,7 +146,7 @@ def resolve(name: str) -> str:
 
 def _from_hub(name: str) -> Pretrained:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, asked = name.partition("@")
     if "/" not in repository:
@@ -163,13 +176,16 @@ def _from_hub(name: str) -> Pretrained:
             f"{name} is no file or folder here, and Hugging Face's hub cannot be reached: give a local "
             f"folder that holds config.json and model.safetensors"
         ) from error
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a lost connection is an error of whichever HTTP library it uses by now
         raise UserError(f"{name} cannot be had from Hugging Face's hub: {first_line(error)}") from error
     for file in files:
         # The hub's cache keeps a large file under the SHA-256 that the hub states for it.
-        expected = checksum or file.resolve().name
-        if re.fullmatch("[0-9a-f]{64}", expected) and sha256(file) != expected:
-            raise UserError(f"{file} is not what the hub has (its SHA-256 differs): delete it and try again")
+        kept = file.resolve()  # a link to it would be made anew
+        expected = checksum or kept.name
+        if re.fullmatch("[0-9a-f]{64}", expected) and sha256(kept) != expected:
+            raise UserError(f"{kept} is not what the hub has (its SHA-256 differs): delete it and try again")
     return _from_huggingface(folder, f"{repository} at revision {revision}")
 
 
@@ -186,8 +202,8 @@ def _hub_answers() -> bool:
 
 
 def _from_huggingface(folder: Path, origin: str) -> Pretrained:
-    config, described = _huggingface_config(folder / "config.json")
     files = _safetensors_files(folder)
+    config, described = _huggingface_config(folder / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for file in files:
@@ -211,7 +227,7 @@ def _from_huggingface(folder: Path, origin: str) -> Pretrained:
     if head is not None and not torch.equal(head, weights["tok_emb.weight"]):
         config.tie_weights = False
         weights["out_head.weight"] = head
-    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    weights = _in_fp32(weights, origin)
     tokenizer = described.get("tiktoken_encoding") or ("gpt2" if config.vocab_size == 50257 else None)
     return Pretrained(config, weights, tokenizer, origin)
 
@@ -220,7 +236,7 @@ def _huggingface_config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The sizes that a config.json describes, and all that stands there."""
     try:
         described = dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     for name, supported in _SUPPORTED.items():
         if described.get(name, supported[0]) not in supported:
@@ -238,6 +254,9 @@ def _huggingface_config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
             raise UserError(f"{file}: {names[ours]}={size} is no whole number")
     if described.get("n_inner") not in (None, 4 * sizes["emb_dim"]):  # type: ignore[operator]
         raise UserError(f"{file}: n_inner={described['n_inner']} is not supported; it must be 4 times n_embd")
+    encoding = described.get("tiktoken_encoding")
+    if encoding is not None and not re.fullmatch(r"[\w.-]+", str(encoding)):
+        raise UserError(f"{file}: tiktoken_encoding={encoding} is not the name of an encoding")
     config = ModelConfig(**sizes, qkv_bias=True, tie_weights=True)  # type: ignore[arg-type]
     try:
         validate(config, "model.")
@@ -255,7 +274,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
         raise UserError(
             f"{folder} holds its weights as a pickle, which can run code: give one with model.safetensors"
         )
-    raise UserError(f"{folder} holds no model.safetensors")
+    raise UserError(f"{folder} holds no model.safetensors; {_WHAT_TO_GIVE}")
 
 
 def _shards(index: Path) -> list[str]:
@@ -263,11 +282,18 @@ def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         outside = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged or of another format: {first_line(error)}") from error
     if outside:
         raise UserError(f"{index} names {outside[0]}, which is not a file of its folder")
     return names
+
+
+def _in_fp32(weights: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():  # quantised weights are no weights without their scales
+            raise UserError(f"{origin}: {name} is of {tensor.dtype}, and not of floating-point numbers")
+    return {name: tensor.float().contiguous() for name, tensor in weights.items()}
 
 
 def _named_plainly(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -319,9 +345,8 @@ def _from_book(path: Path) -> Pretrained:
         saved = content.get("model_state_dict", content)
         weights = {name: tensor for name, tensor in saved.items() if not name.endswith("att.mask")}
         for name, tensor in weights.items():
-            claimed = tensor.numel() * tensor.element_size()
-            if tensor.layout != torch.strided or claimed > tensor.untyped_storage().nbytes():
-                raise ValueError(f"{name} claims {claimed} bytes that are not in the file")
+            if not _is_stored(tensor):
+                raise ValueError(f"{name} claims numbers that are not in the file")
         config = _book_sizes(weights)
     except pickle.UnpicklingError as error:  # its text tells how to load the file all the same
         raise UserError(
@@ -331,11 +356,18 @@ def _from_book(path: Path) -> Pretrained:
         raise UserError(
             f"{path} is damaged, or no state dict in the book's names: {first_line(error)}"
         ) from error
-    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    weights = _in_fp32(weights, str(path))
     model = model_of_weights(config, weights, path)
     optimizer = content.get("optimizer_state_dict")
     state = None if optimizer is None else _book_optimizer_state(model, optimizer, path)
     return Pretrained(config, weights, "gpt2" if config.vocab_size == 50257 else None, str(path), state)
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether all of a tensor's numbers were in the file: it is not expanded, sparse, or a shape alone."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _check_archive(path: Path) -> None:
@@ -355,6 +387,8 @@ def _check_archive(path: Path) -> None:
     if size > path.stat().st_size:  # compressed, or entries that lie over each other
         raise UserError(f"{path} unpacks to {size} bytes, more than the file has")
     for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: {entry.filename} is compressed, which torch.save does not do")
         if entry.filename.startswith("/") or ".." in Path(entry.filename).parts:
             raise UserError(f"{path}: {entry.filename} leads out of the archive")
 
@@ -363,7 +397,7 @@ def _book_sizes(weights: dict[str, Tensor]) -> ModelConfig:
     vocab_size, emb_dim = weights["tok_emb.weight"].shape
     if emb_dim % HEAD_DIM:
         raise ValueError(f"its width {emb_dim} is no multiple of {HEAD_DIM}, the size of GPT-2's heads")
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=vocab_size,
         context_length=weights["pos_emb.weight"].shape[0],
         emb_dim=emb_dim,
@@ -372,17 +406,23 @@ def _book_sizes(weights: dict[str, Tensor]) -> ModelConfig:
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
         tie_weights=False,
     )
+    validate(config, "model.")
+    return config
 
 
 def _book_optimizer_state(model: GPTModel, saved: Any, path: Path) -> dict[str, dict[str, Tensor]]:
     """AdamW's state by parameter name; torch numbers parameters in the model's order."""
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(enumerate(model.named_parameters()))
+    state: dict[str, dict[str, Tensor]] = {}
     try:
-        return {
-            names[number]: {key: torch.as_tensor(average) for key, average in averages.items()}
-            for number, averages in saved["state"].items()
-        }
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        for number, averages in saved["state"].items():
+            name, parameter = parameters[number]
+            state[name] = {key: torch.as_tensor(average) for key, average in averages.items()}
+            for key, average in state[name].items():
+                if average.shape not in ((), parameter.shape) or not _is_stored(average):
+                    raise ValueError(f"{key} of {name} has shape {tuple(average.shape)}")
+        return state
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its optimizer_state_dict is not AdamW's for this model") from error
 
 
@@ -438,8 +478,7 @@ def export_huggingface(model: GPTModel, tokenizer: str | None, folder: Path) -> 
         tensors[f"{theirs}attn.c_attn.bias"] = torch.cat(biases)
     if not model.config.tie_weights:
         tensors["lm_head.weight"] = weights["out_head.weight"]
-    with replacing(folder, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        temporary.mkdir()
+    with _new_folder(folder, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
         described = _describe(model.config)
@@ -453,6 +492,18 @@ def export_huggingface(model: GPTModel, tokenizer: str | None, folder: Path) -> 
             length = {"model_max_length": model.config.context_length}
             _write(temporary / "tokenizer_config.json", about | ends | length)
         _write(temporary / "config.json", described)
+
+
+@contextmanager
+def _new_folder(folder: Path, size: int) -> Iterator[Path]:
+    """`replacing` for a folder of tensors."""
+    with replacing(folder, size) as temporary:
+        temporary.mkdir()
+        try:
+            yield temporary
+        except (SafetensorError, RuntimeError) as error:  # how safetensors and torch report a full disk
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else OSError(first_line(error))) from error
 
 
 def _write(file: Path, value: Any) -> None:
@@ -499,18 +550,28 @@ def export_book(
             saved[name.replace("W_query.weight", "mask")] = mask
         saved[name] = tensor.clone()
     saved.setdefault("out_head.weight", weights["tok_emb.weight"].clone())
-    with replacing(folder, 3 * sum(tensor.nbytes for tensor in saved.values())) as temporary:
-        temporary.mkdir()
-        torch.save(saved, temporary / "model.pth")
+    copies = 4 if optimizer_state else 1  # the weights twice, and AdamW's two averages
+    with _new_folder(folder, copies * sum(tensor.nbytes for tensor in saved.values())) as temporary:
+        _save_pickle(saved, temporary / "model.pth")
         if optimizer_state:
+            names = [name for name in saved if not name.endswith("att.mask")]
+            state = dict(optimizer_state)
+            if model.config.tie_weights:  # as the head began: a copy, of averages as of weights
+                state["out_head.weight"] = {
+                    key: average.clone() for key, average in state["tok_emb.weight"].items()
+                }
             adamw = torch.optim.AdamW(
-                model.parameters(),
+                [saved[name] for name in names],
                 lr=optimizer.lr,
                 betas=(optimizer.betas[0], optimizer.betas[1]),
                 eps=optimizer.eps,
                 weight_decay=optimizer.weight_decay,
             ).state_dict()
-            names = [name for name, _ in model.named_parameters()]
-            adamw["state"] = {number: optimizer_state[name] for number, name in enumerate(names)}
+            adamw["state"] = {number: state[name] for number, name in enumerate(names) if name in state}
             both = {"model_state_dict": saved, "optimizer_state_dict": adamw}
-            torch.save(both, temporary / "model_and_optimizer.pth")
+            _save_pickle(both, temporary / "model_and_optimizer.pth")
+
+
+def _save_pickle(content: Any, path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would not say why it cannot write
+        torch.save(content, file)

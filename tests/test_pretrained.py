@@ -4,15 +4,15 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
+import resource
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -191,6 +191,45 @@ def test_the_books_two_files_are_written(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, saved["model_state_dict"][name]) for name, tensor in plain.items())
 
 
+def test_a_tied_model_goes_on_in_the_book(tmp_path: Path) -> None:
+    ours = GPTModel(ModelConfig(40, 8, 64, 1, 2, tie_weights=True))
+    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"))
+    ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    optimizers.step()
+    state = optimizers.state(ours)
+    export_book(ours, tmp_path / "book", state, OptimizerConfig(name="adamw"))
+    book = books_model(BOOK)
+    optimizer = torch.optim.AdamW(book.parameters(), lr=5e-4)
+    saved = torch.load(tmp_path / "book" / "model_and_optimizer.pth", weights_only=True)
+    book.load_state_dict(saved["model_state_dict"])
+    optimizer.load_state_dict(saved["optimizer_state_dict"])
+    embeddings, head = book.tok_emb.weight, book.head_weight
+    before = state["tok_emb.weight"]["exp_avg"]
+    assert torch.equal(optimizer.state[head]["exp_avg"], before)
+    head.grad = torch.ones_like(head)
+    optimizer.step()  # moves the head's averages, and the embeddings' not with them
+    assert torch.equal(optimizer.state[embeddings]["exp_avg"], before)
+    assert not torch.equal(optimizer.state[head]["exp_avg"], before)
+    assert [optimizer.state[weight]["step"].item() for weight in (embeddings, head)] == [1, 2]
+
+
+@pytest.mark.parametrize("room", [1000, 200_000])
+def test_a_disk_that_fills_up_leaves_no_export(tmp_path: Path, room: int) -> None:
+    model = GPTModel(ModelConfig(300, 16, 128, 2, 2))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (
+        lambda: export_huggingface(model, "bytes", tmp_path / "export"),
+        lambda: export_book(model, tmp_path / "export", None, OptimizerConfig()),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))  # no file can be longer
+        try:
+            with pytest.raises(UserError, match=r"^cannot write .*export: .*File too large.*$"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
     """A hub on this machine's own interface, with two repositories; gives its address."""
@@ -226,6 +265,10 @@ def hub(tmp_path: Path) -> Iterator[str]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if with_body:
+                if (served / "cut").exists():
+                    self.wfile.write(content[:10])
+                    self.close_connection = True
+                    return
                 if name == "model.safetensors" and (served / "tamper").exists():
                     content = content[:-1] + bytes([content[-1] ^ 1])
                 self.wfile.write(content)
@@ -239,46 +282,64 @@ def hub(tmp_path: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def open_from(hub: str | None, name: str, tmp_path: Path) -> str:
-    """What a process of its own says of a name, with a cache of its own: huggingface_hub reads its settings
-    when it is imported."""
-    code = (
-        "import sys; from llm.config import UserError; from llm.pretrained import open_weights\n"
-        "try:\n"
-        "    source = open_weights(sys.argv[1])\n"
-        "    print(source.origin, source.weights['tok_emb.weight'].sum().item())\n"
-        "except UserError as error: print('error:', error)"
-    )
-    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    address = {"HF_ENDPOINT": hub or "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub-cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", code, name],
-        env={**kept, **address, "HF_HUB_DISABLE_XET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+OpenFrom = Callable[[str | None, str], str]
 
 
-def test_weights_come_from_the_hub_by_name_and_then_from_its_cache(tmp_path: Path, hub: str) -> None:
+@pytest.fixture
+def open_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenFrom:
+    """What is said of a name at the hub of an address (None: one that nobody listens at), with a cache of the
+    test's own."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    def open_it(address: str | None, name: str) -> str:
+        endpoint = address or "http://127.0.0.1:9"
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # made of it at the import
+        try:
+            source = open_weights(name)
+        except UserError as error:
+            return f"error: {error}"
+        return f"{source.origin} {source.weights['tok_emb.weight'].sum().item()}"
+
+    return open_it
+
+
+def test_weights_come_from_the_hub_by_name_and_then_from_its_cache(hub: str, open_from: OpenFrom) -> None:
     total = hugging_face_gpt2().transformer.wte.weight.sum().item()
     for address in (hub, None):  # then with nothing to reach
         for name in ("someone/small", f"someone/small@{'a' * 40}"):
-            assert open_from(address, name, tmp_path) == f"someone/small at revision {'a' * 40} {total}"
-    assert "error: someone/else" in open_from(None, "someone/else", tmp_path)
-    assert "cannot be reached" in open_from(None, "someone/else", tmp_path)
-    assert open_from(hub, "someone/none", tmp_path).startswith("error: someone/none cannot be had")
-
-
-def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str) -> None:
-    # a file under OpenAI's name and revision that is not OpenAI's
-    assert "is not what the hub has (its SHA-256 differs)" in open_from(hub, "gpt2", tmp_path)
-    (tmp_path / "served" / "tamper").touch()  # what arrives is not what was announced
-    line = open_from(hub, "someone/small", tmp_path)
+            assert open_from(address, name) == f"someone/small at revision {'a' * 40} {total}"
+    line = open_from(None, "someone/else")
+    assert line.startswith("error: someone/else is no file or folder here, and")
+    assert "cannot be reached: give a local folder" in line
     assert "\n" not in line
-    assert "is not what the hub has (its SHA-256 differs)" in line or "cannot be had" in line
+    assert open_from(hub, "someone/none").startswith("error: someone/none cannot be had")
+
+
+def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
+    # a file under OpenAI's name and revision that is not OpenAI's
+    assert "is not what the hub has (its SHA-256 differs)" in open_from(hub, "gpt2")
+    (tmp_path / "served" / "tamper").touch()  # what arrives is not what was announced
+    line = open_from(hub, "someone/small")
+    assert "is not what the hub has (its SHA-256 differs): delete it and try again" in line
+    (tmp_path / "served" / "tamper").unlink()
+    assert open_from(hub, "someone/small") == line
+    Path(line.removeprefix("error: ").partition(" is not")[0]).unlink()
+    assert open_from(hub, "someone/small").startswith("someone/small at revision")
+
+
+def test_a_connection_lost_on_the_way_is_one_line(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
+    (tmp_path / "served" / "cut").touch()
+    line = open_from(hub, "someone/small")
+    assert line.startswith("error: someone/small cannot be had from Hugging Face's hub: ")
+    assert "\n" not in line
+    (tmp_path / "served" / "cut").unlink()
+    assert open_from(hub, "someone/small").startswith("someone/small at revision")
 
 
 class _Bomb:
@@ -300,6 +361,10 @@ def refused(path: str | Path) -> str:
         ("activation_function", "relu", "activation_function=relu is not supported"),
         ("n_inner", 7, "n_inner=7 is not supported"),
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True is not supported"),
+        ("reorder_and_upcast_attn", True, "reorder_and_upcast_attn=True is not supported"),
+        ("model_type", "a\nb\x1b[2J", "model_type=a\ufffdb\ufffd[2J is not supported"),
+        ("tiktoken_encoding", ["gpt2"], "tiktoken_encoding=['gpt2'] is not the name of an encoding"),
+        ("tiktoken_encoding", "a\nb", "tiktoken_encoding=a\ufffdb is not the name of an encoding"),
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-06 is not supported"),
         ("n_layer", 10**9, "config.json says n_layer=1000000000, and the weights have 3"),
         ("n_embd", 10**12, "wte.weight has shape (99, 32), and the config's model wants (99, 1000000000000)"),
@@ -331,12 +396,18 @@ def test_hostile_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         index = {"weight_map": {"transformer.wte.weight": outside}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert f"names {outside}, which is not a file of its folder" in refused(folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    assert "is damaged or of another format" in refused(folder)
+    for text in ('{"weight_map": [1]}', "[" * 200_000):
+        (folder / "model.safetensors.index.json").write_text(text)
+        assert "is damaged or of another format" in refused(folder)
     (folder / "model.safetensors.index.json").unlink()
     torch.save(_Bomb(), folder / "pytorch_model.bin")
     assert "holds its weights as a pickle, which can run code" in refused(folder)
-    for content in (b"", b"[1, 2]", b"{", b"\xff"):
+    (folder / "config.json").unlink()
+    assert "holds its weights as a pickle, which can run code" in refused(folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert "holds no model.safetensors; give a run or checkpoint folder, a folder in" in refused(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    for content in (b"", b"[1, 2]", b"{", b"\xff", b"[" * 200_000):
         (folder / "config.json").write_bytes(content)
         assert "config.json cannot be read" in refused(folder)
     assert not (tmp_path / "bomb-went-off").exists()
@@ -347,6 +418,11 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert "surprise has shape (1,), and the config's model wants nothing" in refused(tmp_path)
+    save_file({**tensors, "sur\nprise": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "sur\ufffdprise has shape (1,), and the config's model wants nothing" in refused(tmp_path)
+    name = "transformer.wte.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    assert "tok_emb.weight is of torch.int8, and not of floating-point numbers" in refused(tmp_path)
     del tensors["transformer.ln_f.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
     assert "ln_f.bias has shape nothing, and the config's model wants (32,)" in refused(tmp_path)
@@ -361,7 +437,16 @@ def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "is a plain pickle, which can run code" in refused(path)
     state = books_model(BOOK).state_dict()
     torch.save({**state, "tok_emb.weight": torch.zeros(1).expand(10**9, 64)}, path)
-    assert "claims 256000000000 bytes that are not in the file" in refused(path)
+    assert "tok_emb.weight claims numbers that are not in the file" in refused(path)
+    torch.save({**state, "tok_emb.weight": torch.zeros(40, 64, device="meta")}, path)
+    assert "tok_emb.weight claims numbers that are not in the file" in refused(path)
+    torch.save({name: tensor for name, tensor in state.items() if "trf_blocks" not in name}, path)
+    assert "model.n_layers=0: must be at least 1" in refused(path)
+    expanded = torch.zeros(1).expand(state["tok_emb.weight"].shape)
+    for number, average in ((0, torch.zeros(1).expand(10**11)), (0, expanded), (-1, torch.tensor(1.0))):
+        averages = {"state": {number: {"exp_avg": average}}}
+        torch.save({"model_state_dict": state, "optimizer_state_dict": averages}, path)
+        assert "its optimizer_state_dict is not AdamW's for this model" in refused(path)
     torch.save({**state, "pos_emb.weight": torch.zeros(8, 3)}, path)
     assert "pos_emb.weight has shape (8, 3)" in refused(path)
     torch.save([1, 2], path)
@@ -377,6 +462,9 @@ def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model/data.pkl", b"\0" * 10**7)
     assert "unpacks to 10000000 bytes, more than the file has" in refused(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", os.urandom(1000))
+    assert "model/data.pkl is compressed" in refused(path)
     assert not (tmp_path / "bomb-went-off").exists()
 
 

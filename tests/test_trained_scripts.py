@@ -79,7 +79,7 @@ def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Pa
         ("generate", "prompt_file=missing", "prompt_file=missing: no such file"),
         ("generate", "prompt=", "prompt is empty"),
         ("generate", "sampling.top_p=2", "sampling.top_p=2.0: must be at least 0 and at most 1"),
-        ("generate", "checkpoint=missing", "missing is no run folder with a checkpoint"),
+        ("generate", "checkpoint=missing", "missing is no file or folder here, and Hugging Face"),
         ("evaluate", "path=missing", "path=missing: no such file"),
         ("evaluate", "text=a", "text: 1 tokens are too few"),
         ("evaluate", "split=test", "split=test: must be one of training, validation"),
