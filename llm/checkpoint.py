@@ -145,7 +145,7 @@ def _write_folder(
     with replacing(folder, size + sum(records.values())) as temporary:
         temporary.mkdir()
         for name, content in tensors.items():
-            _save_tensors(content, temporary / name)
+            save_tensors(content, temporary / name)
         for name, value in values.items():
             (temporary / name).write_text(as_json(value), encoding="utf-8")
         for record, size in records.items():
@@ -167,11 +167,17 @@ def point(folder: Path, link: str) -> None:
         temporary.symlink_to(folder.name)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:  # how this library reports a full disk
         raise OSError(first_line(error)) from error
+    path.chmod(0o644)  # it makes them for their owner alone
 
 
 def _copy_start(source: Path, size: int, target: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llm.checkpoint import (
@@ -28,6 +28,7 @@ from llm.checkpoint import (
     load_checkpoint,
     load_optimizer_state,
     model_of_weights,
+    save_tensors,
 )
 from llm.config import ExportConfig, ModelConfig, OptimizerConfig, UserError, first_line, validate
 from llm.files import as_json, as_typed, replacing, sha256
@@ -149,7 +150,7 @@ def _from_hub(name: str) -> Pretrained:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, asked = name.partition("@")
-    if "/" not in repository:
+    if f"openai-community/{repository}" in GPT2_ON_HUB:
         repository = f"openai-community/{repository}"
     revision, checksum = GPT2_ON_HUB.get(repository, (None, None))
     if asked:
@@ -440,7 +441,8 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
     if not is_ours(config.checkpoint):
         source = open_weights(config.checkpoint)
         model, origin = model_of_weights(source.model, source.weights, source.origin), source.origin
-        tokenizer, state, optimizer = source.tokenizer, source.optimizer_state, OptimizerConfig(name="adamw")
+        # without the optimizer's state: its learning rate and weight decay are not known here
+        tokenizer, state, optimizer = source.tokenizer, None, OptimizerConfig()
     else:
         folder = as_typed(find_checkpoint(config.checkpoint))
         model, trained = load_checkpoint(folder)
@@ -480,7 +482,7 @@ def export_huggingface(model: GPTModel, tokenizer: str | None, folder: Path) -> 
         tensors["lm_head.weight"] = weights["out_head.weight"]
     with _new_folder(folder, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(contiguous, temporary / "model.safetensors", {"format": "pt"})
         described = _describe(model.config)
         if tokenizer:
             encoding = load_tokenizer(tokenizer)
@@ -501,7 +503,7 @@ def _new_folder(folder: Path, size: int) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-        except (SafetensorError, RuntimeError) as error:  # how safetensors and torch report a full disk
+        except RuntimeError as error:  # how torch reports a full disk
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else OSError(first_line(error))) from error
 

@@ -95,6 +95,7 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     save(tmp_path, 1)
     folder = find_checkpoint(str(tmp_path))
     assert subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=folder, capture_output=True).returncode == 0
+    assert (folder / "model.safetensors").stat().st_mode & 0o444 == 0o444  # a group reads it too
     listed = {line.split()[1] for line in (folder / CHECKSUMS).read_text().splitlines()}
     assert listed == {file.name for file in folder.iterdir()} - {CHECKSUMS}
 
@@ -129,7 +130,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_is_tried_again(
     writer = save(tmp_path, 1)
     writer.best = 2, copy_weights(model_after(2))
 
-    def full_disk(content: Any, path: Path) -> None:
+    def full_disk(content: Any, path: Path, metadata: None) -> None:
         if path.name == "training_state.safetensors":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(content, path)
@@ -180,7 +181,7 @@ def test_a_crash_of_the_writer_is_not_silent(tmp_path: Path, monkeypatch: pytest
 def test_what_is_not_read_back_as_written_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bad_disk(content: dict[str, torch.Tensor], path: Path) -> None:
+    def bad_disk(content: dict[str, torch.Tensor], path: Path, metadata: None) -> None:
         save_file({name: tensor + 1 for name, tensor in content.items()}, path)
 
     writer = save(tmp_path, 1)
