@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError
-from llm.files import as_typed
+from llm.files import as_typed, write_text
 from llm.progress import format_table
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
@@ -46,6 +46,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     logging.raiseExceptions = False  # a full disk takes the log's lines; no traceback for each
     failed = False
+    record: dict[Path, str] = {}  # Hydra's, of the run that is resumed
 
     def job(config: DictConfig) -> float | None:
         nonlocal failed
@@ -58,6 +59,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             return work(OmegaConf.to_object(config), as_typed(run_dir))
         except UserError as error:
             error_log.error("error: %s", error)
+            for file, content in record.items():  # else a change that was refused would come back for ever
+                write_text(file, content)
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
             failed = True
@@ -68,7 +71,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             sys.exit(130)
 
     try:
-        sys.argv[1:] = _with_recorded_overrides([_quoted(argument) for argument in sys.argv[1:]])
+        sys.argv[1:] = _with_recorded_overrides([_quoted(argument) for argument in sys.argv[1:]], record)
         main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
         job.__module__ = "__main__"
         main(job)()
@@ -136,11 +139,11 @@ def _quoted(argument: str) -> str:
     return f"{name}='{escaped}'".replace("${", r"\${")
 
 
-def _with_recorded_overrides(arguments: list[str]) -> list[str]:
+def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> list[str]:
     """With `resume=RUN_FOLDER`, the command line that began that run, changed by what is given now.
 
-    Hydra then writes to that folder, and its record of the config there stays true. With `rerun=`, the config
-    is the run's own, whatever the defaults are by now, and takes no changes.
+    Hydra then writes to that folder, and its record of the config there stays true; `record` gets what it was.
+    With `rerun=`, the config is the run's own, whatever the defaults are by now, and takes no changes.
     """
     given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
     if "rerun" in given:
@@ -155,12 +158,13 @@ def _with_recorded_overrides(arguments: list[str]) -> list[str]:
 
     name = given["resume"].partition("=")[2].strip("'\"")
     run_dir = find_run(name, with_checkpoint=False)
-    record = run_dir / ".hydra" / "overrides.yaml"
-    if not record.exists():
+    overrides = run_dir / ".hydra" / "overrides.yaml"
+    if not overrides.exists():
         raise UserError(
-            f"{record} is missing: a run begun from Python is resumed there, with PretrainConfig(resume=…)"
+            f"{overrides} is missing: a run begun from Python is resumed there, with PretrainConfig(resume=…)"
         )
-    begun = {_key(str(override)): str(override) for override in OmegaConf.load(record)}
+    begun = {_key(str(override)): str(override) for override in OmegaConf.load(overrides)}
+    record |= {file: file.read_text("utf-8") for file in overrides.parent.glob("*.yaml")}
     flags = [argument for argument in arguments if argument not in given.values()]
     merged = {
         **begun,

@@ -106,6 +106,16 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     assert second["sample"] == 1
 
 
+def test_a_change_that_is_refused_is_forgotten(script: Script, tmp_path: Path, text: str) -> None:
+    begun = script("pretrain", *TINY, "data=text", text, "training.max_steps=3", "hydra.run.dir=run")
+    assert begun.returncode == 0, begun.stderr
+    refused = script("pretrain", "resume=run", "model.emb_dim=128", "training.max_steps=5")
+    assert refused.stderr.startswith("error: resume=run: model.emb_dim=128 (it is 64) cannot change")
+    resumed = script("pretrain", "resume=run", "training.max_steps=4")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["step"] for line in numbers(tmp_path / "run") if "train/loss" in line] == [0, 1, 2, 3]
+
+
 def test_evaluation_and_samples_do_not_move_training(script: Script, tmp_path: Path, text: str) -> None:
     common = [*TINY, "data=text", text, "training.max_steps=30"]
     for arguments in (
