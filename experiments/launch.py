@@ -142,7 +142,7 @@ def _quoted(argument: str) -> str:
 def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> list[str]:
     """With `resume=RUN_FOLDER`, the command line that began that run, changed by what is given now.
 
-    Hydra then writes to that folder, and its record of the config there stays true; `record` gets what it was.
+    Hydra then writes to that folder, and its record of the config there stays true; `record` gets the old.
     With `rerun=`, the config is the run's own, whatever the defaults are by now, and takes no changes.
     """
     given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
