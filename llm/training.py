@@ -61,11 +61,12 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
     begin = time.perf_counter()
     run_dir = run_folder(config, run_dir)
     with alone(run_dir) as run_id:
-        summary = Summary(str(run_dir), seed=config.seed, init_from=config.init_from)
+        summary = Summary(str(run_dir), seed=config.seed)
         try:
             validate(config)
             start = find_start(config, run_dir)
             validate(start.config)
+            summary.seed, summary.init_from = start.config.seed, start.config.init_from
             with processes(start.config.runtime, _pretrain, start, run_id, summary) as runtime:
                 run = _pretrain(start, run_id, summary, runtime)
         except BaseException as error:

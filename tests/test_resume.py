@@ -141,13 +141,13 @@ def test_a_run_limited_by_the_clock_comes_out_the_same_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    config = settings(tmp_path, max_steps=None, max_minutes=0.02)
+    config = changed(settings(tmp_path, max_steps=None, max_minutes=0.02), seed=5)
     first = pretrain(config, tmp_path / "run")
     assert first.steps > 1
     again = pretrain(
         changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled"), tmp_path / "again"
     )
-    assert (again.steps, again.seconds) == (first.steps, first.seconds)
+    assert (again.steps, again.seconds, again.seed) == (first.steps, first.seconds, 5)
     assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
     assert "the same numbers as" in caplog.text
 
