@@ -107,14 +107,14 @@ class CheckpointWriter:
         return None
 
 
-def write_step(run_dir: Path, snapshot: Snapshot) -> Path:
+def write_step(run_dir: Path, snapshot: Snapshot) -> None:
     """Write a step checkpoint and point `last` at it.
 
     Raises:
         UserError: it cannot be written; the checkpoints there are untouched.
     """
-    return _write_folder(
-        run_dir / "checkpoints" / f"step-{snapshot.steps:08d}",
+    _write_folder(
+        run_dir / "checkpoints" / _name("step", snapshot.steps),
         tensors={WEIGHTS: snapshot.weights, STATE_TENSORS: snapshot.state_tensors},
         values={CONFIG: asdict(snapshot.config), STATE: snapshot.state},
         records={run_dir / name: size for name, size in snapshot.record_sizes.items()},
@@ -122,14 +122,14 @@ def write_step(run_dir: Path, snapshot: Snapshot) -> Path:
     )
 
 
-def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: PretrainConfig) -> Path:
+def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: PretrainConfig) -> None:
     """Write weights as the best so far, after `steps` updates, and point `best` at them.
 
     Raises:
         UserError: they cannot be written; the checkpoints there are untouched.
     """
-    folder = run_dir / "checkpoints" / f"best-{steps:08d}"
-    return _write_folder(
+    folder = run_dir / "checkpoints" / _name("best", steps)
+    _write_folder(
         folder, tensors={WEIGHTS: weights}, values={CONFIG: asdict(config)}, records={}, link="best"
     )
 
@@ -140,7 +140,7 @@ def _write_folder(
     values: dict[str, Any],
     records: dict[Path, int],
     link: str,
-) -> Path:
+) -> None:
     size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
     with replacing(folder, size + sum(records.values())) as temporary:
         temporary.mkdir()
@@ -157,12 +157,6 @@ def _write_folder(
                 raise OSError(f"{name} was not read back as it was written: the disk or the memory fails")
         lines = [f"{checksum}  {name}\n" for name, checksum in checksums.items()]
         (temporary / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-    point(folder, link)
-    return folder
-
-
-def point(folder: Path, link: str) -> None:
-    """Let the link `last` or `best` beside a checkpoint folder lead to it."""
     with replacing(folder.with_name(link)) as temporary:
         temporary.symlink_to(folder.name)
 
@@ -210,15 +204,14 @@ def _best_of(folder: Path) -> str | None:
         step = read_state(folder)["counters"]["best_step"]
     except (UserError, KeyError):
         return None
-    return None if step is None else best_name(step)
+    return None if step is None else _name("best", step + 1)
 
 
-def best_name(step: int) -> str:
-    """The folder's name of the weights that were the best when evaluated after `step`, counted from 0."""
-    return f"best-{step + 1:08d}"
+def _name(kind: str, steps: int) -> str:
+    return f"{kind}-{steps:08d}"
 
 
-_NUMBERED = re.compile(r"(step|best)-(\d{8,})")
+_NUMBERED = re.compile(r"(step|best)-\d{8,}")
 
 
 def steps_of(folder: Path) -> int:
@@ -239,8 +232,7 @@ def step_folders(run_dir: Path) -> list[Path]:
 def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
     """What is wrong with the files of a checkpoint folder by its checksums; None if it is whole."""
     try:
-        lines = (folder / CHECKSUMS).read_text("utf-8").splitlines()
-        checksums = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        checksums = read_checksums(folder)
         for name in names:
             if name not in checksums:
                 return f"{CHECKSUMS} does not list {name}"
@@ -251,6 +243,12 @@ def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
     except (OSError, ValueError) as error:
         return f"it cannot be read: {first_line(error)}"
     return None
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint, as it was written."""
+    lines = (folder / CHECKSUMS).read_text("utf-8").splitlines()
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
 
 
 def newest_whole(run_dir: Path, names: tuple[str, ...], run_id: str | None = None) -> Path:
@@ -429,5 +427,4 @@ def find_checkpoint(name: str) -> Path:
 
 def step_of(folder: Path) -> int | None:
     """The step, counted from 0, after which one of our checkpoint folders was saved."""
-    number = _NUMBERED.fullmatch(folder.name)
-    return int(number[2]) - 1 if number else None
+    return steps_of(folder) - 1 if _NUMBERED.fullmatch(folder.name) else None

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint import CHECKSUMS, RECORDS, STATE_TENSORS, WEIGHTS, step_folders
+from llm.checkpoint import RECORDS, STATE_TENSORS, WEIGHTS, read_checksums, step_folders
 from llm.config import UserError
 from llm.files import read_json_lines
 
@@ -85,7 +85,7 @@ def first_difference(rerun: Path, original: Path) -> str | None:
             return f"{name} has {len(ours)} lines (the run's has {len(theirs)})"
     if not finished:
         return None
-    ours_sums, theirs_sums = (_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
+    ours_sums, theirs_sums = (read_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
     for name in (WEIGHTS, STATE_TENSORS):
         if ours_sums.get(name) != theirs_sums.get(name):
             return f"{name} at the end differs"
@@ -96,11 +96,6 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in line.items() if key not in MEASURED} for line in read_json_lines(file)
     ]
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    lines = (folder / CHECKSUMS).read_text("utf-8").splitlines()
-    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
 
 
 def other_circumstances(rerun: Path, original: Path) -> list[str]:

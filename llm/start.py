@@ -23,7 +23,7 @@ from llm.checkpoint import (
 )
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
 from llm.files import remove, remove_leftovers, replacing
-from llm.pretrained import Pretrained, open_weights
+from llm.pretrained import open_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def find_start(config: PretrainConfig, run_dir: Path) -> Start:
         rerun_of = find_run(config.rerun)
         return Start(recorded_config(config, rerun_of), run_dir, rerun_of=rerun_of)
     if config.init_from:
-        config = with_sizes_of(config, open_weights(config.init_from))
+        source = open_weights(config.init_from)
+        config = with_sizes(config, source.model, source.tokenizer, source.origin)
     return Start(config, run_dir)
 
 
@@ -92,7 +93,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path) -> Start:
     if config.rerun:
         config = replace(recorded, resume=config.resume, tracking=config.tracking)
     if config.init_from:  # the sizes came from the weights
-        config = _with_sizes(config, recorded.model, recorded.tokenizer.name, name)
+        config = with_sizes(config, recorded.model, recorded.tokenizer.name, name)
     changes = differences(recorded, config)
     changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun")}
     refused = [key for key in changes if key.startswith(FIXED) and key not in FREE_DATA_KEYS]
@@ -125,18 +126,14 @@ def recorded_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
     return replace(recorded, data=data, tracking=config.tracking, resume=None, rerun=str(run_dir))
 
 
-def with_sizes_of(config: PretrainConfig, source: Pretrained) -> PretrainConfig:
-    """The config with the model that given weights make.
+def with_sizes(
+    config: PretrainConfig, model: ModelConfig, tokenizer: str | None, origin: str
+) -> PretrainConfig:
+    """The config with the model that given weights make, and their tokenizer if it is known.
 
     Raises:
         UserError: the config asks for other sizes.
     """
-    return _with_sizes(config, source.model, source.tokenizer, source.origin)
-
-
-def _with_sizes(
-    config: PretrainConfig, model: ModelConfig, tokenizer: str | None, origin: str
-) -> PretrainConfig:
     default = PretrainConfig()
     tokenizer = tokenizer or config.tokenizer.name
     asked = {

@@ -31,8 +31,8 @@ from llm.config import (
 )
 from llm.model import GPTModel
 from llm.optimizer import build_optimizers
-from llm.pretrained import Pretrained, export_book, export_checkpoint, export_huggingface, open_weights
-from llm.start import with_sizes_of
+from llm.pretrained import export_book, export_checkpoint, export_huggingface, open_weights
+from llm.start import with_sizes
 from llm.text_evaluation import run_evaluation
 from llm.tokenizer import load_tokenizer
 
@@ -526,9 +526,9 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
 )
 def test_other_sizes_than_the_weights_have_are_refused(model: ModelConfig, tokenizer: str, line: str) -> None:
     config = PretrainConfig(model=model, tokenizer=TokenizerConfig(tokenizer))
-    source = Pretrained(ModelConfig(257, 16, 32, 2, 1), {}, "bytes", "here")
+    source = ModelConfig(257, 16, 32, 2, 1), "bytes", "here"
     with pytest.raises(UserError, match=re.escape(line)):
-        with_sizes_of(config, source)
-    config = with_sizes_of(PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1)), source)
+        with_sizes(config, *source)
+    config = with_sizes(PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1)), *source)
     assert config.model == ModelConfig(257, 8, 32, 2, 1, drop_rate=0.1)
     assert config.tokenizer.name == "bytes"
