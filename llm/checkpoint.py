@@ -33,13 +33,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm.config import ModelConfig, PretrainConfig, UserError, first_line, from_dict, validate
-from llm.files import as_json, replacing, sha256, write_text
+from llm.files import RUN_ID, as_json, replacing, sha256, write_text
 from llm.model import GPTModel
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
 STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-RUN_ID = "run-id.txt"  # in the run folder; every checkpoint of the run says it too
 BEST_FILES = (WEIGHTS, CONFIG)
 STEP_FILES = (WEIGHTS, CONFIG, STATE_TENSORS, STATE, *RECORDS)
 

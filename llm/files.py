@@ -1,17 +1,22 @@
 """Files that are whole or not there: written beside their place, flushed to disk, then renamed."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm.config import UserError
 from llm.progress import format_count
+
+RUN_ID = "run-id.txt"  # of a run folder; the process that trains the run holds it
+LOCK_SECONDS = 1.0  # for which a lock is asked for, as somebody may just be looking whether it is held
 
 
 @contextmanager
@@ -123,6 +128,35 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[bool]:
+    """Hold a file for this process, and say whether that was possible. The system lets go of it when the
+    process ends, however it does."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not (ours := _lock(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield ours
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a file."""
+    try:
+        with lock.open() as file:
+            return not _lock(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def as_typed(path: Path) -> Path:

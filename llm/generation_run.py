@@ -19,9 +19,9 @@ from llm.files import append_json_lines, cache_folder, write_json
 from llm.inference import load_for_inference
 from llm.pretrained import resolve
 from llm.progress import format_table
-from llm.report import MAIN_METRICS, METRICS, study_jobs, study_report
 from llm.runtime import Runtime, out_of_memory_in_one_line, start_runtime
 from llm.study import copying_metrics, copying_of, sample_metrics
+from llm.study_report import MAIN_METRICS, METRICS, study_jobs, study_report
 from llm.text_generation import Sample, generate_texts
 from llm.tracking import Tracker
 

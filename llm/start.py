@@ -1,6 +1,5 @@
 """Where a run begins: anew, from given weights, at one of its checkpoints, or again from another's record."""
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 from llm.checkpoint import (
     RECORDS,
-    RUN_ID,
     STEP_FILES,
     damage,
     find_run,
@@ -22,7 +20,7 @@ from llm.checkpoint import (
     step_folders,
 )
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
-from llm.files import remove, remove_leftovers, replacing
+from llm.files import RUN_ID, held, remove, remove_leftovers, replacing
 from llm.pretrained import open_weights
 
 log = logging.getLogger(__name__)
@@ -168,13 +166,9 @@ def alone(run_dir: Path) -> Iterator[str]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     identity = run_id(run_dir)
-    with (run_dir / RUN_ID).open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{run_dir} is being trained by another process: wait for it, or stop it"
-            ) from error
+    with held(run_dir / RUN_ID) as ours:
+        if not ours:
+            raise UserError(f"{run_dir} is being trained by another process: wait for it, or stop it")
         yield identity
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in two processes; before torch is imported
+
 ROOT = Path(__file__).parents[1]
 
 Script = Callable[..., subprocess.CompletedProcess[str]]

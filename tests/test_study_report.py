@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm.report import METRICS, study_jobs, study_report
+from llm.study_report import METRICS, study_jobs, study_report
 
 HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- \ufffd"
 
@@ -93,7 +93,7 @@ def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:
     assert [text for _, text in page.figures[0]] == ["3.0", "2.0", "1.0", "0.0"]
     data = json.loads(page.data)
     assert "run/last, step 7" in page.text
-    assert data[0]["title"] == "Job 0: temperature 10, top_k 100"
+    assert data[0]["title"] == "Job 0: temperature=10 top_k=100"
     assert data[0]["samples"] == [
         {
             "prompt": "To <be>",
@@ -118,16 +118,16 @@ def test_failed_jobs_are_named_and_what_is_missing_is_a_dash(tmp_path: Path) -> 
     write_job(tmp_path, 1, {"sampling.top_k": "<0>"}, status="failed", error="top_k=<0>: no", perplexity=None)
     write_job(tmp_path, 2, {"sampling.top_k": "7"})  # was killed before it wrote anything
     page = report(tmp_path)
-    assert "Job 1 (top_k <0>) failed: top_k=<0>: no" in page.text
-    assert "Job 2 (top_k 7) failed: it did not finish" in page.text
+    assert "Job 1 (top_k=<0>) failed: top_k=<0>: no" in page.text
+    assert "Job 2 (top_k=7) failed: killed, or its machine went down" in page.text
     assert [text for _, text in page.figures[0]] == ["0.0", "–", "–"]
     copied = list(METRICS).index("copied")
     assert page.figures[copied][0] == (0, "–")
     data = json.loads(page.data)
     assert data[0]["samples"][0]["about"].endswith("3 tokens, ended by length")
     assert data[2] == {
-        "title": "Job 2: top_k 7",
-        "error": "it did not finish",
+        "title": "Job 2: top_k=7",
+        "error": "killed, or its machine went down",
         "copy": None,
         "samples": [],
     }

@@ -6,16 +6,14 @@ import io
 import json
 import math
 import shlex
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from llm.files import read_json_lines, replacing, write_text
+from llm.sweep import Job, order, read_jobs, short_key
 
 # What is shown of each setting: its title, how its number is written, and what it means.
 METRICS = {
@@ -37,25 +35,12 @@ METRICS = {
 MAIN_METRICS = ("perplexity", "entropy", "distinct_2", "repetition", "copied", "longest_copy")
 
 
-@dataclass(frozen=True)
-class Job:
+class StudyJob(Job):
     """One setting of a study."""
 
-    name: str
-    overrides: list[str]
-    setting: dict[str, str]  # those overrides that differ between jobs
-    summary: dict[str, Any]
-    samples: list[dict[str, Any]]
-
     @property
-    def title(self) -> str:
-        return ", ".join(f"{_short(key)} {value}" for key, value in self.setting.items()) or "the one setting"
-
-    @property
-    def error(self) -> str | None:
-        if self.summary.get("status") == "finished":
-            return None
-        return self.summary.get("error") or "it did not finish"
+    def samples(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.folder / "samples.jsonl")
 
     def figure(self, metric: str) -> float | None:
         return self.summary.get(metric)
@@ -69,30 +54,12 @@ class Job:
         return {"job": self.name, **self.setting, **{metric: self.figure(metric) for metric in METRICS}}
 
 
-def study_jobs(folder: Path) -> list[Job]:
+def study_jobs(folder: Path) -> list[StudyJob]:
     """The jobs of a sweep folder, by number, with whatever each has left."""
-    folders = sorted(
-        (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: _order(job.name)
-    )
-    overrides = [[str(each) for each in OmegaConf.load(job / ".hydra" / "overrides.yaml")] for job in folders]
-    jobs = []
-    for job, own in zip(folders, overrides, strict=True):
-        differing = [each for each in own if not all(each in other for other in overrides)]
-        setting = {key: value for key, _, value in (each.partition("=") for each in differing)}
-        summary = job / "summary.json"
-        jobs.append(
-            Job(
-                job.name,
-                own,
-                setting,
-                json.loads(summary.read_text("utf-8")) if summary.exists() else {},
-                read_json_lines(job / "samples.jsonl"),
-            )
-        )
-    return jobs
+    return [StudyJob(**vars(job)) for job in read_jobs([folder])]
 
 
-def study_report(jobs: list[Job], folder: Path) -> Path:
+def study_report(jobs: list[StudyJob], folder: Path) -> Path:
     """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png` into a sweep folder.
 
     Returns the page.
@@ -103,7 +70,7 @@ def study_report(jobs: list[Job], folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _csv(jobs: list[Job]) -> str:
+def _csv(jobs: list[StudyJob]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(jobs[0].row()), lineterminator="\n")
     writer.writeheader()
@@ -111,45 +78,34 @@ def _csv(jobs: list[Job]) -> str:
     return text.getvalue()
 
 
-def _short(key: str | None) -> str:
-    return (key or "").rsplit(".", 1)[-1]
-
-
-def _axes(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
+def _axes(jobs: list[StudyJob]) -> tuple[str | None, str | None, list[str]]:
     """The swept keys: the one down the side of a heatmap, the one along its top, and the others."""
     keys = list(jobs[0].setting)
     if len(keys) < 2:
         return None, keys[0] if keys else None, []
     longest = sorted(keys, key=lambda key: -len(_values(jobs, key)))[:2]
-    down, along = sorted(longest, key=lambda key: (_short(key) != "temperature", keys.index(key)))
+    down, along = sorted(longest, key=lambda key: (short_key(key) != "temperature", keys.index(key)))
     return down, along, [key for key in keys if key not in longest]
 
 
-def _subject(jobs: list[Job]) -> str:
+def _subject(jobs: list[StudyJob]) -> str:
     """The checkpoint and its step; nothing if no job got so far as to load it."""
     summary = next((job.summary for job in jobs if "checkpoint" in job.summary), None)
     return f"{summary['checkpoint']}, step {summary['step']}" if summary else ""
 
 
-def _values(jobs: list[Job], key: str | None) -> list[str]:
+def _values(jobs: list[StudyJob], key: str | None) -> list[str]:
     """The values of a swept key, numbers first and in order; one empty value for no key."""
-    return sorted({job.setting[key] for job in jobs} if key else [""], key=_order)
+    return sorted({job.setting[key] for job in jobs} if key else [""], key=order)
 
 
-def _order(value: str) -> tuple[bool, float, str]:
-    try:
-        return False, float(value), value
-    except ValueError:
-        return True, 0.0, value
-
-
-def _job_at(jobs: list[Job], fixed: dict[str, str], *places: tuple[str | None, str]) -> Job | None:
+def _job_at(jobs: list[StudyJob], fixed: dict[str, str], *places: tuple[str | None, str]) -> StudyJob | None:
     """The job of a cell."""
     setting = {**fixed, **{key: value for key, value in places if key}}
     return next((job for job in jobs if job.setting == setting), None)
 
 
-def _range(jobs: list[Job], metric: str) -> tuple[float, float]:
+def _range(jobs: list[StudyJob], metric: str) -> tuple[float, float]:
     """The least and the most of a metric; zeros if no job has it."""
     values = [value for job in jobs if (value := job.figure(metric)) is not None]
     return (min(values), max(values)) if values else (0.0, 0.0)
@@ -158,7 +114,7 @@ def _range(jobs: list[Job], metric: str) -> tuple[float, float]:
 # The picture
 
 
-def _draw(jobs: list[Job], path: Path) -> None:
+def _draw(jobs: list[StudyJob], path: Path) -> None:
     """Heatmaps over two swept keys, at the first value of any others, or curves over the only one."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
     from matplotlib.ticker import PercentFormatter
@@ -182,16 +138,16 @@ def _draw(jobs: list[Job], path: Path) -> None:
         else:
             axes.imshow(numbers, cmap="Blues", aspect="auto", vmin=low, vmax=high)
             axes.set_yticks(range(len(rows)), map(_tick, rows))
-            axes.set_ylabel(_short(down))
+            axes.set_ylabel(short_key(down))
             for y, x in product(range(len(rows)), range(len(columns))):
                 if job := grid[y][x]:
                     colour = "white" if numbers[y][x] > low + 0.6 * (high - low) else "black"
                     axes.text(x, y, job.written(metric), ha="center", va="center", fontsize=8, color=colour)
         axes.set_title(METRICS[metric][0], fontsize=10, loc="left")
         axes.set_xticks(range(len(columns)), map(_tick, columns))
-        axes.set_xlabel(_short(along))
+        axes.set_xlabel(short_key(along or ""))
         axes.tick_params(labelsize=8)
-    shown = ", ".join(f"{_short(key)} {_tick(value)}" for key, value in fixed.items())
+    shown = ", ".join(f"{short_key(key)} {_tick(value)}" for key, value in fixed.items())
     slice_shown = f"\nonly {shown} is shown" if fixed else ""
     figure.suptitle(f"Sampling study\n{_tick(_subject(jobs), 90)}{slice_shown}", fontsize=10)
     figure.tight_layout()
@@ -208,7 +164,7 @@ def _tick(value: str, most: int = 20) -> str:
 # The page
 
 
-def _page(folder: Path, jobs: list[Job]) -> str:
+def _page(folder: Path, jobs: list[StudyJob]) -> str:
     finished = [job for job in jobs if not job.error]
     summary = finished[0].summary if finished else {}
     tokens = sum(job.summary["new_tokens"] for job in finished)
@@ -262,7 +218,7 @@ def _about(line: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _longest_copy(job: Job) -> str | None:
+def _longest_copy(job: StudyJob) -> str | None:
     """What a setting copied at most, and from where."""
     if not job.summary.get("longest_copy_text"):
         return None
@@ -273,7 +229,7 @@ def _longest_copy(job: Job) -> str | None:
     )
 
 
-def _heatmaps(jobs: list[Job], metric: str) -> str:
+def _heatmaps(jobs: list[StudyJob], metric: str) -> str:
     """A metric over the first two swept keys, once for each setting of the others."""
     down, along, others = _axes(jobs)
     title, _, meaning = METRICS[metric]
@@ -284,10 +240,12 @@ def _heatmaps(jobs: list[Job], metric: str) -> str:
     return f"<figure><figcaption><b>{title}</b> {meaning}</figcaption>{maps}</figure>"
 
 
-def _heatmap(jobs: list[Job], metric: str, down: str | None, along: str | None, fixed: dict[str, str]) -> str:
+def _heatmap(
+    jobs: list[StudyJob], metric: str, down: str | None, along: str | None, fixed: dict[str, str]
+) -> str:
     columns = _values(jobs, along)
-    corner = " \\ ".join(_short(key) for key in (down, along) if key)
-    caption = ", ".join(f"{_short(key)} {value}" for key, value in fixed.items())
+    corner = " \\ ".join(short_key(key) for key in (down, along) if key)
+    caption = ", ".join(f"{short_key(key)} {value}" for key, value in fixed.items())
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in columns)
     body = []
     for row in _values(jobs, down):
@@ -300,7 +258,7 @@ def _heatmap(jobs: list[Job], metric: str, down: str | None, along: str | None, 
     )
 
 
-def _cell(jobs: list[Job], job: Job, metric: str) -> str:
+def _cell(jobs: list[StudyJob], job: StudyJob, metric: str) -> str:
     value, (low, high) = job.figure(metric), _range(jobs, metric)
     heat = round(100 * (value - low) / (high - low)) if value is not None and high > low else 0
     missing = " class=missing" if value is None else ""
@@ -311,9 +269,9 @@ def _cell(jobs: list[Job], job: Job, metric: str) -> str:
     )
 
 
-def _job_table(jobs: list[Job]) -> str:
+def _job_table(jobs: list[StudyJob]) -> str:
     keys = list(jobs[0].setting)
-    names = ["job", *map(_short, keys), *(METRICS[metric][0] for metric in METRICS)]
+    names = ["job", *map(short_key, keys), *(METRICS[metric][0] for metric in METRICS)]
     head = "".join(f"<th scope=col><button>{html.escape(name)}</button></th>" for name in names)
     rows = []
     for job in jobs:

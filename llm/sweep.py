@@ -1,0 +1,181 @@
+"""A sweep as its folder tells it: which jobs there are, what varies between them, and how far each is.
+
+Nothing here needs the process that runs the sweep.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from llm.config import UserError
+from llm.files import RUN_ID, is_held, write_json
+
+RECORD = "sweep.json"  # the script, what was typed, and the overrides of each job
+LOCK = ".sweep.lock"  # held by the process that runs the sweep
+UNVARIED = ("hydra.", "tracking.", "tracking", "resume", "rerun")
+ENDED = ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep, as its files tell."""
+
+    folder: Path
+    name: str  # its number; with several sweeps side by side, the sweep's folder too
+    overrides: list[str]
+    setting: dict[str, str] = field(default_factory=dict)  # the keys that vary between jobs
+    summary: dict[str, Any] = field(default_factory=dict)  # empty until there is one
+
+    @property
+    def title(self) -> str:
+        """What sets it apart, as `lr=4e-4 seed=1`."""
+        return title_of(self.setting) or "the one setting"
+
+    @property
+    def state(self) -> str:
+        """`waiting`, `running`, `finished`, `stopped` (by a rule, see llm/early_stopping.py), `interrupted`,
+        `failed`, or `killed`: it was begun, has no end, and no process holds it."""
+        status = self.summary.get("status")
+        if status == "interrupted" and self.summary.get("stopped_early"):
+            return "stopped"
+        if status in ("finished", "interrupted", "failed"):
+            return str(status)
+        if not (self.folder / ".hydra").exists():
+            return "waiting"
+        if is_held(self.folder / RUN_ID) or is_held(self.folder.parent / LOCK):
+            return "running"
+        return "killed"
+
+    @property
+    def error(self) -> str | None:
+        """Why it did not finish."""
+        state = self.state
+        if state in ("finished", "running", "waiting"):
+            return None
+        if state == "stopped":
+            return f"stopped early: {self.summary['stopped_early']}"
+        usual = {"interrupted": "stopped by hand", "killed": "killed, or its machine went down"}
+        return self.summary.get("error") or usual.get(state, "it did not finish")
+
+
+def read_jobs(folders: Iterable[Path]) -> list[Job]:
+    """The jobs of sweeps and of single runs, in order, each with what varies between all of them.
+
+    Raises:
+        UserError: a folder holds neither.
+    """
+    folders = list(folders)
+    found: list[tuple[Path, str, list[str]]] = []
+    for folder in folders:
+        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+        if jobs := _jobs_in(folder):
+            found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
+        elif (folder / "summary.json").exists() or (folder / "metrics.jsonl").exists():
+            found.append((folder, folder.name, _recorded_overrides(folder)))
+        else:
+            raise UserError(f"{folder} holds neither a sweep nor a run")
+    settings = settings_of([overrides for _, _, overrides in found], [folder for folder, _, _ in found])
+    return [
+        Job(folder, name, overrides, setting, _summary(folder))
+        for (folder, name, overrides), setting in zip(found, settings, strict=True)
+    ]
+
+
+def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
+    if (folder / RECORD).exists():
+        jobs = read_record(folder)["jobs"]
+        return [(folder / str(number), overrides) for number, overrides in enumerate(jobs)]
+    folders = sorted(
+        (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: order(job.name)
+    )
+    return [(job, _recorded_overrides(job)) for job in folders]
+
+
+def _recorded_overrides(run_dir: Path) -> list[str]:
+    file = run_dir / ".hydra" / "overrides.yaml"
+    return [str(each) for each in OmegaConf.load(file)] if file.exists() else []
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "summary.json").read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+
+
+def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:
+    """For each job's overrides, those whose value is not the same in all jobs. A job that does not set such a
+    key has the value of its recorded config, where `folders` has one."""
+    given = [dict(split_override(each) for each in overrides) for overrides in jobs]
+    keys = [key for key in dict.fromkeys(key for own in given for key in own) if not key.startswith(UNVARIED)]
+    incomplete = {key for key in keys if any(key not in own for own in given)}
+    for own, folder in zip(given, folders or [], strict=False):
+        if absent := [key for key in incomplete if key not in own]:
+            file = folder / ".hydra" / "config.yaml"
+            config = OmegaConf.load(file) if file.exists() else OmegaConf.create()
+            found = {key: OmegaConf.select(config, key) for key in absent}
+            own |= {key: str(value) for key, value in found.items() if value is not None}
+    varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
+    return [{key: own[key] for key in varied if key in own} for own in given]
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """`+optimizer.lr=1` as its key and value."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+"), value
+
+
+def title_of(setting: dict[str, str]) -> str:
+    """A setting in few characters: `lr=4e-4 seed=1`."""
+    return " ".join(f"{short_key(key)}={compact(value)}" for key, value in setting.items())
+
+
+def short_key(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def compact(value: str) -> str:
+    """A small number as `4e-4`; anything else as it is."""
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    if not 0 < abs(number) < 1:
+        return value
+    digits, _, exponent = f"{number:e}".partition("e")
+    scientific = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return min(value, scientific, key=len)
+
+
+def order(value: str) -> tuple[bool, float, str]:
+    """Sorts values of a key: numbers first and by size, then texts."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+# The record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+        return {"script": record["script"], "arguments": record["arguments"], "jobs": record["jobs"]}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no sweep's folder: it has no {RECORD}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / RECORD} is damaged: {error}") from error
+
+
+def write_record(folder: Path, script: str, arguments: list[str], jobs: list[list[str]]) -> None:
+    write_json(folder / RECORD, {"script": script, "arguments": arguments, "jobs": jobs})
