@@ -1,4 +1,4 @@
-"""What the scripts share: schemas for Hydra, one-line errors, resuming, and the end of a sweep."""
+"""What the scripts share: schemas for Hydra, one-line errors, resuming. Sweeps: hydra_plugins/sweepers.py."""
 
 import json
 import logging
@@ -16,14 +16,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError
-from llm.files import as_typed, write_text
-from llm.progress import format_table
+from llm.files import RECORDS, as_typed, modified, write_json, write_text
+from llm.sweep import find_sweep, read_record, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 
@@ -45,48 +44,70 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     # Hydra would print its own errors on several lines; with this it raises them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     logging.raiseExceptions = False  # a full disk takes the log's lines; no traceback for each
-    failed = False
     record: dict[Path, str] = {}  # Hydra's, of the run that is resumed
 
     def job(config: DictConfig) -> float | None:
-        nonlocal failed
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        before = modified(run_dir / "summary.json")
         try:
-            run_dir = Path(HydraConfig.get().runtime.output_dir)
+            if sweeping and "resume" in config and any((run_dir / name).exists() for name in RECORDS):
+                config.resume = str(run_dir)  # begun before: the sweep is gone on with
             if "tracking" in config:
                 _name_in_tracker(config)
             if "study" in config and config.study is None:
-                config.study = HydraConfig.get().mode == RunMode.MULTIRUN
-            return work(OmegaConf.to_object(config), as_typed(run_dir))
+                config.study = sweeping
+            result = work(OmegaConf.to_object(config), as_typed(run_dir))
+            if sweeping and modified(run_dir / "summary.json") == before:  # by it a sweep knows its jobs
+                write_json(run_dir / "summary.json", {"status": "finished", "result": result})
+            return result
         except UserError as error:
             error_log.error("error: %s", error)
             for file, content in record.items():  # else a change that was refused would come back for ever
                 write_text(file, content)
-            if HydraConfig.get().mode == RunMode.RUN:
+            if not sweeping:
                 sys.exit(1)
-            failed = True
+            _say_failed(run_dir, str(error))
             return math.nan
         except Interrupted:
-            sys.exit(0 if HydraConfig.get().mode == RunMode.RUN else 130)  # the jobs to come are off
+            if sweeping:
+                raise KeyboardInterrupt from None  # the jobs to come are off
+            sys.exit(0)
         except KeyboardInterrupt:
+            if sweeping:
+                raise
             sys.exit(130)
+        except Exception:
+            if sweeping:  # Hydra keeps it for itself
+                error_log.exception("error")
+            raise
 
     try:
-        sys.argv[1:] = _with_recorded_overrides([_quoted(argument) for argument in sys.argv[1:]], record)
+        arguments = [_quoted(argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = _with_recorded_overrides(_with_recorded_sweep(arguments, config_name), record)
+        os.environ["PYTHONPATH"] = os.pathsep.join(  # for jobs in processes of their own
+            filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+        )
         main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
         job.__module__ = "__main__"
         main(job)()
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         if not isinstance(error, HydraException) and getattr(error, "filename", "") is None:
             raise  # an OSError that is not about a file: a bug, not the user's
-        print(f"error: {_one_line(error, schema)}", file=sys.stderr)
-        sys.exit(1)
-    if failed:  # a job of a sweep; the others have run
+        print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _one_line(error: BaseException, schema: type) -> str:
+def _say_failed(run_dir: Path, reason: str) -> None:
+    """Let a job's summary say that it failed, for a sweep knows its jobs by that."""
+    file = run_dir / "summary.json"
+    summary = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    write_json(file, {**summary, "status": "failed", "error": reason})
+
+
+def one_line(error: BaseException, schema: type | None = None) -> str:
     """An error as one line that names the key and what was expected."""
-    if unknown := re.match(r"Could not override '([\w.]+)'", str(error)):
+    if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
         parent = unknown[1].rpartition(".")[0]
         keys = _keys_of(schema, parent)
         return f"{unknown[1]}: there is no such key; {parent or 'the config'} has {', '.join(keys)}"
@@ -114,17 +135,17 @@ def _keys_of(schema: type, path: str) -> list[str]:
 
 
 def _name_in_tracker(config: DictConfig) -> None:
-    """Name the run after what was overridden, and its group after the sweep's folder."""
+    """Name the run after what varies in its sweep, or after what was overridden, and its group after the
+    sweep's folder."""
     hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    sweep_dir = Path(hydra_config.sweep.dir)
     if config.tracking.name is None:
-        overridden = [
-            f"{key.rsplit('.', 1)[-1]}={value}"
-            for key, _, value in (override.partition("=") for override in hydra_config.overrides.task)
-            if not key.startswith(("tracking", "resume"))
-        ]
-        config.tracking.name = " ".join(overridden).replace("${", r"\${") or "default"
-    if config.tracking.group is None and hydra_config.mode == RunMode.MULTIRUN:
-        config.tracking.group = str(as_typed(Path(hydra_config.sweep.dir)))
+        jobs = read_record(sweep_dir)["jobs"] if sweeping else [list(hydra_config.overrides.task), []]
+        number = int(Path(hydra_config.runtime.output_dir).name) if sweeping else 0
+        config.tracking.name = title_of(settings_of(jobs)[number]).replace("${", r"\${") or "default"
+    if config.tracking.group is None and sweeping:
+        config.tracking.group = str(as_typed(sweep_dir))
 
 
 def _quoted(argument: str) -> str:
@@ -134,9 +155,31 @@ def _quoted(argument: str) -> str:
     sweeping = {"-m", "--multirun"} & set(sys.argv)
     if name not in TEXT_KEYS or not equals or sweeping or value[:1] in ("'", '"') or value == "null":
         return argument
-    # A backslash is special to Hydra at the end and before a quote alone.
-    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), value)
-    return f"{name}='{escaped}'".replace("${", r"\${")
+    return f"{name}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Hydra's grammar, where a backslash is special at the end and before a quote
+    alone."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), text)
+    return f"'{escaped}'".replace("${", r"\${")
+
+
+def _with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
+    """With `sweep.resume=SWEEP_FOLDER`, the command line that began that sweep. What a job is cannot change,
+    but how jobs are launched and tracked can."""
+    given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
+    if "sweep.resume" not in given:
+        return arguments
+    folder = find_sweep(given.pop("sweep.resume").partition("=")[2].strip("'\""))
+    if others := [argument for key, argument in given.items() if not key.startswith(("hydra", "tracking"))]:
+        raise UserError(f"sweep.resume goes on with a sweep as it was begun: leave out {' '.join(others)}")
+    sweep = read_record(folder)
+    if sweep["script"] != script:
+        raise UserError(f"{folder} was begun by experiments/{sweep['script']}.py: go on with that")
+    begun = {_key(argument): argument for argument in sweep["arguments"]}
+    place = {"hydra.sweep.dir": f"hydra.sweep.dir={quoted(str(folder))}"}
+    return ["--multirun", *({**begun, **given, **place}).values(), "hydra.sweeper.resume=true"]
 
 
 def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> list[str]:
@@ -178,62 +221,3 @@ def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> l
 def _key(override: str) -> str:
     """The key that an override sets: `optimizer.lr` of `+optimizer.lr=1`."""
     return OverridesParser.create().parse_override(override).key_or_group
-
-
-class SweepTable(Callback):
-    """Ends a sweep with a table of its jobs."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        jobs = sorted(
-            Path(config.hydra.sweep.dir).glob("*/.hydra/overrides.yaml"), key=lambda path: _number(path)
-        )
-        overrides = [list(OmegaConf.load(path)) for path in jobs]
-        rows = []
-        for path, override in zip(jobs, overrides, strict=True):
-            summary_file = path.parents[1] / "summary.json"
-            summary = json.loads(summary_file.read_text("utf-8")) if summary_file.exists() else {}
-            varied = [each for each in override if not all(each in other for other in overrides)]
-            rows.append((path.parents[1].name, " ".join(varied), summary))
-        print("\n" + _table(rows))
-        print(f"\nsweep folder {as_typed(Path(config.hydra.sweep.dir))}")
-
-
-class StudyReport(Callback):
-    """Ends a sweep of sampling settings with a report."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from llm.generation_run import conclude_study
-
-        conclude_study(as_typed(Path(config.hydra.sweep.dir)))
-
-
-def _number(path: Path) -> int:
-    name = path.parents[1].name
-    return int(name) if name.isdigit() else -1
-
-
-def _table(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
-    """Jobs with what was set in each, their losses and times; the best validation loss is marked."""
-    losses = [summary.get("val_loss") for _, _, summary in rows]
-    best = min((loss for loss in losses if loss is not None), default=None)
-    cells = [["job", "set", "status", "train loss", "val loss", "bits/byte", "tokens", "time", ""]]
-    for name, overrides, summary in rows:
-        loss = summary.get("val_loss")
-        cells.append(
-            [
-                name,
-                overrides,
-                summary.get("status", "failed"),
-                _figure(summary.get("train_loss"), "{:.3f}"),
-                _figure(loss, "{:.3f}"),
-                _figure(summary.get("val_bits_per_byte"), "{:.3f}"),
-                _figure(summary.get("tokens_seen"), "{:,}"),
-                _figure(summary.get("seconds"), "{:.0f}s"),
-                "best" if loss is not None and loss == best else summary.get("error") or "",
-            ]
-        )
-    return format_table(cells, left={0, 1, 2, 8})
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)

@@ -33,12 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm.config import ModelConfig, PretrainConfig, UserError, first_line, from_dict, validate
-from llm.files import RUN_ID, as_json, replacing, sha256, write_text
+from llm.files import RECORDS, RUN_ID, as_json, replacing, sha256, write_text
 from llm.model import GPTModel
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
 STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
-RECORDS = ("metrics.jsonl", "samples.jsonl")
 BEST_FILES = (WEIGHTS, CONFIG)
 STEP_FILES = (WEIGHTS, CONFIG, STATE_TENSORS, STATE, *RECORDS)
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 from llm.config import UserError
 from llm.progress import format_count
 
+RECORDS = ("metrics.jsonl", "samples.jsonl")  # that a run folder grows line by line
 RUN_ID = "run-id.txt"  # of a run folder; the process that trains the run holds it
 LOCK_SECONDS = 1.0  # for which a lock is asked for, as somebody may just be looking whether it is held
 
@@ -75,6 +76,14 @@ def remove(path: Path) -> None:
     else:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
+
+
+def modified(path: Path) -> float:
+    """When a file was last written, in seconds since the epoch; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return 0.0
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -21,7 +21,10 @@ class Progress:
     def __init__(self, what: str, start: float = 0.0) -> None:
         """`start` is the fraction already done, as in a resumed run."""
         self.what = what
-        self.live = sys.stderr.isatty()
+        # A job of a sweep has no log on the terminal: there the sweep shows all its jobs.
+        self.live = sys.stderr.isatty() and any(
+            type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers
+        )
         self._started = self._shown = time.monotonic()
         self._start = start
 

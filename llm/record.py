@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint import RECORDS, STATE_TENSORS, WEIGHTS, read_checksums, step_folders
+from llm.checkpoint import STATE_TENSORS, WEIGHTS, read_checksums, step_folders
 from llm.config import UserError
-from llm.files import read_json_lines
+from llm.files import RECORDS, read_json_lines
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llm.checkpoint import (
-    RECORDS,
     STEP_FILES,
     damage,
     find_run,
@@ -20,7 +19,7 @@ from llm.checkpoint import (
     step_folders,
 )
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
-from llm.files import RUN_ID, held, remove, remove_leftovers, replacing
+from llm.files import RECORDS, RUN_ID, held, remove, remove_leftovers, replacing
 from llm.pretrained import open_weights
 
 log = logging.getLogger(__name__)

@@ -5,19 +5,19 @@ Nothing here needs the process that runs the sweep.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from llm.config import UserError
-from llm.files import RUN_ID, is_held, write_json
+from llm.files import RUN_ID, is_held, modified, write_json
 
 RECORD = "sweep.json"  # the script, what was typed, and the overrides of each job
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
 UNVARIED = ("hydra.", "tracking.", "tracking", "resume", "rerun")
-ENDED = ("finished", "stopped", "failed")
+DONE = ("finished", "stopped")  # with a result, so that they are not run again
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,26 @@ class Job:
             return f"stopped early: {self.summary['stopped_early']}"
         usual = {"interrupted": "stopped by hand", "killed": "killed, or its machine went down"}
         return self.summary.get("error") or usual.get(state, "it did not finish")
+
+    def reread(self) -> "Job":
+        """The same with the summary that its folder holds by now."""
+        return replace(self, summary=_summary(self.folder))
+
+
+def begun(job: Job) -> float:
+    """When a job was last begun, in seconds since the epoch; 0 if it never was."""
+    return modified(job.folder / ".hydra" / "overrides.yaml")
+
+
+def state_since(job: Job, since: float) -> str:
+    """A job's state for who runs its sweep since then: one that has not been begun since waits, unless it has
+    its result from before, and one that was begun runs until it says how it ended."""
+    written = modified(job.folder / "summary.json")
+    if written >= max(since, begun(job)):
+        return "running" if job.summary.get("status") == "running" else job.state
+    if begun(job) >= since:
+        return "running"
+    return job.state if job.state in DONE else "waiting"
 
 
 def read_jobs(folders: Iterable[Path]) -> list[Job]:
@@ -160,6 +180,20 @@ def order(value: str) -> tuple[bool, float, str]:
 
 
 # The record
+
+
+def find_sweep(name: str, root: Path = Path("outputs")) -> Path:
+    """The folder of a sweep: a path to it, or `latest`, the one under `root` that was begun last.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name != "latest":
+        return Path(name)
+    records = list(root.glob(f"*/sweeps/*/*/{RECORD}"))
+    if not records:
+        raise UserError(f"latest: there is no sweep under {root}/; begin one with -m")
+    return max(records, key=modified).parent
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,404 @@
+"""Sweeps: a grid of settings, or a search by Optuna, that is recorded, watched, gone on with and concluded.
+
+Hydra takes sweepers from the package `hydra_plugins` alone, and imports all of it at every start.
+"""
+
+import signal
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from launch import one_line, quoted
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from llm.config import UserError, first_line
+from llm.files import held, modified, write_json
+from llm.sweep import (
+    DONE,
+    LOCK,
+    RECORD,
+    Job,
+    read_jobs,
+    read_record,
+    split_override,
+    state_since,
+    write_record,
+)
+
+# A job's log goes to its file alone: the terminal shows the sweep.
+QUIET = ["hydra.job_logging.root.handlers=[file]", "hydra.job_logging.loggers.error.handlers=[file]"]
+
+
+class RecordedSweeper(Sweeper):
+    """What both sweepers share. `sweep.json` says which jobs there are; each job's files say what became of
+    it, so that a sweep can be gone on with by whoever has the folder."""
+
+    def __init__(self, params: DictConfig | None = None, resume: bool = False) -> None:
+        """
+        Args:
+            params: overrides of all jobs, which the command line's come after.
+            resume: go on with the sweep in `hydra.sweep.dir`.
+        """
+        self.params, self.resume = dict(params or {}), resume
+        self.jobs: list[list[str]] = []  # the overrides of each
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config: DictConfig = config
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run all jobs that have no result yet, and conclude.
+
+        Exits with status 1 if one failed, and with 130 after Ctrl-C.
+
+        Raises:
+            UserError: the folder is taken, or holds no such sweep.
+            HydraException: no job's overrides fit.
+        """
+        from llm.sweep_console import SweepProgress, watching  # not needed to scan for plugins
+        from llm.sweep_end import conclude
+
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides(
+            [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        )
+        self.prepare(overrides)
+        with _claimed(self.config, self.resume) as self.folder:
+            hydra_overrides = [
+                each
+                for each in self.config.hydra.overrides.hydra
+                if not each.startswith(("hydra.sweep.dir=", "hydra.mode=", "hydra.sweeper.resume="))
+            ]
+            if self.resume:
+                self.jobs = read_record(self.folder)["jobs"]
+            self._typed = [*hydra_overrides, *arguments]
+            self.record()
+            self.since = modified(self.folder / RECORD)
+            self.progress = SweepProgress(self.folder, self.since)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
+            try:
+                with watching(self.progress):
+                    self.run_jobs(now_given=[each for each in arguments if each.startswith("tracking")])
+                status = 0
+            except KeyboardInterrupt:
+                status = 130
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if conclude(self.folder) and not status:
+                status = 1
+        if status:
+            sys.exit(status)
+
+    @abstractmethod
+    def prepare(self, overrides: list[Override]) -> None:
+        """Understand what is swept over, before anything is written."""
+
+    @abstractmethod
+    def run_jobs(self, now_given: list[str]) -> None:
+        """Launch what has no result."""
+
+    def record(self) -> None:
+        write_record(self.folder, self.config.hydra.job.name, self._typed, self.jobs)
+
+    def job(self, number: int) -> Job:
+        return Job(self.folder / str(number), str(number), self.jobs[number]).reread()
+
+    def without_result(self) -> list[int]:
+        return [number for number in range(len(self.jobs)) if self.job(number).state not in DONE]
+
+    def refused(self, overrides: Sequence[str]) -> Exception | None:
+        """Why Hydra does not take a job's overrides, if it does not."""
+        try:
+            self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            return error
+        return None
+
+    def launch(self, numbers: list[int], now_given: list[str]) -> None:
+        """Run jobs, those whose overrides do not fit left out as failed."""
+        refused = {each: self.refused([each]) for number in numbers for each in self.jobs[number]}
+        fitting = []
+        for number in numbers:
+            if errors := [error for each in self.jobs[number] if (error := refused[each])]:
+                self._fail(number, one_line(errors[0]))
+            else:
+                fitting.append(number)
+        if fitting:
+            self._launch(fitting, now_given)
+
+    def _launch(self, numbers: list[int], now_given: list[str]) -> None:
+        """Run jobs. If one takes its launcher down with it, as when its process is killed, those that had
+        begun are run again one at a time, and the one that does so again has failed."""
+        self._divide_cores(len(numbers))
+        try:
+            with _deaths_as_results(self.launcher):
+                results: Sequence[Any] = self.launcher.launch(
+                    [self._overrides(number, now_given) for number in numbers], numbers[0]
+                )
+        except Exception as error:
+            if len(numbers) == 1:
+                self._fail(numbers[0], f"its process ended: {first_line(error)}")
+                return
+            results = []
+        if results:
+            for number, result in zip(numbers, results, strict=True):
+                if self.state(number) in ("running", "waiting"):
+                    self._fail(number, _reason(result))
+            return
+        left = [number for number in numbers if self.state(number) in ("running", "waiting")]
+        begun = [number for number in left if self.state(number) == "running"] or left[:1]
+        for number in begun:
+            self._launch([number], now_given)
+        if rest := [number for number in left if number not in begun]:
+            self._launch(rest, now_given)
+
+    def _divide_cores(self, jobs: int) -> None:
+        """Let joblib start no more processes than there are jobs, for each gets an equal share of the cores."""
+        options = getattr(self.launcher, "joblib", None)
+        if options is not None:
+            from joblib import cpu_count
+
+            self._side_by_side = getattr(self, "_side_by_side", options["n_jobs"])
+            most = self._side_by_side if self._side_by_side > 0 else cpu_count()
+            options["n_jobs"] = min(jobs, most)
+
+    def state(self, number: int) -> str:
+        return state_since(self.job(number), self.since)
+
+    def _overrides(self, number: int, now_given: list[str]) -> list[str]:
+        place = [f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={number}"]
+        return [*self.jobs[number], *now_given, *place, *QUIET]
+
+    def _fail(self, number: int, reason: str) -> None:
+        job = self.job(number)
+        write_json(job.folder / "summary.json", {**job.summary, "status": "failed", "error": reason})
+
+
+class GridSweeper(RecordedSweeper):
+    """Every combination of the values given for each key: Hydra's own sweeps, recorded."""
+
+    def __init__(
+        self, params: DictConfig | None = None, resume: bool = False, max_batch_size: int | None = None
+    ) -> None:
+        """
+        Args:
+            max_batch_size: jobs handed to the launcher at once; None: all.
+        """
+        super().__init__(params, resume)
+        self.max_batch_size = max_batch_size
+
+    def prepare(self, overrides: list[Override]) -> None:
+        [self.jobs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        errors = [self.refused([override]) for override in dict.fromkeys(o for job in self.jobs for o in job)]
+        refused = [error for error in errors if error]
+        if refused and all(self.refused(job) for job in self.jobs):
+            raise refused[0]
+
+    def run_jobs(self, now_given: list[str]) -> None:
+        numbers = self.without_result()
+        size = self.max_batch_size or len(numbers)
+        for start in range(0, len(numbers), max(1, size)):
+            self.launch(numbers[start : start + size], now_given)
+
+
+class OptunaSweeper(RecordedSweeper):
+    """A search for the lowest validation loss, by Optuna's tree-structured Parzen estimator (Bergstra et al.
+    2011). Keys with a sweep are searched, all others are fixed.
+
+    What is tried next is a function of the seed and of what the jobs so far have come to, read from their
+    folders, so that a search that was cut off goes on as if it had not been. Hydra's own plugin pins an Optuna
+    of 2022 and knows neither early stopping nor going on.
+    """
+
+    def __init__(
+        self,
+        params: DictConfig | None = None,
+        resume: bool = False,
+        n_trials: int = 20,
+        n_jobs: int = 1,
+        n_startup_trials: int = 10,
+        seed: int = 123,
+    ) -> None:
+        """
+        Args:
+            n_trials: jobs in all.
+            n_jobs: jobs launched side by side, chosen together.
+            n_startup_trials: jobs drawn at random before the estimator chooses.
+            seed: of the search; that of the runs is the key `seed`.
+        """
+        super().__init__(params, resume)
+        self.n_trials, self.n_jobs = n_trials, n_jobs
+        self.n_startup_trials, self.seed = n_startup_trials, seed
+
+    def prepare(self, overrides: list[Override]) -> None:
+        if self.config.hydra.job.name != "pretrain":
+            raise UserError("hydra/sweeper=optuna searches for the lowest val_loss: it is for pretrain.py")
+        last = {override.get_key_element(): override for override in overrides}
+        searched = {key: each for key, each in last.items() if each.is_sweep_override()}
+        if not searched:
+            raise UserError(
+                "hydra/sweeper=optuna has nothing to search: give a key as interval(…) or choice(…)"
+            )
+        self.distributions = {key: _distribution(each) for key, each in searched.items()}
+        self.fixed = [
+            f"{key}={each.get_value_element_as_str()}" for key, each in last.items() if key not in searched
+        ]
+        if error := self.refused(self.fixed):
+            raise error
+
+    def run_jobs(self, now_given: list[str]) -> None:
+        unfinished = self.without_result()
+        for start in range(0, len(unfinished), self.n_jobs):
+            self.launch(unfinished[start : start + self.n_jobs], now_given)
+        while len(self.jobs) < self.n_trials:
+            numbers = list(range(len(self.jobs), min(len(self.jobs) + self.n_jobs, self.n_trials)))
+            self.jobs += self._suggest(len(numbers))
+            self.record()
+            self.progress.update_jobs()
+            self.launch(numbers, now_given)
+
+    def _suggest(self, number: int) -> list[list[str]]:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(
+            seed=self.seed + len(self.jobs), n_startup_trials=self.n_startup_trials
+        )
+        study = optuna.create_study(sampler=sampler)
+        for job in read_jobs([self.folder]) if self.jobs else []:
+            study.add_trial(self._trial(job))
+        trials = [study.ask(self.distributions) for _ in range(number)]
+        return [
+            [*self.fixed, *(f"{key}={self._rounded(key, value)}" for key, value in trial.params.items())]
+            for trial in trials
+        ]
+
+    def _trial(self, job: Job) -> Any:
+        """A job as Optuna knows it. One that failed is as bad as one stopped before its first evaluation."""
+        from optuna.trial import TrialState, create_trial
+
+        given = dict(split_override(override) for override in job.overrides)
+        params = {key: self._read(key, given[key]) for key in self.distributions}
+        if job.state == "finished":
+            return create_trial(
+                value=job.summary["val_loss"], params=params, distributions=self.distributions
+            )
+        best = job.summary.get("best_val_loss")
+        return create_trial(
+            state=TrialState.PRUNED,
+            params=params,
+            distributions=self.distributions,
+            intermediate_values={} if best is None else {job.summary["steps"]: best},
+        )
+
+    def _rounded(self, key: str, value: Any) -> Any:
+        """Four digits of a number: more say nothing, and names are to be read."""
+        if not isinstance(value, float):
+            return value
+        distribution = self.distributions[key]
+        return min(max(float(f"{value:.4g}"), distribution.low), distribution.high)
+
+    def _read(self, key: str, value: str) -> Any:
+        kind = type(self.distributions[key]).__name__
+        return {"FloatDistribution": float, "IntDistribution": int}.get(kind, str)(value)
+
+
+def _distribution(override: Override) -> Any:
+    """Optuna's distribution for a sweep in Hydra's grammar.
+
+    Raises:
+        UserError: Optuna is not installed.
+    """
+    try:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    except ImportError as error:
+        raise UserError(
+            "hydra/sweeper=optuna needs Optuna: pip install -c constraints.txt -e '.[optuna]'"
+        ) from error
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        low, high, log = sweep.start or 0.0, sweep.end or 0.0, "log" in sweep.tags
+        kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
+        return kind(low, high, log=log)
+    if isinstance(sweep, RangeSweep) and isinstance(sweep.start, int) and isinstance(sweep.step, int):
+        values = range(sweep.start, int(sweep.stop or 0), sweep.step)
+        return IntDistribution(values[0], values[-1], step=sweep.step)
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+@contextmanager
+def _claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
+    """Hold the sweep's folder. Of two sweeps begun in the same second, the second gets a folder beside.
+
+    Raises:
+        UserError: the folder that was asked for holds a sweep, or the one to go on with is being run.
+    """
+    wanted = Path(config.hydra.sweep.dir)
+    named = any(each.startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with held(folder / LOCK) as ours:
+            if resume and not ours:
+                raise UserError(f"{folder} is being run by another process: wait for it, or stop it")
+            if ours and (resume or not (folder / RECORD).exists()):
+                with open_dict(config):
+                    config.hydra.sweep.dir = str(folder)
+                OmegaConf.save(config, folder / "multirun.yaml")  # where Hydra's users look for it
+                yield folder
+                return
+        if named:
+            raise UserError(
+                f"{folder} holds a sweep already: go on with -m sweep.resume={folder}, or write to another "
+                f"folder (hydra.sweep.dir=FOLDER)"
+            )
+
+
+@contextmanager
+def _deaths_as_results(launcher: Launcher) -> Iterator[None]:
+    """Let submitit's jobs that died be results: the plugin would stop waiting for the others."""
+    if "submitit" not in type(launcher).__module__:
+        yield
+        return
+    import submitit
+
+    results = submitit.Job.results
+
+    def results_or_error(job: Any) -> list[Any]:
+        try:
+            return results(job)
+        except Exception as error:
+            return [error]
+
+    setattr(submitit.Job, "results", results_or_error)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(submitit.Job, "results", results)  # noqa: B010
+
+
+def _reason(result: JobReturn | Exception) -> str:
+    """Why a job that says nothing of its end has ended."""
+    if isinstance(result, Exception):
+        return f"its process ended: {first_line(result)}"
+    error = result._return_value
+    return (
+        f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, Exception)
+        else "it left no summary"
+    )

@@ -1,0 +1,23 @@
+"""How a sweep ends: a table of its jobs, its report, and how to go on with it."""
+
+from pathlib import Path
+
+from llm.files import as_typed
+from llm.sweep import DONE, read_jobs, read_record
+from llm.sweep_console import sweep_table
+
+
+def conclude(folder: Path) -> bool:
+    """Say what came of a sweep and write its report; returns whether a job failed."""
+    folder = as_typed(folder)
+    jobs, script = read_jobs([folder]), read_record(folder)["script"]
+    failed = any(job.state in ("failed", "killed") for job in jobs)
+    if any("sampling" in job.summary and "train_loss" not in job.summary for job in jobs):
+        from llm.generation_run import conclude_study
+
+        conclude_study(folder)
+    else:
+        print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
+    if any(job.state not in DONE for job in jobs):
+        print(f"go on       python experiments/{script}.py -m sweep.resume={folder}")
+    return failed
