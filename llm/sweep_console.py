@@ -222,7 +222,7 @@ def best_of(jobs: list[Job]) -> Job | None:
 
 
 def sweep_table(jobs: list[Job]) -> str:
-    """Jobs with what was set in each, their figures and errors; the best is marked. Of many, the best alone."""
+    """Jobs with what was set in each, their figures and errors, the best marked; of many, the best alone."""
     best = best_of(jobs)
     shown = jobs
     if len(jobs) > TABLE_ROWS:

@@ -53,11 +53,12 @@ class RecordedSweeper(Sweeper):
             params: overrides of all jobs, which the command line's come after.
             resume: go on with the sweep in `hydra.sweep.dir`.
         """
-        self.params, self.resume = dict(params or {}), resume
+        self.params = {str(key): value for key, value in (params or {}).items()}
+        self.resume = resume
         self.jobs: list[list[str]] = []  # the overrides of each
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context = hydra_context
+        self.hydra_context: HydraContext = hydra_context
         self.config: DictConfig = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -95,7 +96,7 @@ class RecordedSweeper(Sweeper):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
             try:
                 with watching(self.progress):
-                    self.run_jobs(now_given=[each for each in arguments if each.startswith("tracking")])
+                    self.run_jobs(now_given=self._given_on_resuming(arguments))
                 status = 0
             except KeyboardInterrupt:
                 status = 130
@@ -104,6 +105,11 @@ class RecordedSweeper(Sweeper):
                 status = 1
         if status:
             sys.exit(status)
+
+    def _given_on_resuming(self, arguments: list[str]) -> list[str]:
+        """How jobs are tracked from here on, where that was said when the sweep was gone on with."""
+        begun_with = self.jobs[0] if self.resume else arguments
+        return [each for each in arguments if each.startswith("tracking") and each not in begun_with]
 
     @abstractmethod
     def prepare(self, overrides: list[Override]) -> None:
@@ -169,7 +175,7 @@ class RecordedSweeper(Sweeper):
             self._launch(rest, now_given)
 
     def _divide_cores(self, jobs: int) -> None:
-        """Let joblib start no more processes than there are jobs, for each gets an equal share of the cores."""
+        """Let joblib start no more processes than there are jobs: each gets an equal share of the cores."""
         options = getattr(self.launcher, "joblib", None)
         if options is not None:
             from joblib import cpu_count
@@ -222,8 +228,8 @@ class OptunaSweeper(RecordedSweeper):
     2011). Keys with a sweep are searched, all others are fixed.
 
     What is tried next is a function of the seed and of what the jobs so far have come to, read from their
-    folders, so that a search that was cut off goes on as if it had not been. Hydra's own plugin pins an Optuna
-    of 2022 and knows neither early stopping nor going on.
+    folders, so that a search that was cut off goes on as if it had not been. Hydra's own plugin pins an
+    Optuna of 2022 and knows neither early stopping nor going on.
     """
 
     def __init__(
@@ -333,9 +339,11 @@ def _distribution(override: Override) -> Any:
         ) from error
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
-        low, high, log = sweep.start or 0.0, sweep.end or 0.0, "log" in sweep.tags
-        kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
-        return kind(low, high, log=log)
+        low, high, log = sweep.start, sweep.end, "log" in sweep.tags
+        assert low is not None and high is not None  # Hydra's parser asks for both
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=log)
+        return FloatDistribution(low, high, log=log)
     if isinstance(sweep, RangeSweep) and isinstance(sweep.start, int) and isinstance(sweep.step, int):
         values = range(sweep.start, int(sweep.stop or 0), sweep.step)
         return IntDistribution(values[0], values[-1], step=sweep.step)
