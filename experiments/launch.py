@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from slurm import configure_slurm
 
 from llm.config import UserError
 from llm.files import RECORDS, as_typed, modified, write_json, write_text
@@ -41,6 +42,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     job that fails so does not stop the others.
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    configure_slurm()
     # Hydra would print its own errors on several lines; with this it raises them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     logging.raiseExceptions = False  # a full disk takes the log's lines; no traceback for each
@@ -113,6 +115,10 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return f"{unknown[1]}: there is no such key; {parent or 'the config'} has {', '.join(keys)}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
+        return (
+            f"hydra/launcher={missing[1]} needs a plugin: pip install -c constraints.txt -e '.[{missing[1]}]'"
+        )
     messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

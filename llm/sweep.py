@@ -92,7 +92,8 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
     found: list[tuple[Path, str, list[str]]] = []
     for folder in folders:
         prefix = f"{folder.name}/" if len(folders) > 1 else ""
-        if jobs := _jobs_in(folder):
+        jobs = _jobs_in(folder)
+        if jobs or (folder / RECORD).exists():  # a search begins with none
             found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
         elif (folder / "summary.json").exists() or (folder / "metrics.jsonl").exists():
             found.append((folder, folder.name, _recorded_overrides(folder)))

@@ -83,7 +83,7 @@ class SweepProgress:
             return 0.0
         if job.name not in self._limits:
             config = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
-            self._limits[job.name] = dict(config.get("training", {}))
+            self._limits[job.name] = dict(OmegaConf.select(config, "training") or {})
         limits = self._limits[job.name]
         spent = [
             (metrics["step"] + 1) / limits["max_steps"] if limits.get("max_steps") else 0.0,

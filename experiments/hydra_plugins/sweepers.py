@@ -159,7 +159,7 @@ class RecordedSweeper(Sweeper):
                 )
         except Exception as error:
             if len(numbers) == 1:
-                self._fail(numbers[0], f"its process ended: {first_line(error)}")
+                self._fail(numbers[0], _reason(error))
                 return
             results = []
         if results:
@@ -287,7 +287,7 @@ class OptunaSweeper(RecordedSweeper):
             seed=self.seed + len(self.jobs), n_startup_trials=self.n_startup_trials
         )
         study = optuna.create_study(sampler=sampler)
-        for job in read_jobs([self.folder]) if self.jobs else []:
+        for job in read_jobs([self.folder]):
             study.add_trial(self._trial(job))
         trials = [study.ask(self.distributions) for _ in range(number)]
         return [
@@ -340,7 +340,8 @@ def _distribution(override: Override) -> Any:
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         low, high, log = sweep.start, sweep.end, "log" in sweep.tags
-        assert low is not None and high is not None  # Hydra's parser asks for both
+        assert low is not None  # Hydra's parser asks for both
+        assert high is not None
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log=log)
         return FloatDistribution(low, high, log=log)
@@ -402,11 +403,9 @@ def _deaths_as_results(launcher: Launcher) -> Iterator[None]:
 
 def _reason(result: JobReturn | Exception) -> str:
     """Why a job that says nothing of its end has ended."""
-    if isinstance(result, Exception):
-        return f"its process ended: {first_line(result)}"
-    error = result._return_value
-    return (
-        f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, Exception)
-        else "it left no summary"
-    )
+    error = result if isinstance(result, Exception) else result._return_value
+    if type(error).__name__ in ("TerminatedWorkerError", "UncompletedJobError"):  # joblib's, submitit's
+        return "its process was killed; memory may have run out"
+    if isinstance(error, Exception):
+        return f"{type(error).__name__}: {first_line(error)}"
+    return "it left no summary"
