@@ -25,11 +25,16 @@ BAR_WIDTH = 24
 class SweepProgress:
     """How far the jobs of a sweep are, from their files, wherever they run."""
 
-    def __init__(self, folder: Path, since: float) -> None:
-        """`since` is when this process began with the sweep, in seconds since the epoch."""
-        self.folder, self.since = folder, since
+    def __init__(self, folder: Path, since: float, total: int) -> None:
+        """
+        Args:
+            since: when this process began with the sweep, in seconds since the epoch.
+            total: jobs that there will be.
+        """
+        self.folder, self.since, self.total = folder, since, total
         self.jobs: dict[str, Job] = {}
         self.states: dict[str, str] = {}
+        self._metrics: dict[str, dict[str, Any]] = {}
         self._limits: dict[str, dict[str, Any]] = {}
         self._started = time.monotonic()
         self.update_jobs()
@@ -65,14 +70,14 @@ class SweepProgress:
         return best_of(self.named("finished"))
 
     def last_metrics(self, job: Job) -> dict[str, Any]:
-        """The last whole line that a job wrote, with the last loss of either kind."""
+        """The last whole line that a job wrote, and the last evaluation seen."""
         try:
             with (job.folder / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
                 lines = file.read().split(b"\n")[1:-1]
         except FileNotFoundError:
             return {}
-        metrics: dict[str, Any] = {}
+        metrics = self._metrics.setdefault(job.name, {})
         for line in lines:
             metrics |= json.loads(line)
         return metrics
@@ -96,24 +101,28 @@ class SweepProgress:
         """How much of the sweep is done, 0 to 1; all jobs count alike."""
         running = sum(self.job_share(job, self.last_metrics(job)) for job in self.named("running"))
         ended = len(self.jobs) - len(self.named("running", "waiting"))
-        return (ended + running) / max(1, len(self.jobs))
+        return (ended + running) / self.total
 
     def heading(self) -> str:
-        """`4 of 12 jobs · 1 failed · best val loss 4.191 (job 3: lr=0.01) · 4m10s left`."""
-        waiting, running = len(self.named("waiting")), len(self.named("running"))
-        parts = [f"{len(self.jobs) - waiting - running} of {len(self.jobs)} jobs done"]
+        """`4 of 12 jobs done · 2 running · 6 waiting · 1 failed · 4m10s left`."""
+        running = len(self.named("running"))
+        ended = len(self.jobs) - running - len(self.named("waiting"))
+        waiting = self.total - running - ended
+        parts = [f"{ended} of {self.total} jobs done"]
         parts += [f"{count} {name}" for name, count in (("running", running), ("waiting", waiting)) if count]
         for state in ("stopped", "failed"):
             if count := len(self.named(state)):
                 parts.append(f"{count} {state}")
-        if best := self.best():
-            parts.append(f"best val loss {best.summary['val_loss']:.3f} (job {best.name}: {best.title})")
         share = self.share()
         advanced = share - self._share_at_start
         if advanced > 0 and share < 1:
             left = (time.monotonic() - self._started) * (1 - share) / advanced
             parts.append(f"{format_seconds(left)} left")
         return " · ".join(parts)
+
+    def best_so_far(self) -> str:
+        best = self.best()
+        return f"best: job {best.name}, val loss {best.summary['val_loss']:.3f}" if best else ""
 
 
 @contextmanager
@@ -135,7 +144,8 @@ def _plain_lines(progress: SweepProgress) -> Iterator[None]:
             elif state == "failed":
                 print(f"error: job {name} ({job.title}): {job.error}", file=sys.stderr, flush=True)
             else:
-                print(f"{_ended_line(job, state)} · {progress.heading()}", flush=True)
+                parts = [_ended_line(job, state), progress.heading(), progress.best_so_far()]
+                print(" · ".join(filter(None, parts)), flush=True)
 
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
@@ -202,8 +212,8 @@ def _rendered(progress: SweepProgress) -> Any:
         spent = time.time() - started if state == "running" and started else job.summary.get("total_seconds")
         table.add_row(
             job.name,
-            job.title,
-            state + (" ★" if job is best else "") + (f": {job.error}" if state == "failed" else ""),
+            job.title + (f": {job.error}" if state == "failed" else ""),
+            state + (" ★" if job is best else ""),
             "" if share is None else f"{share:.0%}",
             _figure(metrics.get("train/loss"), "{:.3f}", ""),
             _figure(loss, "{:.3f}", ""),
@@ -212,7 +222,7 @@ def _rendered(progress: SweepProgress) -> Any:
             style=styles.get(state, "dim" if state == "waiting" else None),
         )
     heading = Text(f"{'━' * filled}{'╌' * (BAR_WIDTH - filled)} {progress.heading()}")
-    return Group(Text(f"sweep folder {progress.folder}"), heading, Text(), table)
+    return Group(Text(f"sweep folder {progress.folder}"), heading, Text(progress.best_so_far()), table)
 
 
 def best_of(jobs: list[Job]) -> Job | None:

@@ -92,7 +92,7 @@ class RecordedSweeper(Sweeper):
             self._typed = [*hydra_overrides, *arguments]
             self.record()
             self.since = modified(self.folder / RECORD)
-            self.progress = SweepProgress(self.folder, self.since)
+            self.progress = SweepProgress(self.folder, self.since, self.total())
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
             try:
                 with watching(self.progress):
@@ -114,6 +114,10 @@ class RecordedSweeper(Sweeper):
     @abstractmethod
     def prepare(self, overrides: list[Override]) -> None:
         """Understand what is swept over, before anything is written."""
+
+    @abstractmethod
+    def total(self) -> int:
+        """How many jobs there will be."""
 
     @abstractmethod
     def run_jobs(self, now_given: list[str]) -> None:
@@ -216,6 +220,9 @@ class GridSweeper(RecordedSweeper):
         if refused and all(self.refused(job) for job in self.jobs):
             raise refused[0]
 
+    def total(self) -> int:
+        return len(self.jobs)
+
     def run_jobs(self, now_given: list[str]) -> None:
         numbers = self.without_result()
         size = self.max_batch_size or len(numbers)
@@ -267,6 +274,9 @@ class OptunaSweeper(RecordedSweeper):
         ]
         if error := self.refused(self.fixed):
             raise error
+
+    def total(self) -> int:
+        return self.n_trials
 
     def run_jobs(self, now_given: list[str]) -> None:
         unfinished = self.without_result()
