@@ -6,6 +6,7 @@ Nothing here needs the process that runs the sweep.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +163,12 @@ def short_key(key: str) -> str:
 def compact(value: str) -> str:
     """A small number as `4e-4`; anything else as it is."""
     try:
-        number = float(value)
-    except ValueError:
+        number = Decimal(value)
+    except InvalidOperation:
         return value
     if not 0 < abs(number) < 1:
         return value
-    digits, _, exponent = f"{number:e}".partition("e")
-    scientific = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return min(value, scientific, key=len)
+    return min(value, f"{number.normalize():e}", key=len)
 
 
 def order(value: str) -> tuple[bool, float, str]:

@@ -6,7 +6,7 @@ Hydra takes sweepers from the package `hydra_plugins` alone, and imports all of 
 import signal
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -47,13 +47,13 @@ class RecordedSweeper(Sweeper):
     """What both sweepers share. `sweep.json` says which jobs there are; each job's files say what became of
     it, so that a sweep can be gone on with by whoever has the folder."""
 
-    def __init__(self, params: DictConfig | None = None, resume: bool = False) -> None:
+    def __init__(self, params: Mapping[str, Any] | None = None, resume: bool = False) -> None:
         """
         Args:
             params: overrides of all jobs, which the command line's come after.
             resume: go on with the sweep in `hydra.sweep.dir`.
         """
-        self.params = {str(key): value for key, value in (params or {}).items()}
+        self.params = dict(params or {})
         self.resume = resume
         self.jobs: list[list[str]] = []  # the overrides of each
 
@@ -204,7 +204,7 @@ class GridSweeper(RecordedSweeper):
     """Every combination of the values given for each key: Hydra's own sweeps, recorded."""
 
     def __init__(
-        self, params: DictConfig | None = None, resume: bool = False, max_batch_size: int | None = None
+        self, params: Mapping[str, Any] | None = None, resume: bool = False, max_batch_size: int | None = None
     ) -> None:
         """
         Args:
@@ -241,7 +241,7 @@ class OptunaSweeper(RecordedSweeper):
 
     def __init__(
         self,
-        params: DictConfig | None = None,
+        params: Mapping[str, Any] | None = None,
         resume: bool = False,
         n_trials: int = 20,
         n_jobs: int = 1,
