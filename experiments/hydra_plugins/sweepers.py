@@ -16,7 +16,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -141,18 +140,6 @@ class RecordedSweeper(Sweeper):
         return None
 
     def launch(self, numbers: list[int], now_given: list[str]) -> None:
-        """Run jobs, those whose overrides do not fit left out as failed."""
-        refused = {each: self.refused([each]) for number in numbers for each in self.jobs[number]}
-        fitting = []
-        for number in numbers:
-            if errors := [error for each in self.jobs[number] if (error := refused[each])]:
-                self._fail(number, one_line(errors[0]))
-            else:
-                fitting.append(number)
-        if fitting:
-            self._launch(fitting, now_given)
-
-    def _launch(self, numbers: list[int], now_given: list[str]) -> None:
         """Run jobs. If one takes its launcher down with it, as when its process is killed, those that had
         begun are run again one at a time, and the one that does so again has failed."""
         self._divide_cores(len(numbers))
@@ -163,20 +150,20 @@ class RecordedSweeper(Sweeper):
                 )
         except Exception as error:
             if len(numbers) == 1:
-                self._fail(numbers[0], _reason(error))
+                self.fail(numbers[0], error)
                 return
             results = []
         if results:
             for number, result in zip(numbers, results, strict=True):
                 if self.state(number) in ("running", "waiting"):
-                    self._fail(number, _reason(result))
+                    self.fail(number, result if isinstance(result, Exception) else result._return_value)
             return
         left = [number for number in numbers if self.state(number) in ("running", "waiting")]
         begun = [number for number in left if self.state(number) == "running"] or left[:1]
         for number in begun:
-            self._launch([number], now_given)
+            self.launch([number], now_given)
         if rest := [number for number in left if number not in begun]:
-            self._launch(rest, now_given)
+            self.launch(rest, now_given)
 
     def _divide_cores(self, jobs: int) -> None:
         """Let joblib start no more processes than there are jobs: each gets an equal share of the cores."""
@@ -195,7 +182,16 @@ class RecordedSweeper(Sweeper):
         place = [f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={number}"]
         return [*self.jobs[number], *now_given, *place, *QUIET]
 
-    def _fail(self, number: int, reason: str) -> None:
+    def fail(self, number: int, error: Any) -> None:
+        """Let a job's summary say why it has no result, for it could not do so itself."""
+        if type(error).__name__ in ("TerminatedWorkerError", "UncompletedJobError"):  # joblib's, submitit's
+            reason = "its process was killed; memory may have run out"
+        elif isinstance(error, HydraException | OmegaConfBaseException):
+            reason = one_line(error)
+        elif isinstance(error, Exception):
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            reason = "it left no summary"
         job = self.job(number)
         write_json(job.folder / "summary.json", {**job.summary, "status": "failed", "error": reason})
 
@@ -215,16 +211,27 @@ class GridSweeper(RecordedSweeper):
 
     def prepare(self, overrides: list[Override]) -> None:
         [self.jobs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        errors = [self.refused([override]) for override in dict.fromkeys(o for job in self.jobs for o in job)]
-        refused = [error for error in errors if error]
-        if refused and all(self.refused(job) for job in self.jobs):
-            raise refused[0]
+        # Each value is tried once: to compose a config takes a tenth of a second, and there may be a
+        # thousand jobs.
+        errors = {each: self.refused([each]) for each in dict.fromkeys(o for job in self.jobs for o in job)}
+        self.misfits = {each: error for each, error in errors.items() if error}
+        if all(self._misfit(job) for job in self.jobs):
+            raise next(iter(self.misfits.values()))
+
+    def _misfit(self, overrides: list[str]) -> Exception | None:
+        """Why a job cannot be, if it cannot."""
+        return next((self.misfits[each] for each in overrides if each in self.misfits), None)
 
     def total(self) -> int:
         return len(self.jobs)
 
     def run_jobs(self, now_given: list[str]) -> None:
-        numbers = self.without_result()
+        numbers = []
+        for number in self.without_result():
+            if misfit := self._misfit(self.jobs[number]):
+                self.fail(number, misfit)
+            else:
+                numbers.append(number)
         size = self.max_batch_size or len(numbers)
         for start in range(0, len(numbers), max(1, size)):
             self.launch(numbers[start : start + size], now_given)
@@ -272,7 +279,7 @@ class OptunaSweeper(RecordedSweeper):
         self.fixed = [
             f"{key}={each.get_value_element_as_str()}" for key, each in last.items() if key not in searched
         ]
-        if error := self.refused(self.fixed):
+        if error := self.refused([*self.fixed, *self._random()]):
             raise error
 
     def total(self) -> int:
@@ -289,10 +296,17 @@ class OptunaSweeper(RecordedSweeper):
             self.progress.update_jobs()
             self.launch(numbers, now_given)
 
-    def _suggest(self, number: int) -> list[list[str]]:
+    def _random(self) -> list[str]:
+        """Values of the searched keys, to try whether their kind fits."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.seed))
+        return self._as_overrides(study.ask(self.distributions).params)
+
+    def _suggest(self, number: int) -> list[list[str]]:
+        import optuna
+
         sampler = optuna.samplers.TPESampler(
             seed=self.seed + len(self.jobs), n_startup_trials=self.n_startup_trials
         )
@@ -300,10 +314,7 @@ class OptunaSweeper(RecordedSweeper):
         for job in read_jobs([self.folder]):
             study.add_trial(self._trial(job))
         trials = [study.ask(self.distributions) for _ in range(number)]
-        return [
-            [*self.fixed, *(f"{key}={self._rounded(key, value)}" for key, value in trial.params.items())]
-            for trial in trials
-        ]
+        return [[*self.fixed, *self._as_overrides(trial.params)] for trial in trials]
 
     def _trial(self, job: Job) -> Any:
         """A job as Optuna knows it. One that failed is as bad as one stopped before its first evaluation."""
@@ -323,12 +334,13 @@ class OptunaSweeper(RecordedSweeper):
             intermediate_values={} if best is None else {job.summary["steps"]: best},
         )
 
-    def _rounded(self, key: str, value: Any) -> Any:
-        """Four digits of a number: more say nothing, and names are to be read."""
-        if not isinstance(value, float):
-            return value
-        distribution = self.distributions[key]
-        return min(max(float(f"{value:.4g}"), distribution.low), distribution.high)
+    def _as_overrides(self, params: dict[str, Any]) -> list[str]:
+        """Numbers have four digits: more say nothing, and names are to be read."""
+        for key, value in params.items():
+            if isinstance(value, float):
+                bounds = self.distributions[key]
+                params[key] = min(max(float(f"{value:.4g}"), bounds.low), bounds.high)
+        return [f"{key}={value}" for key, value in params.items()]
 
     def _read(self, key: str, value: str) -> Any:
         kind = type(self.distributions[key]).__name__
@@ -409,13 +421,3 @@ def _deaths_as_results(launcher: Launcher) -> Iterator[None]:
         yield
     finally:
         setattr(submitit.Job, "results", results)  # noqa: B010
-
-
-def _reason(result: JobReturn | Exception) -> str:
-    """Why a job that says nothing of its end has ended."""
-    error = result if isinstance(result, Exception) else result._return_value
-    if type(error).__name__ in ("TerminatedWorkerError", "UncompletedJobError"):  # joblib's, submitit's
-        return "its process was killed; memory may have run out"
-    if isinstance(error, Exception):
-        return f"{type(error).__name__}: {first_line(error)}"
-    return "it left no summary"
