@@ -21,7 +21,7 @@ from llm.checkpoint import (
     read_state,
     read_tensors,
 )
-from llm.config import PretrainConfig, UserError
+from llm.config import PretrainConfig, TrainingConfig, UserError
 from llm.dataset import TrainingBatches, Windows, fingerprint_of, load_windows
 from llm.model import GPTModel
 from llm.optimizer import Optimizers, build_optimizers
@@ -112,15 +112,8 @@ class Run:
 
     def spent(self) -> dict[str, float]:
         """For each limit that is set, by its key: the share of it that is spent."""
-        training, counters = self.config.training, self.counters
-        spent = {}
-        if training.max_steps is not None:
-            spent["max_steps"] = counters.steps / training.max_steps
-        if training.max_epochs is not None:
-            spent["max_epochs"] = counters.steps / (training.max_epochs * self.updates_per_epoch)
-        if training.max_minutes is not None:
-            spent["max_minutes"] = counters.seconds / (60 * training.max_minutes)
-        return spent
+        position = self.position()
+        return spent(self.config.training, self.counters.steps, position["epoch"], position["seconds"])
 
     def progress(self) -> float:
         """The share of the budget that is spent; at 1 the run ends. The limit reached first counts."""
@@ -140,6 +133,19 @@ class Run:
             "epoch": counters.steps / self.updates_per_epoch,
             "seconds": counters.seconds,
         }
+
+
+def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:
+    """For each limit that is set, by its key: the share of it that is spent after so many updates, passes and
+    seconds of training."""
+    shares = {}
+    if training.max_steps is not None:
+        shares["max_steps"] = steps / training.max_steps
+    if training.max_epochs is not None:
+        shares["max_epochs"] = epoch / training.max_epochs
+    if training.max_minutes is not None:
+        shares["max_minutes"] = seconds / (60 * training.max_minutes)
+    return shares
 
 
 def build_run(start: Start, run_id: str, runtime: Runtime) -> Run:
