@@ -135,6 +135,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class EarlyStoppingConfig:
+    rule: str = key(
+        "none",
+        "in a sweep, which jobs stop early; median: those whose best validation loss is above the median of "
+        "the others'; halving: all but the best 1/reduction, at each share 1/reduction, 1/reduction², … of "
+        "the run",
+        choices=("none", "median", "halving"),
+    )
+    from_progress: float = key(0.1, "share of the run before which no job stops", above=0, below=1)
+    min_jobs: int = key(3, "median: other jobs that have come as far, at least", at_least=1)
+    reduction: int = key(3, "halving: of so many jobs, one goes on", at_least=2)
+
+
+@dataclass
 class SamplingConfig:
     temperature: float = key(0.8, "divides the logits; 0 takes the likeliest token", at_least=0)
     top_k: int | None = key(50, "draw from the k likeliest tokens", at_least=1)
@@ -193,6 +207,7 @@ class PretrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -300,6 +315,20 @@ def validate(config: Any, prefix: str = "") -> None:
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):
             raise UserError(
                 f"{prefix}max_epochs, max_steps and max_minutes are all null: set one to end the run"
+            )
+        case EarlyStoppingConfig("halving", from_progress=start, reduction=reduction) if (
+            start > 1 / reduction
+        ):
+            raise UserError(
+                f"{prefix}from_progress={start}: with {prefix}reduction={reduction}, halving stops jobs at "
+                f"1/{reduction} of the run and before; make it at most that"
+            )
+        case PretrainConfig(training=TrainingConfig(eval_freq=None), early_stopping=stopping) if (
+            stopping.rule != "none"
+        ):
+            raise UserError(
+                f"early_stopping.rule={stopping.rule} compares evaluations along the way: "
+                f"set training.eval_freq"
             )
         case PretrainConfig(data=data, runtime=runtime) if data.batch_size % runtime.processes:
             raise UserError(
