@@ -132,6 +132,7 @@ def print_summary(summary: Summary, run: Run) -> None:
     """The figures as a table, and what to do next."""
     rows = {
         "status": summary.status,
+        "stopped early": summary.stopped_early or "–",
         "updates": f"{summary.steps:,}",
         "tokens seen": f"{summary.tokens_seen:,} ({run.position()['epoch']:.2f} epochs)",
         "training loss": _figure(summary.train_loss, "{:.3f}"),
@@ -152,7 +153,8 @@ def print_summary(summary: Summary, run: Run) -> None:
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
     log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
     key, value = run.binding_limit()
-    log.info("resume      python experiments/pretrain.py resume=%s %s=%g", run.run_dir, key, 4 * value)
+    further = "early_stopping.rule=none" if summary.stopped_early else f"{key}={4 * value:g}"
+    log.info("resume      python experiments/pretrain.py resume=%s %s", run.run_dir, further)
     if run.tracker and (folder := run.tracker.wandb_folder):
         log.info("W&B         wandb sync %s", folder)
         log.info("W&B, here   wandb leet %s", folder)

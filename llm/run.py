@@ -56,6 +56,7 @@ class Summary:
 
     run_dir: str
     status: str = "running"  # or finished, interrupted, failed
+    stopped_early: str | None = None  # of an interrupted run: why, if a rule stopped it and not a person
     steps: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0

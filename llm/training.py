@@ -20,6 +20,7 @@ from llm import console, dataset, plots
 from llm.checkpoint import copy_weights
 from llm.config import PretrainConfig, UserError, validate
 from llm.dataset import Windows
+from llm.early_stopping import EarlyStopping
 from llm.evaluation import Evaluation, evaluate
 from llm.files import write_json
 from llm.inference import for_inference
@@ -98,6 +99,7 @@ def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> 
             with _stop_requests(runtime) as stop:
                 train(run, stop)
             summary.status = "interrupted" if stop.is_set else "finished"
+            summary.stopped_early = None if stop.by_hand else stop.early
             if runtime.is_main:
                 _conclude(run, summary, matmul_flops)
         except BaseException:
@@ -126,6 +128,7 @@ def train(run: Run, stop: "StopRequest") -> None:
     """Update after update until the budget is spent or a stop is asked for; then save."""
     training, checkpoint, counters = run.config.training, run.config.checkpoint, run.counters
     progress = Progress("training", run.progress())
+    early_stopping = EarlyStopping(run)
     saved_steps, saved_seconds = counters.steps, counters.seconds
     while (done := run.runtime.agree(run.progress())) < 1 and not run.runtime.agree(stop.is_set):
         metrics = update(run, lr=run.config.optimizer.lr * lr_factor(run.config.schedule, done))
@@ -136,6 +139,7 @@ def train(run: Run, stop: "StopRequest") -> None:
             if training.eval_freq and step % training.eval_freq == 0:
                 progress.clear()
                 evaluate_splits(run)
+                stop.early = early_stopping.reason_to_stop()
             if run.config.samples.every_epoch and counters.steps % run.updates_per_epoch == 0:
                 progress.clear()
                 sample(run)
@@ -305,9 +309,14 @@ def _without_gradient_exchange(model: nn.Module, skip: bool) -> Any:
 
 
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop then ends after the update it is in."""
+    """Made by Ctrl-C, by SIGTERM or by early stopping; the loop then ends after the update it is in."""
 
-    is_set = False
+    by_hand = False
+    early: str | None = None  # why
+
+    @property
+    def is_set(self) -> bool:
+        return self.by_hand or self.early is not None
 
 
 @contextmanager
@@ -316,7 +325,7 @@ def _stop_requests(runtime: Runtime) -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.is_set = True
+        stop.by_hand = True
         if runtime.is_main:
             log.info("\n%s: finishing this update, then saving", signal.Signals(number).name)
             for each, handler in previous.items():
