@@ -1,5 +1,6 @@
 """Pretrain a GPT on raw text: `python experiments/pretrain.py --help`."""
 
+import math
 from pathlib import Path
 
 from launch import Interrupted, launch
@@ -8,10 +9,17 @@ from llm.config import PretrainConfig
 
 
 def run(config: PretrainConfig, run_dir: Path) -> float:
-    """Pretrain; the validation loss over the whole split is what sweeps compare."""
+    """Pretrain; the validation loss over the whole split is what sweeps compare.
+
+    A job that was stopped early has none, and counts as infinitely bad. Its best loss along the way is of a
+    part of the split, and where runs end worse than their best, as on a small text, it may be below what the
+    jobs that went on come to: a sweeper would then take the job that was stopped for the best.
+    """
     from llm.training import pretrain  # imports torch, which --help need not wait for
 
     summary = pretrain(config, run_dir)
+    if summary.stopped_early:
+        return math.inf
     if summary.val_loss is None:
         raise Interrupted
     return summary.val_loss
