@@ -18,7 +18,8 @@ from statistics import median
 from typing import NamedTuple
 
 from llm.config import TrainingConfig
-from llm.run import Run, spent
+from llm.run import Run
+from llm.schedule import spent
 
 log = logging.getLogger(__name__)
 

@@ -21,13 +21,14 @@ from llm.checkpoint import (
     read_state,
     read_tensors,
 )
-from llm.config import PretrainConfig, TrainingConfig, UserError
+from llm.config import PretrainConfig, UserError
 from llm.dataset import TrainingBatches, Windows, fingerprint_of, load_windows
 from llm.model import GPTModel
 from llm.optimizer import Optimizers, build_optimizers
 from llm.pretrained import open_weights
 from llm.record import git_commit, git_is_clean, machine, package_versions, recorded_clock
 from llm.runtime import Runtime
+from llm.schedule import spent
 from llm.start import Start, rewind
 from llm.tokenizer import bytes_of_tokens, load_tokenizer
 from llm.tracking import Tracker
@@ -134,19 +135,6 @@ class Run:
             "epoch": counters.steps / self.updates_per_epoch,
             "seconds": counters.seconds,
         }
-
-
-def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:
-    """For each limit that is set, by its key: the share of it that is spent after so many updates, passes and
-    seconds of training."""
-    shares = {}
-    if training.max_steps is not None:
-        shares["max_steps"] = steps / training.max_steps
-    if training.max_epochs is not None:
-        shares["max_epochs"] = epoch / training.max_epochs
-    if training.max_minutes is not None:
-        shares["max_minutes"] = seconds / (60 * training.max_minutes)
-    return shares
 
 
 def build_run(start: Start, run_id: str, runtime: Runtime) -> Run:

@@ -5,7 +5,7 @@ Progress may be measured in steps, epochs or minutes; the shapes are the same.
 
 import math
 
-from llm.config import ScheduleConfig
+from llm.config import ScheduleConfig, TrainingConfig
 
 
 def lr_factor(config: ScheduleConfig, progress: float) -> float:
@@ -32,3 +32,16 @@ def warmup_stable_decay(progress: float, decay: float, final: float) -> float:
     """1, then a straight line to `final` over the last `decay` of the run (Hu et al. 2024, MiniCPM)."""
     left = max(1 - progress, 0.0)
     return 1.0 if left >= decay else final + (1 - final) * left / decay
+
+
+def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:
+    """For each limit that is set, by its key: the share of it that is spent after so many updates, passes and
+    seconds of training."""
+    shares = {}
+    if training.max_steps is not None:
+        shares["max_steps"] = steps / training.max_steps
+    if training.max_epochs is not None:
+        shares["max_epochs"] = epoch / training.max_epochs
+    if training.max_minutes is not None:
+        shares["max_minutes"] = seconds / (60 * training.max_minutes)
+    return shares

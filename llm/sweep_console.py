@@ -11,8 +11,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from llm.config import TrainingConfig
 from llm.files import modified
 from llm.progress import format_count, format_seconds, format_table
+from llm.schedule import spent
 from llm.sweep import Job, begun, read_jobs, state_since
 
 POLL_SECONDS = 0.5
@@ -35,7 +37,7 @@ class SweepProgress:
         self.jobs: dict[str, Job] = {}
         self.states: dict[str, str] = {}
         self._metrics: dict[str, dict[str, Any]] = {}
-        self._limits: dict[str, dict[str, Any]] = {}
+        self._limits: dict[str, TrainingConfig] = {}
         self._started = time.monotonic()
         self.update_jobs()
         self._share_at_start = self.share()
@@ -88,14 +90,11 @@ class SweepProgress:
             return 0.0
         if job.name not in self._limits:
             config = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
-            self._limits[job.name] = dict(OmegaConf.select(config, "training") or {})
-        limits = self._limits[job.name]
-        spent = [
-            (metrics["step"] + 1) / limits["max_steps"] if limits.get("max_steps") else 0.0,
-            metrics["epoch"] / limits["max_epochs"] if limits.get("max_epochs") else 0.0,
-            metrics["seconds"] / 60 / limits["max_minutes"] if limits.get("max_minutes") else 0.0,
-        ]
-        return min(1.0, max(spent))
+            limits = ("max_steps", "max_epochs", "max_minutes")
+            found = {limit: OmegaConf.select(config, f"training.{limit}") for limit in limits}
+            self._limits[job.name] = TrainingConfig(**found)
+        shares = spent(self._limits[job.name], metrics["step"] + 1, metrics["epoch"], metrics["seconds"])
+        return min(1.0, max(shares.values()))
 
     def share(self) -> float:
         """How much of the sweep is done, 0 to 1; all jobs count alike."""

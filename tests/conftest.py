@@ -5,12 +5,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llm.files import read_json_lines
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in two processes; before torch is imported
 
 ROOT = Path(__file__).parents[1]
+
+TINY = (
+    "model=tiny",
+    "tokenizer=bytes",
+    "tracking=disabled",
+    "training.max_minutes=null",
+    "training.eval_freq=5",
+    "samples.max_new_tokens=5",
+    "data.batch_size=2",
+    "model.drop_rate=0.1",
+)
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -44,3 +58,21 @@ def script(environment: dict[str, str], tmp_path: Path) -> Script:
         )
 
     return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "".join(f"{number} bottles of beer on the wall\n" for number in range(60)), encoding="utf-8"
+    )
+    return f"data.path={path}"
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    timed = {"seconds", "tokens_per_second"}
+    return [
+        {key: value for key, value in line.items() if key not in timed}
+        for line in read_json_lines(run_dir / "metrics.jsonl")
+    ]

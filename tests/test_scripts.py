@@ -6,41 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import ROOT, Script
+from conftest import ROOT, TINY, Script, numbers
 
 from llm.files import read_json_lines
-
-TINY = (
-    "model=tiny",
-    "tokenizer=bytes",
-    "tracking=disabled",
-    "training.max_minutes=null",
-    "training.eval_freq=5",
-    "samples.max_new_tokens=5",
-    "data.batch_size=2",
-    "model.drop_rate=0.1",
-)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(
-        "".join(f"{number} bottles of beer on the wall\n" for number in range(60)), encoding="utf-8"
-    )
-    return f"data.path={path}"
-
-
-def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock decides."""
-    timed = {"seconds", "tokens_per_second"}
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for line in read_json_lines(run_dir / "metrics.jsonl")
-    ]
 
 
 def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str) -> None:
@@ -202,31 +172,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["error"] in line
-
-
-def test_a_sweep_runs_each_job_and_says_which_failed(script: Script, tmp_path: Path, text: str) -> None:
-    result = script(
-        "pretrain",
-        "-m",
-        *TINY,
-        "data=text",
-        text,
-        "training.max_steps=3",
-        "tracking=offline",
-        "optimizer.lr=4e-4,-1,5e-4",
-        "hydra.sweep.dir=sweep",
-    )
-    assert result.returncode == 1
-    table = result.stdout[result.stdout.index("job  set") :]
-    assert [line.split()[:3] for line in table.splitlines()[1:4]] == [
-        ["0", "optimizer.lr=0.0004", "finished"],
-        ["1", "optimizer.lr=-1", "failed"],
-        ["2", "optimizer.lr=0.0005", "finished"],
-    ]
-    assert result.stderr.splitlines() == [
-        "error: optimizer.lr=-1.0: must be above 0 (learning rate at the top of the schedule)"
-    ]
-    assert [len(list((tmp_path / "sweep" / job / "wandb").glob("offline-run-*"))) for job in "02"] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Hydra takes sweepers from the package `hydra_plugins` alone, and imports all of it at every start.
 """
 
+import os
 import signal
 import sys
 from abc import abstractmethod
@@ -91,6 +92,7 @@ class RecordedSweeper(Sweeper):
             self._typed = [*hydra_overrides, *arguments]
             self.record()
             self.since = modified(self.folder / RECORD)
+            self._divide_cores()
             self.progress = SweepProgress(self.folder, self.since, self.total())
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
             try:
@@ -119,6 +121,10 @@ class RecordedSweeper(Sweeper):
         """How many jobs there will be."""
 
     @abstractmethod
+    def at_once(self) -> int:
+        """How many jobs the launcher is given at once, at most."""
+
+    @abstractmethod
     def run_jobs(self, now_given: list[str]) -> None:
         """Launch what has no result."""
 
@@ -142,7 +148,6 @@ class RecordedSweeper(Sweeper):
     def launch(self, numbers: list[int], now_given: list[str]) -> None:
         """Run jobs. If one takes its launcher down with it, as when its process is killed, those that had
         begun are run again one at a time, and the one that does so again has failed."""
-        self._divide_cores(len(numbers))
         try:
             with _deaths_as_results(self.launcher):
                 results: Sequence[Any] = self.launcher.launch(
@@ -165,15 +170,19 @@ class RecordedSweeper(Sweeper):
         if rest := [number for number in left if number not in begun]:
             self.launch(rest, now_given)
 
-    def _divide_cores(self, jobs: int) -> None:
-        """Let joblib start no more processes than there are jobs: each gets an equal share of the cores."""
+    def _divide_cores(self) -> None:
+        """Let joblib start no more processes than there are jobs, and give each an equal share of the cores.
+
+        The share is that of the whole sweep, also for a job that is run again alone: with another number of
+        threads, its numbers would differ in their last bits.
+        """
         options = getattr(self.launcher, "joblib", None)
         if options is not None:
             from joblib import cpu_count
 
-            self._side_by_side = getattr(self, "_side_by_side", options["n_jobs"])
-            most = self._side_by_side if self._side_by_side > 0 else cpu_count()
-            options["n_jobs"] = min(jobs, most)
+            most = options["n_jobs"] if options["n_jobs"] > 0 else cpu_count()
+            options["n_jobs"] = min(self.at_once(), most)
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // options["n_jobs"])))
 
     def state(self, number: int) -> str:
         return state_since(self.job(number), self.since)
@@ -224,6 +233,9 @@ class GridSweeper(RecordedSweeper):
 
     def total(self) -> int:
         return len(self.jobs)
+
+    def at_once(self) -> int:
+        return self.max_batch_size or len(self.jobs)
 
     def run_jobs(self, now_given: list[str]) -> None:
         numbers = []
@@ -284,6 +296,9 @@ class OptunaSweeper(RecordedSweeper):
 
     def total(self) -> int:
         return self.n_trials
+
+    def at_once(self) -> int:
+        return self.n_jobs
 
     def run_jobs(self, now_given: list[str]) -> None:
         unfinished = self.without_result()
