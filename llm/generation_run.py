@@ -15,7 +15,7 @@ from llm.config import GenerateConfig, TrackingConfig, UserError, validate
 from llm.copying import NgramIndex, load_ngram_index
 from llm.corpus import find_files, load_text, read_text, split_text
 from llm.dataset import token_file
-from llm.files import append_json_lines, cache_folder, write_json
+from llm.files import append_json_lines, cache_folder, remove, write_json
 from llm.inference import load_for_inference
 from llm.pretrained import resolve
 from llm.progress import format_table
@@ -92,6 +92,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
     step = step_of(Path(checkpoint))
     index = _training_index(checkpoint, runtime) if config.study else None
+    remove(run_dir / "samples.jsonl")  # of a job of a sweep that was cut off and begins again
     begin = time.perf_counter()
     samples, copying = [], []
     for sample in generate_texts(

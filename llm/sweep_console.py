@@ -242,6 +242,7 @@ def sweep_table(jobs: list[Job]) -> str:
     figures = {
         "train loss": ("train_loss", "{:.3f}"),
         "val loss": ("val_loss", "{:.3f}"),
+        "result": ("result", "{:.3f}"),  # of evaluate.py
         "bits/byte": ("val_bits_per_byte", "{:.3f}"),
         "tokens": ("tokens_seen", "{:,}"),
         "time": ("seconds", "{:.0f}s"),

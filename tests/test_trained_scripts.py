@@ -107,7 +107,7 @@ def test_a_sampling_sweep_is_a_study(script: Script, tmp_path: Path, run: Path) 
         "hydra.sweep.dir=sweep",
     )
     assert result.returncode == 1  # two of its jobs cannot run
-    assert result.stderr.count("error: sampling.temperature=-1.0: must be at least 0") == 2
+    assert result.stderr.count("): sampling.temperature=-1.0: must be at least 0") == 2
     sweep = tmp_path / "sweep"
     training_text = TEXT[: int(0.9 * len(TEXT))]
     for job in "0123":
