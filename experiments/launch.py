@@ -23,7 +23,7 @@ from slurm import configure_slurm
 
 from llm.config import UserError
 from llm.files import RECORDS, as_typed, modified, write_json, write_text
-from llm.sweep import find_sweep, read_record, settings_of, title_of
+from llm.sweep import find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 
@@ -147,9 +147,12 @@ def _name_in_tracker(config: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     sweep_dir = Path(hydra_config.sweep.dir)
     if config.tracking.name is None:
-        jobs = read_record(sweep_dir)["jobs"] if sweeping else [list(hydra_config.overrides.task), []]
-        number = int(Path(hydra_config.runtime.output_dir).name) if sweeping else 0
-        config.tracking.name = title_of(settings_of(jobs)[number]).replace("${", r"\${") or "default"
+        overrides = list(hydra_config.overrides.task)
+        if sweeping:
+            setting = setting_of(overrides, read_record(sweep_dir)["varied"])
+        else:
+            [setting, _] = settings_of([overrides, []])
+        config.tracking.name = title_of(setting).replace("${", r"\${") or "default"
     if config.tracking.group is None and sweeping:
         config.tracking.group = str(as_typed(sweep_dir))
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from llm.config import UserError
 from llm.files import RUN_ID, is_held, modified, write_json
 
-RECORD = "sweep.json"  # the script, what was typed, and the overrides of each job
+RECORD = "sweep.json"  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
 UNVARIED = ("hydra.", "tracking.", "tracking", "resume", "rerun")
 DONE = ("finished", "stopped")  # with a result, so that they are not run again
@@ -100,7 +100,11 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
             found.append((folder, folder.name, _recorded_overrides(folder)))
         else:
             raise UserError(f"{folder} holds neither a sweep nor a run")
-    settings = settings_of([overrides for _, _, overrides in found], [folder for folder, _, _ in found])
+    if len(folders) == 1 and (folders[0] / RECORD).exists():
+        varied = read_record(folders[0])["varied"]
+        settings = [setting_of(overrides, varied) for _, _, overrides in found]
+    else:
+        settings = settings_of([overrides for _, _, overrides in found], [folder for folder, _, _ in found])
     return [
         Job(folder, name, overrides, setting, _summary(folder))
         for (folder, name, overrides), setting in zip(found, settings, strict=True)
@@ -143,6 +147,12 @@ def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> lis
             own |= {key: str(value) for key, value in found.items() if value is not None}
     varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
     return [{key: own[key] for key in varied if key in own} for own in given]
+
+
+def setting_of(overrides: list[str], varied: list[str]) -> dict[str, str]:
+    """The values that a job's overrides give to the keys that vary."""
+    given = dict(split_override(each) for each in overrides)
+    return {key: given[key] for key in varied}
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -204,12 +214,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        return {"script": record["script"], "arguments": record["arguments"], "jobs": record["jobs"]}
+        return {key: record[key] for key in ("script", "arguments", "varied", "jobs")}
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no sweep's folder: it has no {RECORD}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / RECORD} is damaged: {error}") from error
 
 
-def write_record(folder: Path, script: str, arguments: list[str], jobs: list[list[str]]) -> None:
-    write_json(folder / RECORD, {"script": script, "arguments": arguments, "jobs": jobs})
+def write_record(
+    folder: Path, script: str, arguments: list[str], varied: list[str], jobs: list[list[str]]
+) -> None:
+    """Keep what a sweep is.
+
+    Args:
+        script: that runs it, by its name, as `pretrain`.
+        arguments: what was typed.
+        varied: the keys that are swept.
+        jobs: the overrides of each, by its number.
+    """
+    write_json(folder / RECORD, {"script": script, "arguments": arguments, "varied": varied, "jobs": jobs})

@@ -15,7 +15,7 @@ from llm.config import TrainingConfig
 from llm.files import modified
 from llm.progress import format_count, format_seconds, format_table
 from llm.schedule import spent
-from llm.sweep import Job, begun, read_jobs, state_since
+from llm.sweep import RECORD, Job, begun, read_jobs, state_since
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4096  # of metrics.jsonl; some lines, of which the last is where a job is
@@ -39,18 +39,21 @@ class SweepProgress:
         self._metrics: dict[str, dict[str, Any]] = {}
         self._limits: dict[str, TrainingConfig] = {}
         self._started = time.monotonic()
-        self.update_jobs()
+        self._record_read = 0.0
+        self._read_record()
         self._share_at_start = self.share()
 
-    def update_jobs(self) -> None:
-        """Take in the jobs that a search has added."""
-        known = self.jobs
-        self.jobs = {job.name: known.get(job.name, job) for job in read_jobs([self.folder])}
-        for name, job in self.jobs.items():
-            self.states.setdefault(name, state_since(job, self.since))
+    def _read_record(self) -> None:
+        """Take in the jobs, of which a search adds some as it goes."""
+        if (written := modified(self.folder / RECORD)) != self._record_read:
+            self._record_read = written
+            self.jobs |= {job.name: job for job in read_jobs([self.folder]) if job.name not in self.jobs}
+            for name, job in self.jobs.items():
+                self.states.setdefault(name, state_since(job, self.since))
 
     def poll(self) -> list[str]:
         """Look at the jobs that have not ended; returns the names of those whose state is another now."""
+        self._read_record()
         changed = []
         for name in self._not_ended():
             job = self.jobs[name].reread()

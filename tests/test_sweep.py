@@ -80,7 +80,7 @@ def test_a_job_that_does_not_set_a_key_has_its_default(tmp_path: Path) -> None:
 
 def test_the_state_of_a_job_is_read_from_its_folder(tmp_path: Path) -> None:
     overrides = [[f"seed={number}"] for number in range(7)]
-    write_record(tmp_path, "pretrain", ["seed=range(7)"], overrides)
+    write_record(tmp_path, "pretrain", ["seed=range(7)"], ["seed"], overrides)
     write_job(tmp_path / "0", overrides[0], status="finished", val_loss=2.0)
     write_job(tmp_path / "1", overrides[1], status="failed", error="no")
     write_job(tmp_path / "2", overrides[2], status="interrupted", stopped_early="median rule at step 5")
@@ -101,7 +101,7 @@ def test_the_state_of_a_job_is_read_from_its_folder(tmp_path: Path) -> None:
 
 
 def test_progress_counts_what_is_done_of_the_budget(tmp_path: Path) -> None:
-    write_record(tmp_path, "pretrain", [], [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]])
+    write_record(tmp_path, "pretrain", [], ["seed"], [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]])
     write_job(tmp_path / "0", ["seed=0"], status="finished", val_loss=2.5)
     job = write_job(tmp_path / "1", ["seed=1"], status="running")
     (job / ".hydra" / "config.yaml").write_text("training: {max_steps: 10, max_minutes: null}\n", "utf-8")
@@ -279,6 +279,7 @@ def test_a_search_finds_the_minimum_and_goes_on_as_if_it_had_not_been_cut_off(
         sweep(OptunaSweeper(n_trials=30), bowl, *SEARCHED, "model=tiny")
     jobs = read_jobs([tmp_path / "sweep"])
     assert {job.state for job in jobs} == {"finished", "stopped", "failed"}
+    assert list(jobs[0].setting) == ["optimizer.lr", "model.n_layers", "model.init"]
     assert min(job.summary.get("val_loss", 9) for job in jobs) < 0.1
     late = [bowl(dict(each.split("=") for each in job.overrides)).get("val_loss", 9) for job in jobs[15:]]
     early = [bowl(dict(each.split("=") for each in job.overrides)).get("val_loss", 9) for job in jobs[:10]]
@@ -334,7 +335,7 @@ def test_a_missing_plugin_is_named_with_how_to_install_it() -> None:
 
 def test_the_latest_sweep_is_the_one_begun_last(tmp_path: Path) -> None:
     for number, name in enumerate(("pretrain/sweeps/2026-01-01/b", "generate/sweeps/2026-01-01/a")):
-        write_record(tmp_path / name, "pretrain", [], [])
+        write_record(tmp_path / name, "pretrain", [], [], [])
         os.utime(tmp_path / name / "sweep.json", (number, number))
     assert find_sweep("latest", tmp_path).name == "a"
     with pytest.raises(UserError, match="there is no sweep under"):

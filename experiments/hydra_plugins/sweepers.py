@@ -55,6 +55,7 @@ class RecordedSweeper(Sweeper):
         """
         self.params = dict(params or {})
         self.resume = resume
+        self.varied: list[str] = []  # keys
         self.jobs: list[list[str]] = []  # the overrides of each
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -93,10 +94,10 @@ class RecordedSweeper(Sweeper):
             self.record()
             self.since = modified(self.folder / RECORD)
             self._divide_cores()
-            self.progress = SweepProgress(self.folder, self.since, self.total())
+            progress = SweepProgress(self.folder, self.since, self.total())
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
             try:
-                with watching(self.progress):
+                with watching(progress):
                     self.run_jobs(now_given=self._given_on_resuming(arguments))
                 status = 0
             except KeyboardInterrupt:
@@ -129,7 +130,7 @@ class RecordedSweeper(Sweeper):
         """Launch what has no result."""
 
     def record(self) -> None:
-        write_record(self.folder, self.config.hydra.job.name, self._typed, self.jobs)
+        write_record(self.folder, self.config.hydra.job.name, self._typed, self.varied, self.jobs)
 
     def job(self, number: int) -> Job:
         return Job(self.folder / str(number), str(number), self.jobs[number]).reread()
@@ -220,6 +221,8 @@ class GridSweeper(RecordedSweeper):
 
     def prepare(self, overrides: list[Override]) -> None:
         [self.jobs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        last = {override.get_key_element(): override for override in overrides}
+        self.varied = [key.lstrip("+") for key, each in last.items() if each.is_sweep_override()]
         # Each value is tried once: to compose a config takes a tenth of a second, and there may be a
         # thousand jobs.
         errors = {each: self.refused([each]) for each in dict.fromkeys(o for job in self.jobs for o in job)}
@@ -287,6 +290,7 @@ class OptunaSweeper(RecordedSweeper):
             raise UserError(
                 "hydra/sweeper=optuna has nothing to search: give a key as interval(…) or choice(…)"
             )
+        self.varied = list(searched)
         self.distributions = {key: _distribution(each) for key, each in searched.items()}
         self.fixed = [
             f"{key}={each.get_value_element_as_str()}" for key, each in last.items() if key not in searched
@@ -308,7 +312,6 @@ class OptunaSweeper(RecordedSweeper):
             numbers = list(range(len(self.jobs), min(len(self.jobs) + self.n_jobs, self.n_trials)))
             self.jobs += self._suggest(len(numbers))
             self.record()
-            self.progress.update_jobs()
             self.launch(numbers, now_given)
 
     def _random(self) -> list[str]:
