@@ -46,10 +46,11 @@ def test_what_varies_is_what_a_job_is_called() -> None:
         ("0.0004", "4e-4"),
         ("-0.00015", "-1.5e-4"),
         ("0.01", "0.01"),
-        ("0.00123456789", "0.00123456789"),
+        ("0.000123456789", "1.23456789e-4"),
         ("1000000", "1000000"),
         ("null", "null"),
         ("0.5", "0.5"),
+        ("0.005", "0.005"),
     ],
 )
 def test_numbers_in_few_characters(value: str, written: str) -> None:
