@@ -64,7 +64,8 @@ class SweepProgress:
         return changed
 
     def _not_ended(self) -> list[str]:
-        running = [name for name, state in self.states.items() if state == "running"]
+        # One that was interrupted may go on: Slurm queues it again.
+        running = [name for name, state in self.states.items() if state in ("running", "interrupted")]
         waiting = [name for name, state in self.states.items() if state == "waiting"]
         return running + waiting[:WAITING_LOOKED_AT]
 

@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
             with processes(start.config.runtime, _pretrain, start, run_id, summary) as runtime:
                 run = _pretrain(start, run_id, summary, runtime)
         except BaseException as error:
-            summary.status = "failed"
+            summary.status = _status_after(error)
             summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -102,8 +102,8 @@ def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> 
             summary.stopped_early = None if stop.by_hand else stop.early
             if runtime.is_main:
                 _conclude(run, summary, matmul_flops)
-        except BaseException:
-            summary.status = "failed"
+        except BaseException as error:
+            summary.status = _status_after(error)
             raise
         finally:
             for name, value in asdict(run.counters).items():
@@ -111,6 +111,11 @@ def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> 
                     setattr(summary, name, value)
             _close(run, summary)
     return run
+
+
+def _status_after(error: BaseException) -> str:
+    """A second Ctrl-C is no failure of the run, nor is Slurm's warning before it queues the job again."""
+    return "failed" if isinstance(error, Exception) else "interrupted"
 
 
 def _close(run: Run, summary: Summary) -> None:
