@@ -224,6 +224,33 @@ def test_a_job_that_kills_its_launcher_fails_alone(
     assert "error: job 1 (seed=1): RuntimeError: the pool is broken" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("visible", "n_jobs", "gpus", "at_once"),
+    [("3,5", -1, ["3", "5", "3"], 2), ("3,5", 3, ["3", "5", "3"], 3), ("3", -1, [None] * 3, 1)],
+)
+def test_side_by_side_each_job_has_a_gpu(
+    sweep: Sweep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str,
+    n_jobs: int,
+    gpus: list[str | None],
+    at_once: int,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    given = []
+
+    def act(job: dict[str, str]) -> dict[str, Any]:
+        given.append(job.get("+hydra.job.env_set.CUDA_VISIBLE_DEVICES"))
+        return finished(job)
+
+    options = {"n_jobs": n_jobs}
+    monkeypatch.setattr(FakeLauncher, "joblib", options, raising=False)
+    sweep(GridSweeper(), act, "seed=range(3)")
+    assert given == [gpu and f"'{gpu}'" for gpu in gpus]
+    assert options["n_jobs"] == at_once
+
+
 def test_a_value_that_does_not_fit_fails_its_jobs_alone(sweep: Sweep, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="1"):
         sweep(GridSweeper(), finished, "seed=1,2", "optimizer.lr=0.1,abc", "model=tiny")

@@ -93,7 +93,7 @@ class RecordedSweeper(Sweeper):
             self._typed = [*hydra_overrides, *arguments]
             self.record()
             self.since = modified(self.folder / RECORD)
-            self._divide_cores()
+            self._divide_machine()
             progress = SweepProgress(self.folder, self.since, self.total())
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
             try:
@@ -171,17 +171,20 @@ class RecordedSweeper(Sweeper):
         if rest := [number for number in left if number not in begun]:
             self.launch(rest, now_given)
 
-    def _divide_cores(self) -> None:
-        """Let joblib start no more processes than there are jobs, and give each an equal share of the cores.
+    def _divide_machine(self) -> None:
+        """Let joblib run a job a GPU, or a job a core without, if it was not told how many; no more than
+        there are jobs; and give each an equal share of the cores.
 
         The share is that of the whole sweep, also for a job that is run again alone: with another number of
         threads, its numbers would differ in their last bits.
         """
+        self.gpus: list[str] = []
         options = getattr(self.launcher, "joblib", None)
         if options is not None:
             from joblib import cpu_count
 
-            most = options["n_jobs"] if options["n_jobs"] > 0 else cpu_count()
+            self.gpus = _gpus()
+            most = options["n_jobs"] if options["n_jobs"] > 0 else len(self.gpus) or cpu_count()
             options["n_jobs"] = min(self.at_once(), most)
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // options["n_jobs"])))
 
@@ -190,6 +193,10 @@ class RecordedSweeper(Sweeper):
 
     def _overrides(self, number: int, now_given: list[str]) -> list[str]:
         place = [f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={number}"]
+        if len(self.gpus) > 1 and self.config.get("runtime", {}).get("processes") == 1:
+            # A process keeps the GPU of its first job, for CUDA reads this once.
+            gpu = self.gpus[number % len(self.gpus)]
+            place.append(f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES={quoted(gpu)}")
         return [*self.jobs[number], *now_given, *place, *QUIET]
 
     def fail(self, number: int, error: Any) -> None:
@@ -389,6 +396,13 @@ def _distribution(override: Override) -> Any:
         values = range(sweep.start, int(sweep.stop or 0), sweep.step)
         return IntDistribution(values[0], values[-1], step=sweep.step)
     return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name and name != "-1"]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 @contextmanager
