@@ -12,6 +12,7 @@ from llm.optimizer import orthogonalisation_flops
 from llm.progress import format_count, format_seconds
 from llm.run import Run, Summary
 from llm.runtime import device_name
+from llm.tracking import sync_command
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def print_summary(summary: Summary, run: Run) -> None:
     further = "early_stopping.rule=none" if summary.stopped_early else f"{key}={4 * value:g}"
     log.info("resume      python experiments/pretrain.py resume=%s %s", run.run_dir, further)
     if run.tracker and (folder := run.tracker.wandb_folder):
-        log.info("W&B         wandb sync %s", folder)
+        log.info("W&B         %s", sync_command(folder))
         log.info("W&B, here   wandb leet %s", folder)
 
 
