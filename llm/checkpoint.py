@@ -19,6 +19,7 @@ name; only then do the links move, and only after that are older folders deleted
 
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -379,13 +380,19 @@ def compare_shapes(
             )
 
 
+_ID = re.compile("[A-Za-z0-9_-]{1,64}")
+
+
 def run_id(run_dir: Path) -> str:
-    """Which run a folder is of: 8 hexadecimal digits, made at the first call. W&B knows the run by it too."""
+    """Which run a folder is of, as W&B knows it too: the id that an agent of a W&B sweep has given, or 8
+    hexadecimal digits made at the first call."""
     file = run_dir / RUN_ID
-    if file.exists() and re.fullmatch("[0-9a-f]{8}", content := file.read_text("utf-8", "replace")):
+    if file.exists() and _ID.fullmatch(content := file.read_text("utf-8", "replace")):
         return content
     folders = [folder for folder in step_folders(run_dir) if not damage(folder)]
-    made = read_state(folders[0])["run_id"] if folders else secrets.token_hex(4)
+    given = os.environ.get("WANDB_RUN_ID", "")
+    new = given if _ID.fullmatch(given) else secrets.token_hex(4)
+    made = read_state(folders[0])["run_id"] if folders else new
     write_text(file, made)
     return made
 

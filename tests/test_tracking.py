@@ -1,6 +1,8 @@
 """Runs in W&B: what arrives there online and by `wandb sync`, outages, W&B's sweeps, a saved workspace."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import wandb
 from click.testing import CliRunner
+from conftest import ROOT
+from omegaconf import OmegaConf
 from wandb.cli.cli import cli
 from wandb_server import KEY, ArrivedRun, WandbServer
 
@@ -198,3 +202,47 @@ def test_a_run_that_cannot_begin_online_begins_offline(
     tracker.finish({})
     assert tracker.wandb_folder == next(Path("wandb").glob("*run-*-*"))
     assert tracker.wandb_folder.name.startswith("offline-run-")
+
+
+def test_an_agent_of_a_wandb_sweep_runs_pretrain(
+    server: WandbServer, tmp_path: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ENTITY", "us")  # `wandb sweep` sets both itself, and leaves them
+    monkeypatch.setenv("WANDB_PROJECT", "gpt-experiment-runner")
+    file = ROOT / "experiments" / "wandb_sweep.yaml"
+    result = CliRunner().invoke(cli, ["sweep", str(file)])
+    assert result.exit_code == 0, result.output
+    sweep: Any = OmegaConf.create(server.sweep)
+    assert set(sweep["parameters"]) == {"optimizer.lr", "seed", "training.max_minutes"}
+    given = {"optimizer.lr": 0.00123, "seed": 7, "training.max_minutes": 0.001, "model": "tiny"}
+    given |= {"tokenizer": "bytes", "data": "text", "data.path": config.data.path, "hydra.run.dir": "run"}
+    given |= {"data.cache_dir": config.data.cache_dir, "runtime.threads": 1, "samples.max_new_tokens": 3}
+    server.commands = [
+        {
+            "type": "run",
+            "run_id": "ab12xyz9",
+            "program": str(ROOT / sweep["program"]),
+            "args": {name: {"value": value} for name, value in given.items()},
+        }
+    ]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    agent = subprocess.run(
+        [sys.executable, "-m", "wandb", "agent", "--count", "1", "us/gpt-experiment-runner/sweep1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert agent.returncode == 0, agent.stderr
+    assert run_id(tmp_path / "run") == "ab12xyz9"
+    run = server.runs["ab12xyz9"]
+    assert (run.fields["sweep"], run.exit_code) == ("sweep1", 0), agent.stderr
+    assert run.summary[sweep["metric"]["name"]] > 0
+    assert run.config["optimizer"]["value"]["lr"] == 0.00123
+    overrides = OmegaConf.load(tmp_path / "run" / ".hydra" / "overrides.yaml")
+    assert {"tracking=online", "optimizer.lr=0.00123", "seed=7"} <= set(overrides)
