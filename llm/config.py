@@ -289,6 +289,12 @@ class BenchmarkConfig:
     seed: int = key(123, "seed of weights and tokens", at_least=0)
 
 
+@dataclass
+class WorkspaceConfig:
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    name: str = key("GPT experiments", "the saved workspace's name")
+
+
 def validate(config: Any, prefix: str = "") -> None:
     """Check every value against its range.
 

@@ -1,5 +1,6 @@
 """Runs in W&B: what arrives there online and by `wandb sync`, outages, W&B's sweeps, a saved workspace."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from wandb_server import KEY, ArrivedRun, WandbServer
 
 from llm import tracking, training
 from llm.checkpoint import run_id
-from llm.config import ModelConfig, PretrainConfig, TrackingConfig, UserError
+from llm.config import ModelConfig, PretrainConfig, TrackingConfig, UserError, WorkspaceConfig
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
 from llm.training import pretrain
+from llm.workspace import CURVES, save_workspace
 
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
 
@@ -246,3 +248,32 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
     assert run.config["optimizer"]["value"]["lr"] == 0.00123
     overrides = OmegaConf.load(tmp_path / "run" / ".hydra" / "overrides.yaml")
     assert {"tracking=online", "optimizer.lr=0.00123", "seed=7"} <= set(overrides)
+
+
+def test_a_workspace_is_saved(server: WandbServer) -> None:
+    url = save_workspace(WorkspaceConfig(tracking=TrackingConfig(project="a-project")))
+    assert url.startswith(f"{server.url}/us/a-project?nw=")
+    [view] = server.views
+    assert (view["projectName"], view["displayName"]) == ("a-project", "GPT experiments")
+    spec = json.loads(view["spec"])
+    panels = [
+        panel for section in spec["section"]["panelBankConfig"]["sections"] for panel in section["panels"]
+    ]
+    lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    assert [(line["xAxis"], line["metrics"]) for line in lines] == [
+        ("tokens_seen", [name]) for name in CURVES
+    ]
+    text = json.dumps(panels)
+    for part in ("Parallel Coordinates Plot", "Parameter Importance", "optimizer", "val_loss", "samples"):
+        assert part in text
+
+
+def test_a_workspace_needs_its_package_and_a_server(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.status = 401
+    with pytest.raises(UserError, match=r"is not saved in gpt-experiment-runner .*401"):
+        save_workspace(WorkspaceConfig())
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[workspace\]'"):
+        save_workspace(WorkspaceConfig())

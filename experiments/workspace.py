@@ -1,0 +1,18 @@
+"""Save a W&B workspace for a project's runs: `python experiments/workspace.py --help`."""
+
+from pathlib import Path
+
+from launch import launch
+
+from llm.config import WorkspaceConfig
+
+
+def run(config: WorkspaceConfig, run_dir: Path) -> None:
+    """Save the workspace and say where it is."""
+    from llm.workspace import save_workspace
+
+    print(f"workspace   {save_workspace(config)}")
+
+
+if __name__ == "__main__":
+    launch("workspace", WorkspaceConfig, run)

@@ -1,0 +1,65 @@
+"""A saved W&B workspace: the views of a project's runs that one otherwise clicks together."""
+
+import os
+from typing import Any
+
+from llm.config import UserError, WorkspaceConfig, first_line, validate
+
+CURVES = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens_per_second")
+VARIED = ("optimizer.lr", "seed", "model.emb_dim", "model.n_layers", "model.n_heads", "model.context_length")
+RESULT = "val_loss"  # over the whole validation split, in a run's summary
+
+
+def save_workspace(config: WorkspaceConfig) -> str:
+    """Save a workspace with the curves, the hyperparameters and the samples of a project; returns its URL.
+
+    Raises:
+        UserError: wandb-workspaces is not installed, there is no key, or W&B does not answer or take it.
+    """
+    validate(config)
+    os.environ.setdefault("WANDB_SILENT", "true")  # else it prints the URL a second time
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    try:
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise UserError(
+            "the package wandb-workspaces is not installed: pip install -c constraints.txt -e '.[workspace]'"
+        ) from error
+    try:
+        entity = config.tracking.entity or wandb.Api().default_entity
+        if not entity:
+            raise UserError("tracking.entity is not given, and your W&B account has no default: name one")
+        workspace = workspaces.Workspace(
+            name=config.name,
+            entity=entity,
+            project=config.tracking.project,
+            sections=_sections(),
+            settings=workspaces.WorkspaceSettings(x_axis="tokens_seen"),
+        )
+        workspace.save()
+        return str(workspace.url)
+    except (wandb.errors.Error, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the workspace {config.name!r} is not saved in {config.tracking.project} ({first_line(error)}); "
+            f"see that you are logged in (`wandb login`) and may write to that project (tracking.entity)"
+        ) from error
+
+
+def _sections() -> list[Any]:
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
+    axes: list[Any] = [*(panels.Config(name) for name in VARIED), panels.SummaryMetric(RESULT)]
+    content: dict[str, list[Any]] = {
+        "Curves": [panels.LinePlot(title=name, x="tokens_seen", y=[name]) for name in CURVES],
+        "Hyperparameters": [
+            panels.ParallelCoordinatesPlot(
+                columns=[panels.ParallelCoordinatesPlotColumn(axis) for axis in axes]
+            ),
+            panels.ParameterImportancePlot(with_respect_to=RESULT),
+        ],
+        "Samples": [panels.WeavePanelSummaryTable(table_name="samples")],
+    }
+    return [workspaces.Section(name=name, panels=each, is_open=True) for name, each in content.items()]
