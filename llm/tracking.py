@@ -17,7 +17,7 @@ from llm.files import append_json_lines, as_typed, read_json_lines, remove
 log = logging.getLogger(__name__)
 
 # Seconds that a run waits for W&B at most: to begin, for a sign of life at the end, to deliver the rest.
-BEGIN, ANSWER, DELIVER = 30, 5, 20
+BEGIN, ANSWER, DELIVER = 30, 3, 20
 
 # How the client's own log says what it gave up to deliver; what it only tries again is not among these.
 GIVEN_UP = {
