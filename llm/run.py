@@ -83,6 +83,7 @@ class Summary:
     git_clean: bool | None = field(default_factory=git_is_clean)  # whether the code was as committed
     init_from: str | None = None
     resumed: list[dict[str, Any]] = field(default_factory=list)  # after how many updates, with what changed
+    wandb_folder: str | None = None  # of the W&B run, if W&B has not got all of it
     error: str | None = None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from llm.files import as_typed
 from llm.sweep import DONE, read_jobs, read_record
 from llm.sweep_console import sweep_table
+from llm.tracking import sync_command
 
 
 def conclude(folder: Path) -> bool:
@@ -18,6 +19,8 @@ def conclude(folder: Path) -> bool:
         conclude_study(folder)
     else:
         print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
+        if any(job.summary.get("wandb_folder") for job in jobs):
+            print(f"W&B         {sync_command(folder / '*' / 'wandb' / '*run-*')}")
     if any(job.state not in DONE for job in jobs):
         print(f"go on       python experiments/{script}.py -m sweep.resume={folder}")
     return failed

@@ -124,9 +124,11 @@ def _close(run: Run, summary: Summary) -> None:
         run.writer.wait()
     if run.tracker:
         figures = asdict(summary)
-        del figures["total_seconds"]  # not known yet
+        del figures["total_seconds"], figures["wandb_folder"]  # not known yet
         run.tracker.log_picture("loss", run.run_dir / "loss.png")
         run.tracker.finish(figures, failed=summary.status == "failed")
+        folder = run.tracker.wandb_folder
+        summary.wandb_folder = str(folder) if folder else None
 
 
 def train(run: Run, stop: "StopRequest") -> None:
