@@ -295,6 +295,12 @@ class WorkspaceConfig:
     name: str = key("GPT experiments", "the saved workspace's name")
 
 
+@dataclass
+class ReportConfig:
+    sweep: Any = key("latest", "a sweep's folder, a run's, a list of such, or latest: the newest sweep")
+    to: str | None = key(None, "folder for the report; null: the sweep's own, or for a list this script's")
+
+
 def validate(config: Any, prefix: str = "") -> None:
     """Check every value against its range.
 
