@@ -165,7 +165,7 @@ def _tick(value: str, most: int = 20) -> str:
 
 
 def _page(folder: Path, jobs: list[StudyJob]) -> str:
-    finished = [job for job in jobs if not job.error]
+    finished = [job for job in jobs if job.state == "finished"]
     summary = finished[0].summary if finished else {}
     tokens = sum(job.summary["new_tokens"] for job in finished)
     about = (

@@ -92,7 +92,8 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
     folders = list(folders)
     found: list[tuple[Path, str, list[str]]] = []
     for folder in folders:
-        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+        alike = sum(other.name == folder.name for other in folders) > 1
+        prefix = f"{folder if alike else folder.name}/" if len(folders) > 1 else ""
         jobs = _jobs_in(folder)
         if jobs or (folder / RECORD).exists():  # a search begins with none
             found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
@@ -128,9 +129,10 @@ def _recorded_overrides(run_dir: Path) -> list[str]:
 
 def _summary(run_dir: Path) -> dict[str, Any]:
     try:
-        return json.loads((run_dir / "summary.json").read_text("utf-8"))
+        summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:

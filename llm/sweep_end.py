@@ -5,11 +5,16 @@ from pathlib import Path
 from llm.files import as_typed
 from llm.sweep import DONE, read_jobs, read_record
 from llm.sweep_console import sweep_table
+from llm.sweep_report import sweep_report
 from llm.tracking import sync_command
 
 
 def conclude(folder: Path) -> bool:
-    """Say what came of a sweep and write its report; returns whether a job failed."""
+    """Say what came of a sweep and write its report; returns whether a job failed.
+
+    Raises:
+        UserError: the report cannot be written.
+    """
     folder = as_typed(folder)
     jobs, script = read_jobs([folder]), read_record(folder)["script"]
     failed = any(job.state in ("failed", "killed") for job in jobs)
@@ -19,6 +24,8 @@ def conclude(folder: Path) -> bool:
         conclude_study(folder)
     else:
         print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
+        if script == "pretrain" and jobs:
+            print(f"report      {sweep_report(jobs, [folder], folder)}")
         if any(job.summary.get("wandb_folder") for job in jobs):
             print(f"W&B         {sync_command(folder / '*' / 'wandb' / '*run-*')}")
     if any(job.state not in DONE for job in jobs):

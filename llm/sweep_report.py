@@ -5,91 +5,43 @@ import html
 import io
 import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import datetime
 from importlib.resources import files
-from itertools import repeat
-from multiprocessing import get_context
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from string import Template
 from typing import Any
 
 import numpy as np
-import orjson
 
 from llm.config import ReportConfig, UserError
-from llm.files import as_typed, replacing, write_text
-from llm.progress import Progress, format_count, format_seconds
+from llm.files import as_typed, write_text
+from llm.progress import format_count, format_seconds
 from llm.study_report import StudyJob, study_report
-from llm.sweep import ENDED, RECORD, Job, compact, order, read_jobs, read_record, short_key, title_of
+from llm.sweep import DONE, RECORD, Job, compact, find_sweep, read_jobs, read_record, short_key, title_of
+from llm.sweep_picture import COLOURS, FEW, draw_sweep
+from llm.sweep_results import (
+    SMOOTHED_SHARE,
+    Result,
+    as_plotted,
+    by_setting,
+    is_numeric,
+    mean_of,
+    mean_rank,
+    means_over,
+    plotted_keys,
+    read_results,
+    swept_keys,
+    values_of,
+    wants_log,
+    writable,
+)
 
-POSITION = ("step", "tokens_seen", "seconds")  # of a line of metrics; the x axes
-SMOOTHED_SHARE = 50  # the moving average spans a fiftieth of a job's updates
-PARTS = 100_000  # into which all curves together are cut; of each, two points are drawn
-MOST_PARTS, LEAST_PARTS = 1000, 50  # of one curve
-MUCH = 100e6  # bytes of metrics, which are worth a process a core
-FEW = 8  # settings that can be told apart by colour
 SHOWN_VALUES = 12
-MEANS = 20  # at most twice as many values have a mean each
 LONG_VALUE = 40  # characters, in a table
-
-# Colours that people see apart who do not see all of them: an order from good to bad, and eight kinds.
-COLOURS = {
-    "light": {
-        "ramp": ["#2a1a6e", "#1f5fa8", "#17868c", "#6c942c", "#c98500"],
-        "kinds": ["#0072b2", "#d55e00", "#009e73", "#b0508a", "#a67c00", "#3a9ad0", "#5b4bb7", "#6b6b6b"],
-    },
-    "dark": {
-        "ramp": ["#ffe26b", "#9fd67a", "#4fb3b0", "#5a8fd8", "#9078d8"],
-        "kinds": ["#56b4e9", "#ff9040", "#2fc79a", "#e08cc0", "#f0d060", "#9ec9ff", "#a99bff", "#a8a8a8"],
-    },
-}
-
-
-# What was run
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A job and what its files said when they were read, once: a process may be writing to them."""
-
-    job: Job
-    state: str
-    error: str | None
-    figures: dict[str, float]  # of summary.json
-    training: np.ndarray  # a row each of POSITION, the loss and the smoothed loss; the points that are drawn
-    evaluations: np.ndarray  # a row each of POSITION and the validation loss
-    steps: int
-    tokens_seen: int
-    seconds: float
-    last_val_loss: float | None  # on a few batches, on the way
-
-    @property
-    def val_loss(self) -> float | None:
-        """Over the whole validation split, at the end."""
-        return self.figures.get("val_loss")
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        so_far = self.tokens_seen / self.seconds if self.seconds else None
-        return self.figures.get("tokens_per_second", so_far)
-
-    @property
-    def setting(self) -> dict[str, str]:
-        """What sets it apart from all but its repetitions with other seeds."""
-        return {key: value for key, value in self.job.setting.items() if key != "seed"}
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """What jobs are ordered by: the final loss, then, of those without, the loss so far."""
-        return _or_infinite(self.val_loss), _or_infinite(self.last_val_loss)
 
 
 def write_report(config: ReportConfig, run_dir: Path) -> Path:
@@ -102,7 +54,7 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
         UserError: there is no such sweep or run, it has no jobs, or the files cannot be written.
     """
     names = config.sweep if isinstance(config.sweep, list) else [config.sweep]
-    folders = [latest_sweep() if name == "latest" else Path(str(name)) for name in names]
+    folders = [find_sweep(str(name)) for name in names]
     jobs = read_jobs(folders)
     if not jobs:
         raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
@@ -115,17 +67,6 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
     return page
 
 
-def latest_sweep() -> Path:
-    """
-    Raises:
-        UserError: there is none.
-    """
-    sweeps = [folder for folder in Path("outputs").glob("*/sweeps/*/*") if folder.is_dir()]
-    if not sweeps:
-        raise UserError("sweep=latest: there is no sweep under outputs/*/sweeps; name one with sweep=FOLDER")
-    return max(sweeps, key=lambda folder: folder.parts[-2:])  # its date and its time
-
-
 def _is_study(folders: list[Path], jobs: list[Job]) -> bool:
     """Whether the jobs measured samples, and trained nothing."""
     scripts = {read_record(folder)["script"] for folder in folders if (folder / RECORD).exists()}
@@ -135,174 +76,18 @@ def _is_study(folders: list[Path], jobs: list[Job]) -> bool:
 
 def sweep_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
     """Write the report of training runs that lie in `folders`; returns the page."""
-    results = _read_results(jobs)
+    results = read_results(jobs)
     write_text(target / "report.csv", _csv(results))
-    _draw(results, target / "report.png")
+    draw_sweep(results, target / "report.png")
     write_text(target / "report.html", _page(results, folders))
     return target / "report.html"
-
-
-def _read_results(jobs: list[Job]) -> list[Result]:
-    parts = max(LEAST_PARTS, min(MOST_PARTS, PARTS // len(jobs)))
-    files = [job.folder / "metrics.jsonl" for job in jobs]
-    size = sum(file.stat().st_size for file in files if file.exists())
-    progress = Progress("reading")
-    results = []
-    with ExitStack() as stack:
-        read: Iterable[Result] = map(read_result, jobs, repeat(parts))
-        if size > MUCH:  # spawned, not forked, for torch may run in this process and has threads
-            pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
-            read = pool.map(read_result, jobs, repeat(parts), chunksize=4)
-        for number, result in enumerate(read, 1):
-            results.append(result)
-            progress.update(number / len(jobs), f"job {number} of {len(jobs)}")
-    progress.clear()
-    return results
-
-
-def read_result(job: Job, parts: int) -> Result:
-    """What the files of a job say, with curves of at most `2 * parts + 2` points."""
-    training, evaluations = read_metrics(job.folder / "metrics.jsonl")
-    span = max(1, training.shape[1] // SMOOTHED_SHARE)
-    training = np.vstack([training, smoothed(training[-1], span)])
-    step, tokens_seen, seconds = training[:3, -1].tolist() if training.size else (-1, 0, 0.0)
-    figures = {name: value for name, value in job.summary.items() if _is_figure(value)}
-    return Result(
-        job,
-        job.state,
-        _clean(job.error),
-        figures,
-        training[:, thinned(training[3], parts)],
-        evaluations[:, thinned(evaluations[3], parts // 2)],
-        # a process that was killed, or still runs, has not written these to its summary
-        int(max(figures.get("steps", 0), step + 1)),
-        int(max(figures.get("tokens_seen", 0), tokens_seen)),
-        max(figures.get("seconds", 0.0), seconds),
-        next((loss for loss in evaluations[3, ::-1].tolist() if math.isfinite(loss)), None),
-    )
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _clean(text: str | None) -> str | None:
-    """Half a surrogate pair, which JSON may hold, cannot be written."""
-    return text and text.encode("utf-8", "replace").decode()
-
-
-def read_metrics(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The updates and the evaluations of a `metrics.jsonl`, each as rows of POSITION and the loss.
-
-    What is null there is NaN here. A last line that was cut off is passed over, as is any that is damaged.
-    """
-    content = file.read_bytes() if file.exists() else b""
-    found: dict[str, list[tuple[float | None, ...]]] = {"train/loss": [], "val/loss": []}
-    pick = {loss: itemgetter(*POSITION, loss) for loss in found}
-    for line in content.split(b"\n")[:-1]:
-        try:
-            metrics = orjson.loads(line)
-            loss = "train/loss" if "train/loss" in metrics else "val/loss"
-            found[loss].append(pick[loss](metrics))
-        except (orjson.JSONDecodeError, LookupError, TypeError):
-            continue
-    training, evaluations = (
-        np.array(lines, dtype=float).reshape(-1, len(POSITION) + 1).T for lines in found.values()
-    )
-    return training, evaluations
-
-
-def smoothed(values: np.ndarray, span: int) -> np.ndarray:
-    """An exponential moving average with weight 2 / (span + 1) for the newest value. The weights are divided
-    by their sum, so that the first values count no more than others; NaN is passed over."""
-    keep = 1 - 2 / (span + 1)
-    total = weight = 0.0
-    averages = []
-    for value in values.tolist():
-        if value == value:
-            total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight if weight else math.nan)
-    return np.array(averages)
-
-
-def thinned(values: np.ndarray, parts: int) -> np.ndarray:
-    """Which points to draw: the first, the last, and the least and the greatest of each of `parts` equal
-    parts, so that no spike is lost. Of a part with NaN alone one is kept, as a gap."""
-    count = len(values)
-    if count <= 2 * parts + 2:
-        return np.arange(count)
-    length = math.ceil(count / parts)
-    starts = np.arange(0, count, length)
-    padded = np.pad(values, (0, len(starts) * length - count), constant_values=np.nan).reshape(-1, length)
-    missing = np.isnan(padded)
-    least = starts + np.where(missing, np.inf, padded).argmin(axis=1)
-    greatest = starts + np.where(missing, -np.inf, padded).argmax(axis=1)
-    return np.unique(np.concatenate([[0], least, greatest, [count - 1]]))
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def _settings(results: list[Result]) -> list[list[Result]]:
-    """The results that differ in their seed alone, together; the best mean loss first."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(json.dumps(result.setting, sort_keys=True), []).append(result)
-    return sorted(found.values(), key=_mean_rank)
-
-
-def _mean_rank(group: list[Result]) -> tuple[float, float]:
-    return _or_infinite(_mean(result.val_loss for result in group)), _or_infinite(
-        _mean(result.last_val_loss for result in group)
-    )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are there; None if there is none."""
-    there = [value for value in values if value is not None]
-    return mean(there) if there else None
-
-
-def _keys(results: list[Result]) -> list[str]:
-    """The swept keys, the seed last."""
-    keys = dict.fromkeys(key for result in results for key in result.job.setting)
-    return sorted(keys, key=lambda key: key == "seed")
-
-
-def _plotted_keys(results: list[Result]) -> list[str]:
-    """The keys that a loss may depend on: the seed only if it is all that varies."""
-    keys = _keys(results)
-    return [key for key in keys if key != "seed"] or keys
-
-
-def _values(results: list[Result], key: str) -> list[str]:
-    """The values of a swept key, numbers first and in order."""
-    return sorted({result.job.setting[key] for result in results if key in result.job.setting}, key=order)
-
-
-def _number(value: str) -> float | None:
-    with suppress(ValueError):
-        return number if math.isfinite(number := float(value)) else None
-    return None
-
-
-def _is_numeric(values: list[str]) -> bool:
-    return all(_number(value) is not None for value in values)
-
-
-def _wants_log(key: str, values: list[str]) -> bool:
-    """Whether numbers span a decade, or are learning rates."""
-    numbers = [_number(value) or 0.0 for value in values]
-    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
-    return 0 < low < high and (high >= 10 * low or short_key(key) == "lr")
 
 
 # The table
 
 
 def _csv(results: list[Result]) -> str:
-    keys = _keys(results)
+    keys = swept_keys(results)
     names = dict.fromkeys(name for result in results for name in result.figures if name not in keys)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -318,7 +103,7 @@ def _csv(results: list[Result]) -> str:
                 as_typed(result.job.folder),
             ]
         )
-    return _clean(text.getvalue()) or ""
+    return writable(text.getvalue()) or ""
 
 
 # The page
@@ -328,8 +113,8 @@ Cell = tuple[Any, str]  # what a column is sorted by, and what is shown, as HTML
 
 
 def _page(results: list[Result], folders: list[Path]) -> str:
-    settings = _settings(results)
-    numeric = {key: _is_numeric(_values(results, key)) for key in _keys(results)}
+    settings = by_setting(results)
+    numeric = {key: is_numeric(values_of(results, key)) for key in swept_keys(results)}
     template = files("llm").joinpath("sweep_report.html").read_text("utf-8")
     return Template(template).substitute(
         kind="Run" if folders == [results[0].job.folder] else "Sweep",
@@ -352,33 +137,33 @@ def _page(results: list[Result], folders: list[Path]) -> str:
 
 
 def _html(text: str) -> str:
-    return html.escape(_clean(text) or "")
+    return html.escape(writable(text) or "")
 
 
 def _data(results: list[Result], settings: list[list[Result]]) -> str:
     """What the page's charts are drawn from, as JSON that may stand in a script element."""
-    plotted = _plotted_keys(results)
+    plotted = plotted_keys(results)
     shown = [result for result in results if result.rank < (math.inf, math.inf)] or results
-    values = {key: _values(shown, key) for key in plotted}
-    numeric = {key: _is_numeric(values[key]) for key in plotted}
+    values = {key: values_of(shown, key) for key in plotted}
+    numeric = {key: is_numeric(values[key]) for key in plotted}
     keys = [
         {
-            "name": _clean(short_key(key)),
-            "values": [*dict.fromkeys(_plotted(value, numeric[key]) for value in values[key])],
+            "name": writable(short_key(key)),
+            "values": [*dict.fromkeys(as_plotted(value, numeric[key]) for value in values[key])],
             "numeric": numeric[key],
-            "log": numeric[key] and _wants_log(key, values[key]),
-            "means": _means(results, key, numeric[key]),
+            "log": numeric[key] and wants_log(key, values[key]),
+            "means": means_over(results, key, numeric[key]),
         }
         for key in plotted
     ]
     group_of = {result: number for number, group in enumerate(settings) for result in group}
     jobs = [
         {
-            "title": _clean(f"job {result.job.name}: {result.job.title}"),
+            "title": writable(f"job {result.job.name}: {result.job.title}"),
             "state": result.state,
             "group": group_of[result],
             "values": [
-                _plotted(value, numeric[key])
+                as_plotted(value, numeric[key])
                 if (value := result.job.setting.get(key)) in values[key]
                 else None
                 for key in plotted
@@ -390,36 +175,9 @@ def _data(results: list[Result], settings: list[list[Result]]) -> str:
         }
         for result in results
     ]
-    groups = [_clean(title_of(group[0].setting) or "the one setting") for group in settings]
+    groups = [writable(title_of(group[0].setting) or "the one setting") for group in settings]
     content = {"keys": keys, "groups": groups, "few": FEW, "colours": COLOURS, "jobs": jobs}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _plotted(value: str, numeric: bool) -> float | str:
-    return float(value) if numeric else _clean(value) or ""
-
-
-def _means(results: list[Result], key: str, numeric: bool) -> list[tuple[float | str, float]]:
-    """The mean final loss at each value of a key, in order; where numbers are too many for that, as when they
-    were drawn at random, the mean of each of MEANS parts, at the number in its middle."""
-    finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
-    finished.sort(key=lambda result: order(result.job.setting[key]))
-    values = [result.job.setting[key] for result in finished]
-    if numeric and len(set(values)) > 2 * MEANS:
-        size = math.ceil(len(finished) / MEANS)
-        parts = [finished[start : start + size] for start in range(0, len(finished), size)]
-    else:
-        parts = [
-            [result for result in finished if result.job.setting[key] == value]
-            for value in dict.fromkeys(values)
-        ]
-    return [
-        (
-            _plotted(part[len(part) // 2].job.setting[key], numeric),
-            mean(result.figures["val_loss"] for result in part),
-        )
-        for part in parts
-    ]
 
 
 def _columns(rows: np.ndarray) -> list[list[float | None]]:
@@ -454,9 +212,9 @@ def _best(settings: list[list[Result]]) -> str:
 
 
 def _varied(results: list[Result]) -> str:
-    if not (keys := _keys(results)):
+    if not (keys := swept_keys(results)):
         return "<p>Nothing.</p>" if len(results) > 1 else "<p>Nothing: it is one run.</p>"
-    return f"<dl>{''.join(_term(key, _values(results, key)) for key in keys)}</dl>"
+    return f"<dl>{''.join(_term(key, values_of(results, key)) for key in keys)}</dl>"
 
 
 def _term(name: str, values: list[str]) -> str:
@@ -574,7 +332,7 @@ def _time_cell(seconds: float | None) -> Cell:
 
 def _spread_cell(values: Iterable[float | None], form: str) -> Cell:
     values = list(values)
-    return _mean(values), _spread(values, form)
+    return mean_of(values), _spread(values, form)
 
 
 def _spread(values: Iterable[float | None], form: str) -> str:
@@ -587,13 +345,13 @@ def _spread(values: Iterable[float | None], form: str) -> str:
 
 
 def _setting_table(settings: list[list[Result]], results: list[Result], numeric: dict[str, bool]) -> str:
-    keys = [key for key in _keys(results) if key != "seed"]
+    keys = [key for key in swept_keys(results) if key != "seed"]
     incomplete = any(result.val_loss is None for result in results)
     rows = []
     for number, group in enumerate(settings):
         first, losses = group[0].setting, [result.val_loss for result in group]
         n = sum(loss is not None for loss in losses)
-        ranked = _mean_rank(group)[0] < math.inf or _mean_rank(group)[1] < math.inf
+        ranked = mean_rank(group)[0] < math.inf or mean_rank(group)[1] < math.inf
         rows.append(
             [
                 (number + 1, f"<button data-group={number}>{number + 1 if ranked else '–'}</button>"),
@@ -603,8 +361,8 @@ def _setting_table(settings: list[list[Result]], results: list[Result], numeric:
                 _spread_cell((result.figures.get("val_bits_per_byte") for result in group), "{:.3f}"),
                 _spread_cell((result.figures.get("train_loss") for result in group), "{:.3f}"),
                 *([_spread_cell((r.last_val_loss for r in group), "{:.3f}")] if incomplete else []),
-                _time_cell(_mean(result.seconds for result in group)),
-                _figure_cell(_mean(result.tokens_per_second for result in group), "{:,.0f}"),
+                _time_cell(mean_of(result.seconds for result in group)),
+                _figure_cell(mean_of(result.tokens_per_second for result in group), "{:,.0f}"),
             ]
         )
     heads = ["rank", *map(short_key, keys), "n", "val loss", "bits/byte", "train loss"]
@@ -615,7 +373,7 @@ def _setting_table(settings: list[list[Result]], results: list[Result], numeric:
 
 
 def _job_table(results: list[Result], numeric: dict[str, bool]) -> str:
-    keys = _keys(results)
+    keys = swept_keys(results)
     rows = []
     for number, result in enumerate(results):
         figures = result.figures
@@ -643,12 +401,12 @@ def _job_table(results: list[Result], numeric: dict[str, bool]) -> str:
 
 def _heatmap(settings: list[list[Result]], results: list[Result]) -> str:
     """The mean loss over two swept keys; nothing for more or fewer."""
-    keys = _plotted_keys(results)
+    keys = plotted_keys(results)
     if len(keys) != 2:
         return ""
-    down, along = sorted(keys, key=lambda key: len(_values(results, key)))
-    columns = _values(results, along)
-    means = [_mean(result.val_loss for result in group) for group in settings]
+    down, along = sorted(keys, key=lambda key: len(values_of(results, key)))
+    columns = values_of(results, along)
+    means = [mean_of(result.val_loss for result in group) for group in settings]
     ordered = sorted(value for value in means if value is not None)
     places = {
         (group[0].setting.get(down), group[0].setting.get(along)): number
@@ -656,7 +414,7 @@ def _heatmap(settings: list[list[Result]], results: list[Result]) -> str:
     }
     head = "".join(f"<th scope=col>{_value_cell({along: column}, along)[1]}</th>" for column in columns)
     body = []
-    for row in _values(results, down):
+    for row in values_of(results, down):
         cells = []
         for column in columns:
             number = places.get((row, column))
@@ -707,7 +465,7 @@ def _last_sample(folder: Path) -> tuple[str, str]:
 
 def _sweep_commands(results: list[Result], folders: list[Path]) -> str:
     """How to go on with each sweep that is not done."""
-    unfinished = {result.job.folder.parent for result in results if result.state not in ENDED}
+    unfinished = {result.job.folder.parent for result in results if result.state not in DONE}
     commands = "".join(
         _command("-m", f"sweep.resume={as_typed(folder)}")
         for folder in folders
@@ -733,200 +491,3 @@ def _resume(result: Result) -> str:
 
 def _command(*arguments: str) -> str:
     return f"<code>{_html(shlex.join(['python', 'experiments/pretrain.py', *arguments]))}</code>"
-
-
-# The picture
-
-
-def _draw(results: list[Result], path: Path) -> None:
-    """The curves, and beside them the loss against what was swept."""
-    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
-
-    keys = _plotted_keys(results)
-    if not any(result.val_loss is not None for result in results):
-        keys = []
-    panels = keys[:1] if len(keys) == 2 else keys[:4]
-    across = 2 if len(panels) == 4 else 1
-    rows = max(1, len(panels) // across)
-    figure = Figure(figsize=(15 if panels else 9, 6.2 if rows < 3 else 8), dpi=130, layout="constrained")
-    grid = figure.add_gridspec(rows, 3, width_ratios=[1.2, 0.5, 0.5])
-    _draw_curves(figure.add_subplot(grid[:, 0] if panels else grid[:, :]), results)
-    for number, key in enumerate(panels):
-        row, column = divmod(number, across)
-        axes = figure.add_subplot(grid[row, 1 + column] if across == 2 else grid[row, 1:])
-        if len(keys) == 2:
-            _draw_heatmap(axes, results, *keys)
-        else:
-            _draw_values(axes, results, key)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def _draw_curves(axes: Any, results: list[Result]) -> None:
-    """Validation loss of all jobs, and the smoothed training loss where they are few."""
-    from matplotlib.collections import LineCollection
-    from matplotlib.ticker import EngFormatter
-
-    settings = _settings(results)
-    few_jobs = len(results) <= 5 * FEW
-    colours, legend = _job_colours(results, settings)
-    best_last = sorted(results, key=lambda result: result.rank, reverse=True)
-    shown = [result.evaluations for result in best_last]
-    axes.add_collection(
-        LineCollection(
-            [np.column_stack([rows[1], rows[3]]) for rows in shown],
-            colors=[colours[result] for result in best_last],
-            linewidths=1.8 if few_jobs else 0.6,
-            alpha=1 if few_jobs else 0.7,
-        )
-    )
-    if few_jobs:
-        shown += [result.training[[0, 1, 2, 4]] for result in best_last]
-        for result in best_last:
-            axes.plot(result.training[1], result.training[4], ":", lw=0.9, color=colours[result])
-    losses = np.concatenate([rows[3] for rows in shown])
-    tokens = np.concatenate([rows[1] for rows in shown])
-    if np.isfinite(losses).any():
-        low, high = _loss_range(shown, losses[np.isfinite(losses)])
-        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-        axes.set_xlim(0, 1.01 * max(tokens))
-    axes.set_title(
-        "Validation loss" + ", and dotted the smoothed training loss" * few_jobs, loc="left", fontsize=10
-    )
-    axes.set_xlabel("Tokens seen")
-    axes.set_ylabel("Loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        handles = [axes.plot([], [], lw=2, color=colour)[0] for colour in legend.values()]
-        axes.legend(handles, [_label(name, 40) for name in legend], frameon=False, fontsize=8)
-    else:
-        _draw_colour_bar(axes, [result.val_loss for result in results if result.val_loss is not None])
-
-
-def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, float]:
-    """From the least loss to the greatest, or, where some diverged, to where a usual job begins."""
-    begins = [rows[3][np.isfinite(rows[3])][:1] for rows in curves]
-    usual = 1.1 * float(np.median(np.concatenate(begins)))
-    low, high = float(losses.min()), float(losses.max())
-    return low, high if high < 1.5 * usual else usual
-
-
-def _job_colours(
-    results: list[Result], settings: list[list[Result]]
-) -> tuple[dict[Result, Any], dict[str, Any]]:
-    """A colour for each result: by its setting, with a legend, or of many settings by rank of the loss."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    ramp = LinearSegmentedColormap.from_list("ramp", COLOURS["light"]["ramp"])
-    if len(settings) <= FEW:
-        [*keys] = settings[0][0].setting
-        ordered = len(keys) == 1 and _is_numeric(_values(results, keys[0]))
-        by_value = (
-            sorted(settings, key=lambda group: order(group[0].setting.get(keys[0], "")))
-            if ordered
-            else settings
-        )
-        shades = [
-            ramp(place / max(1, len(by_value) - 1)) if ordered else COLOURS["light"]["kinds"][place]
-            for place in range(len(by_value))
-        ]
-        titles = [title_of(group[0].setting) or "the one setting" for group in by_value]
-        colours = {result: shade for group, shade in zip(by_value, shades, strict=True) for result in group}
-        return colours, dict(zip(titles, shades, strict=True))
-    ranked = sorted(results, key=lambda result: result.rank)
-    return {result: ramp(place / (len(ranked) - 1)) for place, result in enumerate(ranked)}, {}
-
-
-def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap
-
-    bar = axes.figure.colorbar(
-        ScalarMappable(cmap=LinearSegmentedColormap.from_list("ramp", COLOURS["light"]["ramp"])),
-        cax=axes.inset_axes([0.42, 0.95, 0.54, 0.02]),  # where losses have fallen from by then
-        orientation="horizontal",
-    )
-    places = [0, 0.25, 0.5, 0.75, 1]
-    bar.set_ticks(places, labels=[f"{value:.3f}" for value in np.quantile(losses, places)] if losses else [])
-    bar.set_label("Final validation loss; colour by rank", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-
-
-def _draw_values(axes: Any, results: list[Result], key: str) -> None:
-    """Final losses over a swept key, the mean at each value, and a ring about the least."""
-    finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
-    values = _values(finished, key)
-    numeric = _is_numeric(values)
-    place = {value: float(value) if numeric else float(number) for number, value in enumerate(values)}
-    losses = [result.figures["val_loss"] for result in finished]
-    axes.plot(
-        [place[result.job.setting[key]] for result in finished],
-        losses,
-        "o",
-        color=COLOURS["light"]["kinds"][0],
-        alpha=0.6 if len(results) < 100 else 0.15,
-        markersize=5,
-        markeredgewidth=0,
-    )
-    means = _means(finished, key, numeric)
-    spots = [value if numeric else place[str(value)] for value, _ in means]
-    axes.plot(spots, [loss for _, loss in means], "-", color=COLOURS["light"]["kinds"][1], lw=1.8)
-    if means:
-        least = min(range(len(means)), key=lambda each: means[each][1])
-        name, loss = means[least]
-        ring = {"ms": 11, "mfc": "none", "mew": 1.8, "color": COLOURS["light"]["kinds"][1]}
-        axes.plot([spots[least]], [loss], "o", **ring)
-        title = f"Final loss, least mean {loss:.3f} at {short_key(key)}={compact(str(name))}"
-        axes.set_title(_label(title, 60), loc="left", fontsize=10 if len(_plotted_keys(results)) < 4 else 8)
-    if numeric and _wants_log(key, values):
-        axes.set_xscale("log")
-    elif not numeric:
-        axes.set_xticks(range(len(values)), [_label(value) for value in values], fontsize=8)
-    if losses and min(losses) > 0 and max(losses) > 4 * min(losses):
-        axes.set_yscale("log")
-    axes.set_xlabel(_label(short_key(key)))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_heatmap(axes: Any, results: list[Result], *keys: str) -> None:
-    """The mean final loss over two keys, shaded by rank."""
-    down, along = sorted(keys, key=lambda key: len(_values(results, key)))
-    rows, columns = _values(results, down), _values(results, along)
-    means = {
-        (group[0].setting.get(down), group[0].setting.get(along)): _mean(result.val_loss for result in group)
-        for group in _settings(results)
-    }
-    ordered = sorted(value for value in means.values() if value is not None)
-    shades = [
-        [
-            math.nan if (value := means.get((row, column))) is None else -ordered.index(value)
-            for column in columns
-        ]
-        for row in rows
-    ]
-    axes.imshow(shades, cmap="Blues", aspect="auto", vmin=-1.6 * len(ordered), vmax=0.6 * len(ordered))
-    if len(rows) * len(columns) <= 150:
-        for (row, column), value in means.items():
-            if value is not None and row in rows and column in columns:
-                axes.text(
-                    columns.index(column),
-                    rows.index(row),
-                    f"{value:.3f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                )
-    axes.set_xticks(range(len(columns)), [_label(compact(value)) for value in columns], fontsize=8)
-    axes.set_yticks(range(len(rows)), [_label(compact(value)) for value in rows], fontsize=8)
-    axes.set_xlabel(_label(short_key(along)))
-    axes.set_ylabel(_label(short_key(down)))
-    axes.set_title("Mean final validation loss, the lower the darker (by rank)", loc="left", fontsize=10)
-
-
-def _label(text: str, most: int = 20) -> str:
-    """A text that fits beside an axis and is not taken for mathematics."""
-    shown = text if len(text) <= most else text[: most - 1] + "…"
-    return (_clean(shown) or "").replace("$", r"\$")

@@ -19,7 +19,8 @@ from conftest import Script
 from llm.config import ReportConfig, UserError
 from llm.files import RUN_ID, held
 from llm.sweep import write_record
-from llm.sweep_report import latest_sweep, read_metrics, smoothed, thinned, write_report
+from llm.sweep_report import write_report
+from llm.sweep_results import read_metrics, smoothed, thinned
 
 HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- $HOME \ufffd"
 
@@ -213,7 +214,7 @@ def test_half_written_jobs(tmp_path: Path) -> None:
     diverged = write_job(tmp_path, 5, {"optimizer.lr": lrs[5]}, math.nan)
     (diverged / "samples.jsonl").unlink()
     jobs = [["model=tiny", f"optimizer.lr={lr}"] for lr in lrs]
-    write_record(tmp_path, "pretrain", [], jobs)
+    write_record(tmp_path, "pretrain", [], ["optimizer.lr"], jobs)
     with held(running / RUN_ID):
         page = report(tmp_path)
     states = [row[2] for row in page.tables["sortable jobs"][1:]]
@@ -302,20 +303,6 @@ def test_one_run_and_several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         report(Path("nowhere"))
 
 
-def test_the_newest_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="there is no sweep under outputs"):
-        latest_sweep()
-    places = [
-        "pretrain/sweeps/2026-01-31/12-00-00",
-        "generate/sweeps/2026-02-01/08-00-00",
-        "pretrain/2027-01-01/1",
-    ]
-    for place in places:
-        (Path("outputs") / place).mkdir(parents=True)
-    assert latest_sweep() == Path("outputs", places[1])
-
-
 def test_a_study_has_its_own_report(tmp_path: Path) -> None:
     job = tmp_path / "0"
     (job / ".hydra").mkdir(parents=True)
@@ -325,7 +312,7 @@ def test_a_study_has_its_own_report(tmp_path: Path) -> None:
     text = write_report(ReportConfig(str(tmp_path)), tmp_path / "unused").read_text("utf-8")
     assert "Sampling study" in text
     (job / "summary.json").unlink()
-    write_record(tmp_path, "generate", [], [["checkpoint=run"]])
+    write_record(tmp_path, "generate", [], [], [["checkpoint=run"]])
     assert "Sampling study" in write_report(ReportConfig(str(tmp_path)), tmp_path).read_text("utf-8")
 
 
@@ -401,7 +388,7 @@ def test_curves_are_thinned_and_keep_their_spike(tmp_path: Path) -> None:
 
 def test_several_processes_read_what_one_reads(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = report(sweep)
-    monkeypatch.setattr("llm.sweep_report.MUCH", 0)
+    monkeypatch.setattr("llm.sweep_results.MUCH", 0)
     assert report(sweep).jobs == alone.jobs
 
 
