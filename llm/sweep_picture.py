@@ -103,11 +103,14 @@ def _draw_curves(axes: Any, results: list[Result]) -> None:
 
 
 def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, float]:
-    """From the least loss to the greatest, or, where some diverged, to where a usual job begins."""
-    begins = [rows[3][np.isfinite(rows[3])][:1] for rows in curves]
-    usual = 1.1 * float(np.median(np.concatenate(begins)))
+    """From the least loss to where the usual job is after a tenth of its way, or to the greatest if that is
+    about as much: the fall at the beginning, and a job that diverges, would press all else flat."""
+    early = [
+        rows[3][(rows[1] >= 0.1 * rows[1][-1]) & np.isfinite(rows[3])][:1] for rows in curves if rows.size
+    ]
+    usual = 1.1 * float(np.median(np.concatenate(early))) if any(map(len, early)) else math.inf
     low, high = float(losses.min()), float(losses.max())
-    return low, high if high < 1.5 * usual else usual
+    return low, high if high < 1.2 * usual else usual
 
 
 def _job_colours(
@@ -153,6 +156,8 @@ def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
 
 def _draw_values(axes: Any, results: list[Result], key: str) -> None:
     """Final losses over a swept key, the mean at each value, and a ring about the least."""
+    from matplotlib.ticker import NullLocator
+
     finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
     values = values_of(finished, key)
     numeric = is_numeric(values)
@@ -179,6 +184,9 @@ def _draw_values(axes: Any, results: list[Result], key: str) -> None:
         axes.set_title(_label(title, 60), loc="left", fontsize=10 if len(plotted_keys(results)) < 4 else 8)
     if numeric and wants_log(key, values):
         axes.set_xscale("log")
+    if numeric and len(values) <= FEW:
+        axes.set_xticks([place[value] for value in values], [compact(value) for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
     elif not numeric:
         axes.set_xticks(range(len(values)), [_label(value) for value in values], fontsize=8)
     if losses and min(losses) > 0 and max(losses) > 4 * min(losses):
