@@ -23,7 +23,7 @@ from llm.runtime import Runtime, out_of_memory_in_one_line, start_runtime
 from llm.study import copying_metrics, copying_of, sample_metrics
 from llm.study_report import MAIN_METRICS, METRICS, study_jobs, study_report
 from llm.text_generation import Sample, generate_texts
-from llm.tracking import Tracker
+from llm.tracking import Tracker, sync_command
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def conclude_study(folder: Path) -> None:
     """At the end of a sweep: a table, a report in its folder, and a W&B run beside those of the jobs."""
     jobs = study_jobs(folder)
     page = study_report(jobs, folder)
-    recorded = OmegaConf.load(folder / jobs[0].name / ".hydra" / "config.yaml").tracking
+    configs = [job.folder / ".hydra" / "config.yaml" for job in jobs]
+    recorded = OmegaConf.load(next(config for config in configs if config.exists())).tracking
     failed = [job for job in jobs if job.error]
     tracker = Tracker(
         folder, TrackingConfig(**{**recorded, "name": "study", "group": str(folder)}), {}, "study"
@@ -78,7 +79,7 @@ def conclude_study(folder: Path) -> None:
     print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
     print(f"\nreport      {page}")
     if tracker.wandb_folder:
-        print(f"W&B         wandb sync {folder}/wandb/offline-run-* {folder}/*/wandb/offline-run-*")
+        print(f"W&B         {sync_command(folder / 'wandb' / '*run-*')} {folder / '*' / 'wandb' / '*run-*'}")
 
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:

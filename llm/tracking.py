@@ -34,6 +34,8 @@ class Tracker:
     the record depends on the server.
     """
 
+    passed_over = False  # whether W&B did not take a run of this process, of which there may be many
+
     def __init__(
         self,
         run_dir: Path,
@@ -89,6 +91,9 @@ class Tracker:
                 ),
             )
 
+        if Tracker.passed_over and config.mode == "online" and not _answers():
+            log.warning("W&B still does not answer: this run is recorded offline")
+            return self._define_axes(start("offline"))
         folders = self.run_dir / "wandb"
         there = set(folders.glob("run-*"))
         try:
@@ -104,7 +109,11 @@ class Tracker:
             wandb.teardown()  # else its process holds the run's id
             for folder in set(folders.glob("run-*")) - there:
                 remove(folder)  # of the run that did not begin
+            Tracker.passed_over = True
             run = start("offline")
+        return self._define_axes(run)
+
+    def _define_axes(self, run: Any) -> Any:
         # Tokens are an axis that runs of different batch sizes share; `step` may be chosen too. W&B's own
         # step counts log calls and means nothing here.
         run.define_metric("step")

@@ -42,6 +42,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         monkeypatch.setenv(folder, str(tmp_path / "wandb-home"))
     monkeypatch.chdir(tmp_path)  # where the client keeps a log of each of its commands
     wandb.teardown()  # what an earlier test has set in this process
+    monkeypatch.setattr(Tracker, "passed_over", False)
     yield server
     wandb.teardown()
     server.stop()
@@ -190,6 +191,7 @@ def test_a_run_that_cannot_begin_online_begins_offline(
     reason: str,
 ) -> None:
     monkeypatch.setattr(tracking, "BEGIN", 1)
+    monkeypatch.setattr(tracking, "ANSWER", 1)
     match outage:
         case "gone":
             server.stop()
@@ -204,6 +206,9 @@ def test_a_run_that_cannot_begin_online_begins_offline(
     tracker.finish({})
     assert tracker.wandb_folder == next(Path("wandb").glob("*run-*-*"))
     assert tracker.wandb_folder.name.startswith("offline-run-")
+    (tmp_path / "next").mkdir()
+    Tracker(tmp_path / "next", TrackingConfig(mode="online"), {}, "pretrain", "0123abce").finish({})
+    assert "W&B still does not answer" in caplog.text  # the next job of a sweep does not wait as long again
 
 
 def test_an_agent_of_a_wandb_sweep_runs_pretrain(
