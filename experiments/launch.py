@@ -53,12 +53,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         before = modified(run_dir / "summary.json")
         try:
-            if sweeping and "resume" in config and any((run_dir / name).exists() for name in RECORDS):
-                config.resume = str(run_dir)  # begun before: the sweep is gone on with
-            if "tracking" in config:
-                _name_in_tracker(config)
-            if "study" in config and config.study is None:
-                config.study = sweeping
+            _complete(config, run_dir, sweeping)
             result = work(OmegaConf.to_object(config), as_typed(run_dir))
             if sweeping and modified(run_dir / "summary.json") == before:  # by it a sweep knows its jobs
                 write_json(run_dir / "summary.json", {"status": "finished", "result": result})
@@ -100,6 +95,30 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
         sys.exit(1)
 
 
+def _complete(config: DictConfig, run_dir: Path, sweeping: bool) -> None:
+    """Fill in what follows from whether this is a job of a sweep, and of which."""
+    if sweeping and "resume" in config and any((run_dir / name).exists() for name in RECORDS):
+        config.resume = str(run_dir)  # begun before: the sweep is gone on with
+    if "study" in config and config.study is None:
+        config.study = sweeping
+    if "tracking" in config:
+        _name_in_tracker(config, run_dir.parent if sweeping else None)
+
+
+def _name_in_tracker(config: DictConfig, sweep: Path | None) -> None:
+    """Name the run after what varies in its sweep, or after what was overridden, and its group after the
+    sweep's folder."""
+    overrides = list(HydraConfig.get().overrides.task)
+    if sweep:
+        setting = setting_of(overrides, read_record(sweep)["varied"])
+    else:
+        [setting, _] = settings_of([overrides, []])
+    if config.tracking.name is None:
+        config.tracking.name = title_of(setting).replace("${", r"\${") or "default"
+    if config.tracking.group is None and sweep:
+        config.tracking.group = str(as_typed(sweep))
+
+
 def _say_failed(run_dir: Path, reason: str) -> None:
     """Let a job's summary say that it failed, for a sweep knows its jobs by that."""
     file = run_dir / "summary.json"
@@ -138,23 +157,6 @@ def _keys_of(schema: type, path: str) -> list[str]:
     for name in filter(None, path.split(".")):
         place = next((item.type for item in fields(place) if item.name == name), place)
     return [item.name for item in fields(place)]
-
-
-def _name_in_tracker(config: DictConfig) -> None:
-    """Name the run after what varies in its sweep, or after what was overridden, and its group after the
-    sweep's folder."""
-    hydra_config = HydraConfig.get()
-    sweeping = hydra_config.mode == RunMode.MULTIRUN
-    sweep_dir = Path(hydra_config.sweep.dir)
-    if config.tracking.name is None:
-        overrides = list(hydra_config.overrides.task)
-        if sweeping:
-            setting = setting_of(overrides, read_record(sweep_dir)["varied"])
-        else:
-            [setting, _] = settings_of([overrides, []])
-        config.tracking.name = title_of(setting).replace("${", r"\${") or "default"
-    if config.tracking.group is None and sweeping:
-        config.tracking.group = str(as_typed(sweep_dir))
 
 
 def _quoted(argument: str) -> str:
