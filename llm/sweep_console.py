@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class SweepProgress:
             return {}
         metrics = self._metrics.setdefault(job.name, {})
         for line in lines:
-            metrics |= json.loads(line)
+            with suppress(ValueError):  # a damaged line
+                metrics |= json.loads(line)
         return metrics
 
     def job_share(self, job: Job, metrics: dict[str, Any]) -> float:
@@ -96,6 +97,8 @@ class SweepProgress:
             config = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
             limits = ("max_steps", "max_epochs", "max_minutes")
             found = {limit: OmegaConf.select(config, f"training.{limit}") for limit in limits}
+            if not any(found.values()):  # Hydra is just writing it
+                return 0.0
             self._limits[job.name] = TrainingConfig(**found)
         shares = spent(self._limits[job.name], metrics["step"] + 1, metrics["epoch"], metrics["seconds"])
         return min(1.0, max(shares.values()))
