@@ -9,10 +9,10 @@ import shlex
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from llm.files import read_json_lines, replacing, write_text
+from llm.page import filled_page
 from llm.sweep import Job, order, read_jobs, short_key
 
 # What is shown of each setting: its title, how its number is written, and what it means.
@@ -186,7 +186,8 @@ def _page(folder: Path, jobs: list[StudyJob]) -> str:
         }
         for job in jobs
     ]
-    return Template(PAGE).substitute(
+    return filled_page(
+        "study",
         folder=html.escape(str(folder)),
         subject=html.escape(_subject(jobs)),
         about=html.escape(about),
@@ -289,117 +290,3 @@ def _job_table(jobs: list[StudyJob]) -> str:
             + "</tr>"
         )
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-
-
-PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sampling study $folder</title>
-<style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #667; --line: #d8dde3;
-  --cold: #eef3f8; --hot: #5f93c9; --mark: #d1495b; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e4e7eb; --faint: #98a2ad;
-  --line: #333a42; --cold: #20272f; --hot: #2d659c; --mark: #ff8a96; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1500px; padding: 1.5rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0; }
-h1 small { font-size: 1rem; font-weight: 400; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-p { margin: .3rem 0; }
-.about, figcaption, .figures, .copy, caption { color: var(--faint); overflow-wrap: anywhere; }
-.failed { color: var(--mark); }
-main { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 2rem; margin-top: 1.2rem; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.4rem;
-  align-content: start; }
-figure { margin: 0; overflow-x: auto; }
-figcaption { font-size: .85rem; margin-bottom: .3rem; min-height: 2.9em; }
-figcaption b { color: var(--ink); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-figure table { width: 100%; margin-bottom: .5rem; }
-caption { text-align: left; font-size: .85rem; }
-th { font-weight: 500; font-size: .8rem; color: var(--faint); padding: .15rem .4rem; text-align: right;
-  white-space: nowrap; }
-figure th:first-child { width: 1%; }
-figure thead th { vertical-align: bottom; }
-figure thead th:first-child { white-space: normal; }
-figure thead th + th { text-align: center; }
-figure td { padding: 1px; }
-button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
-figure button { width: 100%; padding: .4rem .3rem; border-radius: 3px;
-  background: color-mix(in oklab, var(--hot) var(--heat), var(--cold)); }
-figure button.missing { background: none; color: var(--faint); }
-button[aria-pressed=true] { outline: 3px solid var(--mark); outline-offset: -1px; position: relative; }
-button:focus-visible { outline: 3px solid var(--ink); outline-offset: 1px; position: relative; }
-#samples { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow-y: auto;
-  border-left: 1px solid var(--line); padding-left: 1.5rem; align-self: start; }
-#samples h2 { margin-top: 0; }
-.copy { font-size: .85rem; white-space: pre-wrap; margin: 0 0 .6rem; }
-article { border-top: 1px solid var(--line); padding: .6rem 0; }
-article pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 14px/1.45 ui-monospace, monospace; }
-article pre span { color: var(--faint); }
-.figures { font-size: .8rem; margin-top: .4rem; }
-.wide { overflow-x: auto; }
-.jobs td { padding: .25rem .6rem; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
-.jobs th[aria-sort=ascending] button::after { content: " ↑"; }
-.jobs th[aria-sort=descending] button::after { content: " ↓"; }
-li { margin: .3rem 0; }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
-@media (max-width: 800px) { body { padding: 1rem; } main { grid-template-columns: minmax(0, 1fr); }
-  #samples { position: static; max-height: 85vh; border: 0; padding: 0; } }
-</style>
-<header><h1>Sampling study <small>$subject</small></h1><p class="about">$folder · $about</p>$failed</header>
-<main>
-<section class="maps" aria-label="metrics; a cell shows its samples">$maps</section>
-<aside id="samples" tabindex="0" aria-label="samples of the setting"></aside>
-</main>
-<h2>All settings</h2>
-<div class="wide"><table class="jobs">$table</table></div>
-<h2>To generate a setting again</h2>
-<ol>$commands</ol>
-<script type="application/json" id="data">$data</script>
-<script>
-const jobs = JSON.parse(document.getElementById("data").textContent);
-const cells = document.querySelectorAll("figure button");
-const panel = document.getElementById("samples");
-function element(name, text, parent) {
-  const made = document.createElement(name);
-  made.textContent = text;
-  parent.append(made);
-  return made;
-}
-function show(number) {
-  cells.forEach(cell => cell.setAttribute("aria-pressed", cell.dataset.job == number));
-  panel.replaceChildren();
-  panel.scrollTop = 0;
-  element("h2", jobs[number].title, panel).setAttribute("role", "status");
-  if (jobs[number].error) element("p", jobs[number].error, panel).className = "failed";
-  if (jobs[number].copy) element("p", jobs[number].copy, panel).className = "copy";
-  for (const sample of jobs[number].samples) {
-    const article = element("article", "", panel);
-    const text = element("pre", "", article);
-    element("span", sample.prompt, text);
-    text.append(sample.text);
-    element("div", sample.about, article).className = "figures";
-  }
-}
-cells.forEach(cell => cell.addEventListener("click", () => {
-  show(cell.dataset.job);
-  if (panel.getBoundingClientRect().top > innerHeight) panel.scrollIntoView();  // on a phone it is below
-}));
-if (jobs.length) show(0);
-const table = document.querySelector(".jobs");
-const heads = [...table.tHead.rows[0].cells];
-heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
-  const down = head.getAttribute("aria-sort") == "ascending";
-  heads.forEach(each => each.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const rows = [...table.tBodies[0].rows].map(row => [row.cells[column].dataset.value, row]);
-  rows.sort(([a], [b]) => (a === "") - (b === "") || (down ? -1 : 1) * (a - b || a.localeCompare(b)));
-  table.tBodies[0].append(...rows.map(([, row]) => row));
-}));
-</script>
-</html>
-"""

@@ -9,16 +9,15 @@ import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
-from string import Template
 from typing import Any
 
 import numpy as np
 
 from llm.config import ReportConfig, UserError
 from llm.files import as_typed, write_text
+from llm.page import filled_page
 from llm.progress import format_count, format_seconds
 from llm.study_report import StudyJob, study_report
 from llm.sweep import DONE, RECORD, Job, compact, find_sweep, read_jobs, read_record, short_key, title_of
@@ -115,8 +114,8 @@ Cell = tuple[Any, str]  # what a column is sorted by, and what is shown, as HTML
 def _page(results: list[Result], folders: list[Path]) -> str:
     settings = by_setting(results)
     numeric = {key: is_numeric(values_of(results, key)) for key in swept_keys(results)}
-    template = files("llm").joinpath("sweep_report.html").read_text("utf-8")
-    return Template(template).substitute(
+    return filled_page(
+        "sweep",
         kind="Run" if folders == [results[0].job.folder] else "Sweep",
         title=_html(", ".join(str(as_typed(folder)) for folder in folders)),
         about=_html(_about(results)),
