@@ -81,7 +81,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
 
     try:
         arguments = [_quoted(argument) for argument in sys.argv[1:]]
-        sys.argv[1:] = _with_recorded_overrides(_with_recorded_sweep(arguments, config_name), record)
+        sys.argv[1:] = _with_recorded_overrides(with_recorded_sweep(arguments, config_name), record)
         os.environ["PYTHONPATH"] = os.pathsep.join(  # for jobs in processes of their own
             filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
         )
@@ -176,7 +176,7 @@ def quoted(text: str) -> str:
     return f"'{escaped}'".replace("${", r"\${")
 
 
-def _with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
+def with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
     """With `sweep.resume=SWEEP_FOLDER`, the command line that began that sweep. What a job is cannot change,
     but how jobs are launched and tracked can."""
     given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}

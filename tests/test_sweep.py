@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
-from launch import one_line
+from launch import one_line, with_recorded_sweep
 from omegaconf import OmegaConf
 
 from llm.config import PretrainConfig, UserError
@@ -359,6 +359,26 @@ def test_a_missing_plugin_is_named_with_how_to_install_it() -> None:
     assert one_line(error) == (
         "hydra/launcher=submitit needs a plugin: pip install -c constraints.txt -e '.[submitit]'"
     )
+
+
+def test_a_sweep_is_gone_on_with_as_it_was_begun(tmp_path: Path) -> None:
+    begun = ["hydra/launcher=joblib", "optimizer.lr=1,2", "tracking=offline"]
+    write_record(tmp_path, "pretrain", begun, ["optimizer.lr"], [["optimizer.lr=1"], ["optimizer.lr=2"]])
+    resume = f"sweep.resume={tmp_path}"
+    assert with_recorded_sweep(["-m", resume, "hydra/launcher=basic", "tracking=disabled"], "pretrain") == [
+        "--multirun",
+        "hydra/launcher=basic",
+        "optimizer.lr=1,2",
+        "tracking=disabled",
+        f"hydra.sweep.dir='{tmp_path}'",
+        "hydra.sweeper.resume=true",
+    ]
+    with pytest.raises(UserError, match=r"leave out seed=1$"):
+        with_recorded_sweep([resume, "seed=1"], "pretrain")
+    with pytest.raises(UserError, match=r"was begun by experiments/pretrain\.py"):
+        with_recorded_sweep([resume], "generate")
+    with pytest.raises(UserError, match="is no sweep's folder"):
+        with_recorded_sweep([f"sweep.resume={tmp_path / 'nothing'}"], "pretrain")
 
 
 def test_the_latest_sweep_is_the_one_begun_last(tmp_path: Path) -> None:
