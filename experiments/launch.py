@@ -208,6 +208,8 @@ def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> l
             )
     if "resume" not in given:
         return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError("resume goes on with one run: leave out -m; a sweep goes on with sweep.resume=FOLDER")
     from llm.checkpoint import find_run
 
     name = given["resume"].partition("=")[2].strip("'\"")
@@ -225,6 +227,7 @@ def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> l
         **given,
         "resume": f"resume='{run_dir if name == 'latest' else name}'",
         "hydra.run.dir": f"hydra.run.dir='{run_dir}'",
+        "hydra.mode": "hydra.mode=RUN",  # of a sweep's job, whose experiment may be a sweep
     }
     return flags + list(merged.values())
 

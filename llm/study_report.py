@@ -200,7 +200,7 @@ def _page(folder: Path, jobs: list[StudyJob]) -> str:
         table=_job_table(jobs),
         commands="".join(
             f"<li value={job.name}><code>python experiments/generate.py "
-            f"{html.escape(shlex.join([*job.overrides, 'study=true']))}</code></li>"
+            f"{html.escape(shlex.join([*job.overrides_alone, 'study=true']))}</code></li>"
             for job in jobs
         ),
         data=json.dumps(samples, ensure_ascii=False).replace("<", "\\u003c"),

@@ -62,6 +62,12 @@ class Job:
         usual = {"interrupted": "stopped by hand", "killed": "killed, or its machine went down"}
         return self.summary.get("error") or usual.get(state, "it did not finish")
 
+    @property
+    def overrides_alone(self) -> list[str]:
+        """What runs it again by itself, also where the experiment that it names is a sweep."""
+        experiment = any(split_override(each)[0] == "experiment" for each in self.overrides)
+        return [*self.overrides, *["hydra.mode=RUN"] * experiment]
+
     def reread(self) -> "Job":
         """The same with the summary that its folder holds by now."""
         return replace(self, summary=_summary(self.folder))

@@ -474,9 +474,10 @@ def _sweep_commands(results: list[Result], folders: list[Path]) -> str:
 
 
 def _commands(results: list[Result]) -> str:
+    """How to run each job again, and how to go on with it."""
     return "".join(
         f"<li><p>{_html(f'Job {result.job.name}: {result.job.title}')} <small>({result.state})</small></p>"
-        f"{_command(*result.job.overrides)}{_resume(result)}</li>"
+        f"{_command(*result.job.overrides_alone)}{_resume(result)}</li>"
         for result in results
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from llm.config import PretrainConfig, UserError
 from llm.files import RUN_ID, held, write_json
-from llm.sweep import compact, find_sweep, read_jobs, read_record, settings_of, title_of, write_record
+from llm.sweep import Job, compact, find_sweep, read_jobs, read_record, settings_of, title_of, write_record
 from llm.sweep_console import SweepProgress, sweep_table
 
 
@@ -99,6 +99,14 @@ def test_the_state_of_a_job_is_read_from_its_folder(tmp_path: Path) -> None:
     assert table[1].split() == ["0", "seed=0", "finished", "2.000", "best"]
     assert table[2].split() == ["1", "seed=1", "failed", "–", "no"]
     assert table[3].endswith("stopped early: median rule at step 5")
+
+
+def test_a_job_of_a_named_sweep_can_be_run_alone(script: Script, tmp_path: Path) -> None:
+    job = Job(tmp_path, "0", ["experiment=sweep_lr", "seed=1", "optimizer.lr=0.1"])
+    result = script("pretrain", *job.overrides_alone, "data=text", "data.path=nothing", "hydra.run.dir=run")
+    assert result.stderr == "error: data.path=nothing: no such file\n"
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_progress_counts_what_is_done_of_the_budget(tmp_path: Path) -> None:
