@@ -104,7 +104,7 @@ def test_the_state_of_a_job_is_read_from_its_folder(tmp_path: Path) -> None:
 def test_a_job_of_a_named_sweep_can_be_run_alone(script: Script, tmp_path: Path) -> None:
     job = Job(tmp_path, "0", ["experiment=sweep_lr", "seed=1", "optimizer.lr=0.1"])
     result = script("pretrain", *job.overrides_alone, "data=text", "data.path=nothing", "hydra.run.dir=run")
-    assert result.stderr == "error: data.path=nothing: no such file\n"
+    assert result.stderr.startswith("error: data.path=nothing: no such file")
     assert (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "outputs").exists()
 
