@@ -23,7 +23,7 @@ from slurm import configure_slurm
 
 from llm.config import UserError
 from llm.files import RECORDS, as_typed, modified, write_json, write_text
-from llm.sweep import find_sweep, read_record, setting_of, settings_of, title_of
+from llm.sweep import RECORD, find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 
@@ -109,7 +109,7 @@ def _name_in_tracker(config: DictConfig, sweep: Path | None) -> None:
     """Name the run after what varies in its sweep, or after what was overridden, and its group after the
     sweep's folder."""
     overrides = list(HydraConfig.get().overrides.task)
-    if sweep:
+    if sweep and (sweep / RECORD).exists():  # another's sweeper, as hydra/sweeper=basic, keeps no record
         setting = setting_of(overrides, read_record(sweep)["varied"])
     else:
         [setting, _] = settings_of([overrides, []])
