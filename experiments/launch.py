@@ -128,6 +128,8 @@ def _say_failed(run_dir: Path, reason: str) -> None:
 
 def one_line(error: BaseException, schema: type | None = None) -> str:
     """An error as one line that names the key and what was expected."""
+    if isinstance(error, UserError):
+        return str(error)
     if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
         parent = unknown[1].rpartition(".")[0]
         keys = _keys_of(schema, parent)

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,14 @@ def test_a_missing_plugin_is_named_with_how_to_install_it() -> None:
     assert one_line(error) == (
         "hydra/launcher=submitit needs a plugin: pip install -c constraints.txt -e '.[submitit]'"
     )
+
+
+def test_optuna_is_asked_for_where_it_is_missing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna.distributions", None)
+    with pytest.raises(UserError) as raised:
+        sweep(OptunaSweeper(), finished, "seed=1,2")
+    expected = "hydra/sweeper=optuna needs Optuna: pip install -c constraints.txt -e '.[optuna]'"
+    assert one_line(raised.value) == expected
 
 
 def test_a_sweep_is_gone_on_with_as_it_was_begun(tmp_path: Path) -> None:
