@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from slurm import configure_slurm
 
 from llm.config import UserError
-from llm.files import RECORDS, as_typed, modified, write_json, write_text
-from llm.sweep import RECORD, find_sweep, read_record, setting_of, settings_of, title_of
+from llm.files import as_typed, holds_run, modified, remove, write_json, write_text
+from llm.sweep import RECORD, STOP, find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 
@@ -51,6 +51,12 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     def job(config: DictConfig) -> float | None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        # Side by side, one job must not take down the others, which are saving too.
+        side_by_side = sweeping and "joblib" in HydraConfig.get().launcher._target_
+        if side_by_side and (run_dir.parent / STOP).exists():
+            if not holds_run(run_dir):
+                remove(run_dir)
+            return math.nan
         before = modified(run_dir / "summary.json")
         try:
             _complete(config, run_dir, sweeping)
@@ -66,14 +72,12 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
                 sys.exit(1)
             _say_failed(run_dir, str(error))
             return math.nan
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            if side_by_side:
+                return math.nan
             if sweeping:
                 raise KeyboardInterrupt from None  # the jobs to come are off
-            sys.exit(0)
-        except KeyboardInterrupt:
-            if sweeping:
-                raise
-            sys.exit(130)
+            sys.exit(130 if isinstance(stopped, KeyboardInterrupt) else 0)
         except Exception:
             if sweeping:  # Hydra keeps it for itself
                 error_log.exception("error")
@@ -97,7 +101,7 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
 
 def _complete(config: DictConfig, run_dir: Path, sweeping: bool) -> None:
     """Fill in what follows from whether this is a job of a sweep, and of which."""
-    if sweeping and "resume" in config and any((run_dir / name).exists() for name in RECORDS):
+    if sweeping and "resume" in config and holds_run(run_dir):
         config.resume = str(run_dir)  # begun before: the sweep is gone on with
     if "study" in config and config.study is None:
         config.study = sweeping

@@ -86,6 +86,11 @@ def modified(path: Path) -> float:
         return 0.0
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run has been begun in a folder, so far that there is something of it."""
+    return any((folder / name).exists() for name in (*RECORDS, "checkpoints"))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what `replacing` left in a folder when its process was killed."""
     for leftover in folder.glob(".*.tmp"):

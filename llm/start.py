@@ -19,7 +19,7 @@ from llm.checkpoint import (
     step_folders,
 )
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
-from llm.files import RECORDS, RUN_ID, held, remove, remove_leftovers, replacing
+from llm.files import RECORDS, RUN_ID, held, holds_run, remove, remove_leftovers, replacing
 from llm.pretrained import open_weights
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def run_folder(config: PretrainConfig, run_dir: str | Path | None) -> Path:
     if config.resume:
         return find_run(config.resume, with_checkpoint=False)
     run_dir = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    if any((run_dir / name).exists() for name in (*RECORDS, "checkpoints")):
+    if holds_run(run_dir):
         raise UserError(
             f"{run_dir} holds a run already: go on with resume={run_dir}, or write to another folder "
             f"(hydra.run.dir=FOLDER)"

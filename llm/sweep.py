@@ -17,6 +17,7 @@ from llm.files import RUN_ID, is_held, modified, write_json
 
 RECORD = "sweep.json"  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
+STOP = ".stop"  # is there once a sweep whose jobs run side by side was asked to stop
 UNVARIED = ("hydra.", "tracking.", "tracking", "resume", "rerun")
 DONE = ("finished", "stopped")  # with a result, so that they are not run again
 

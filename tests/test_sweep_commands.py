@@ -117,11 +117,26 @@ def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_go_on(
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
 
 
-def test_ctrl_c_saves_the_job_and_ends_the_sweep(begin: Begin, tmp_path: Path, text: str) -> None:
-    process = begin(*SWEEP, text, "training.max_steps=100000", "seed=1,2", "hydra.sweep.dir=sweep")
-    wait_for_checkpoint(process, tmp_path / "sweep" / "0")
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("asked", ["Ctrl-C", "Ctrl-C, side by side", "SIGTERM, side by side"])
+def test_a_sweep_that_is_asked_to_stop_saves_its_jobs(
+    begin: Begin, tmp_path: Path, text: str, asked: str
+) -> None:
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if "side by side" in asked else []
+    process = begin(
+        *SWEEP, *launcher, text, "training.max_steps=100000", "seed=1,2,3", "hydra.sweep.dir=sweep"
+    )
+    running = 2 if launcher else 1
+    for number in range(running):
+        wait_for_checkpoint(process, tmp_path / "sweep" / str(number))
+    if asked.startswith("SIGTERM"):
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, ""), output
-    assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["interrupted", "waiting"]
+    jobs = read_jobs([tmp_path / "sweep"])
+    assert [job.state for job in jobs] == ["interrupted"] * running + ["waiting"] * (3 - running)
+    for job in jobs[:running]:
+        saved = (job.folder / "checkpoints" / "last").readlink().name
+        assert saved == f"step-{job.summary['steps']:08d}"
     assert output.endswith("go on       python experiments/pretrain.py -m sweep.resume=sweep\n")

@@ -10,7 +10,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing import active_children
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,11 +28,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError, first_line
-from llm.files import held, modified, write_json
+from llm.files import held, modified, remove, write_json
 from llm.sweep import (
     DONE,
     LOCK,
     RECORD,
+    STOP,
     Job,
     read_jobs,
     read_record,
@@ -95,14 +98,12 @@ class RecordedSweeper(Sweeper):
             self.since = modified(self.folder / RECORD)
             self._divide_machine()
             progress = SweepProgress(self.folder, self.since, self.total())
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs as Ctrl-C does
             try:
-                with watching(progress):
+                with self._stoppable(), watching(progress):
                     self.run_jobs(now_given=self._given_on_resuming(arguments))
                 status = 0
             except KeyboardInterrupt:
                 status = 130
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if conclude(self.folder) and not status:
                 status = 1
         if status:
@@ -155,10 +156,12 @@ class RecordedSweeper(Sweeper):
                     [self._overrides(number, now_given) for number in numbers], numbers[0]
                 )
         except Exception as error:
-            if len(numbers) == 1:
+            if len(numbers) == 1 and not self._asked_to_stop():
                 self.fail(numbers[0], error)
                 return
             results = []
+        if self._asked_to_stop():
+            raise KeyboardInterrupt
         if results:
             for number, result in zip(numbers, results, strict=True):
                 if self.state(number) in ("running", "waiting"):
@@ -170,6 +173,35 @@ class RecordedSweeper(Sweeper):
             self.launch([number], now_given)
         if rest := [number for number in left if number not in begun]:
             self.launch(rest, now_given)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Let SIGTERM end the sweep as Ctrl-C does. Side by side, the jobs get either too, save, and are
+        waited for; a second one ends all at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            (self.folder / STOP).touch()
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.default_int_handler)
+            if number == signal.SIGTERM:  # Ctrl-C reaches all processes of a terminal by itself
+                for child in active_children():
+                    os.kill(child.pid or 0, signal.SIGTERM)
+
+        side_by_side = hasattr(self.launcher, "joblib")
+        remove(self.folder / STOP)
+        handlers = {signal.SIGTERM: stop if side_by_side else signal.default_int_handler}
+        if side_by_side:
+            handlers[signal.SIGINT] = stop
+        previous = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            remove(self.folder / STOP)
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+
+    def _asked_to_stop(self) -> bool:
+        return (self.folder / STOP).exists()
 
     def _divide_machine(self) -> None:
         """Let joblib run a job a GPU, or a job a core without, if it was not told how many; no more than
