@@ -1,6 +1,7 @@
 """What a sweep says: a live table of its jobs on a terminal, a line a job elsewhere, a table at its end."""
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -182,15 +183,13 @@ def _live_table(progress: SweepProgress) -> Iterator[None]:
     from rich.live import Live
 
     with Live(
-        get_renderable=lambda: _rendered(progress), refresh_per_second=1 / POLL_SECONDS, transient=True
+        get_renderable=lambda: live_table(progress), refresh_per_second=1 / POLL_SECONDS, transient=True
     ):
         yield
 
 
-def _rendered(progress: SweepProgress) -> Any:
+def live_table(progress: SweepProgress) -> Any:
     """The bar, the jobs that run, the last that ended, the next that wait: as many as the screen holds."""
-    import shutil
-
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -202,7 +201,8 @@ def _rendered(progress: SweepProgress) -> Any:
     waiting = progress.named("waiting")
     ended = progress.named("finished", "stopped", "failed", "interrupted")
     ended.sort(key=lambda job: modified(job.folder / "summary.json"))
-    shown = ended[len(ended) - max(0, room - len(running) - min(1, len(waiting))) :] if ended else []
+    left = room - len(running) - min(1, len(waiting))  # at least the next that waits is shown
+    shown = ended[max(0, len(ended) - max(0, left)) :]
     table = Table(box=None, pad_edge=False, expand=True)
     for name in ("job", "set", "state"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "set" else None)

@@ -1,9 +1,12 @@
 """Sweeps: what a folder says of its jobs, and the sweepers with a launcher that trains nothing."""
 
+import io
 import json
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +24,12 @@ from hydra.types import HydraContext
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from launch import one_line, with_recorded_sweep
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from llm.config import PretrainConfig, UserError
 from llm.files import RUN_ID, held, write_json
 from llm.sweep import Job, compact, find_sweep, read_jobs, read_record, settings_of, title_of, write_record
-from llm.sweep_console import SweepProgress, sweep_table
+from llm.sweep_console import SweepProgress, live_table, sweep_table
 
 
 def test_what_varies_is_what_a_job_is_called() -> None:
@@ -125,6 +129,34 @@ def test_progress_counts_what_is_done_of_the_budget(tmp_path: Path) -> None:
     assert progress.poll() == ["1"]
     assert progress.heading().startswith("2 of 4 jobs done · 2 waiting · 1 failed")
     assert progress.best_so_far() == "best: job 0, val loss 2.500"
+
+
+def rows_of_live_table(folder: Path, jobs: int, ended: int, running: int) -> list[str]:
+    """The first column of what a terminal of 20 lines shows of a sweep."""
+    overrides = [[f"seed={number}"] for number in range(jobs)]
+    write_record(folder, "pretrain", [], ["seed"], overrides)
+    for number in range(ended + running):
+        about = {"status": "finished", "val_loss": 3.0 - number} if number < ended else {}
+        write_job(folder / str(number), overrides[number], **about)
+    screen = Console(width=90, file=io.StringIO())
+    screen.print(live_table(SweepProgress(folder, since=1.0, total=jobs)))
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) <= 20
+    return [line.split()[0] for line in lines[lines.index(next(filter(HEAD.match, lines))) + 1 :]]
+
+
+HEAD = re.compile("job +set ")
+
+
+def test_the_live_table_has_as_many_jobs_as_the_screen_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((90, 20)))
+    assert rows_of_live_table(tmp_path / "few", 6, 3, 2) == ["0", "1", "2", "3", "4", "5"]
+    many = rows_of_live_table(tmp_path / "many", 100, 50, 2)
+    assert many[-3:] == ["50", "51", "52"]  # those that run, and the next one
+    assert many[:-3] == [str(number) for number in range(50 - len(many) + 3, 50)]  # the last that ended
+    assert len(many) == 14
 
 
 # Sweepers, with a launcher that trains nothing
