@@ -10,14 +10,14 @@ from llm.tracking import sync_command
 
 
 def conclude(folder: Path) -> bool:
-    """Say what came of a sweep and write its report; returns whether a job failed.
+    """Say what came of a sweep and write its report; returns whether a job has no result that should have.
 
     Raises:
         UserError: the report cannot be written.
     """
     folder = as_typed(folder)
     jobs, script = read_jobs([folder]), read_record(folder)["script"]
-    failed = any(job.state in ("failed", "killed") for job in jobs)
+    failed = any(job.state in ("failed", "killed", "interrupted") for job in jobs)
     if any("sampling" in job.summary and "train_loss" not in job.summary for job in jobs):
         from llm.generation_run import conclude_study
 

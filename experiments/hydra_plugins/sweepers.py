@@ -94,13 +94,14 @@ class RecordedSweeper(Sweeper):
             if self.resume:
                 self.jobs = read_record(self.folder)["jobs"]
             self._typed = [*hydra_overrides, *arguments]
+            self._now_given = self._given_on_resuming(arguments)
             self.record()
             self.since = modified(self.folder / RECORD)
             self._divide_machine()
             progress = SweepProgress(self.folder, self.since, self.total())
             try:
                 with self._stoppable(), watching(progress):
-                    self.run_jobs(now_given=self._given_on_resuming(arguments))
+                    self.run_jobs()
                 status = 0
             except KeyboardInterrupt:
                 status = 130
@@ -127,7 +128,7 @@ class RecordedSweeper(Sweeper):
         """How many jobs the launcher is given at once, at most."""
 
     @abstractmethod
-    def run_jobs(self, now_given: list[str]) -> None:
+    def run_jobs(self) -> None:
         """Launch what has no result."""
 
     def record(self) -> None:
@@ -147,13 +148,13 @@ class RecordedSweeper(Sweeper):
             return error
         return None
 
-    def launch(self, numbers: list[int], now_given: list[str]) -> None:
+    def launch(self, numbers: list[int]) -> None:
         """Run jobs. If one takes its launcher down with it, as when its process is killed, those that had
         begun are run again one at a time, and the one that does so again has failed."""
         try:
             with _deaths_as_results(self.launcher):
                 results: Sequence[Any] = self.launcher.launch(
-                    [self._overrides(number, now_given) for number in numbers], numbers[0]
+                    [self._overrides(number) for number in numbers], numbers[0]
                 )
         except Exception as error:
             if len(numbers) == 1 and not self._asked_to_stop():
@@ -170,9 +171,9 @@ class RecordedSweeper(Sweeper):
         left = [number for number in numbers if self.state(number) in ("running", "waiting")]
         begun = [number for number in left if self.state(number) == "running"] or left[:1]
         for number in begun:
-            self.launch([number], now_given)
+            self.launch([number])
         if rest := [number for number in left if number not in begun]:
-            self.launch(rest, now_given)
+            self.launch(rest)
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
@@ -223,13 +224,13 @@ class RecordedSweeper(Sweeper):
     def state(self, number: int) -> str:
         return state_since(self.job(number), self.since)
 
-    def _overrides(self, number: int, now_given: list[str]) -> list[str]:
+    def _overrides(self, number: int) -> list[str]:
         place = [f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={number}"]
         if len(self.gpus) > 1 and self.config.get("runtime", {}).get("processes") == 1:
             # A process keeps the GPU of its first job, for CUDA reads this once.
             gpu = self.gpus[number % len(self.gpus)]
             place.append(f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES={quoted(gpu)}")
-        return [*self.jobs[number], *now_given, *place, *QUIET]
+        return [*self.jobs[number], *self._now_given, *place, *QUIET]
 
     def fail(self, number: int, error: Any) -> None:
         """Let a job's summary say why it has no result, for it could not do so itself."""
@@ -279,7 +280,7 @@ class GridSweeper(RecordedSweeper):
     def at_once(self) -> int:
         return self.max_batch_size or len(self.jobs)
 
-    def run_jobs(self, now_given: list[str]) -> None:
+    def run_jobs(self) -> None:
         numbers = []
         for number in self.without_result():
             if misfit := self._misfit(self.jobs[number]):
@@ -288,7 +289,7 @@ class GridSweeper(RecordedSweeper):
                 numbers.append(number)
         size = self.max_batch_size or len(numbers)
         for start in range(0, len(numbers), max(1, size)):
-            self.launch(numbers[start : start + size], now_given)
+            self.launch(numbers[start : start + size])
 
 
 class OptunaSweeper(RecordedSweeper):
@@ -343,15 +344,15 @@ class OptunaSweeper(RecordedSweeper):
     def at_once(self) -> int:
         return self.n_jobs
 
-    def run_jobs(self, now_given: list[str]) -> None:
+    def run_jobs(self) -> None:
         unfinished = self.without_result()
         for start in range(0, len(unfinished), self.n_jobs):
-            self.launch(unfinished[start : start + self.n_jobs], now_given)
+            self.launch(unfinished[start : start + self.n_jobs])
         while len(self.jobs) < self.n_trials:
             numbers = list(range(len(self.jobs), min(len(self.jobs) + self.n_jobs, self.n_trials)))
             self.jobs += self._suggest(len(numbers))
             self.record()
-            self.launch(numbers, now_given)
+            self.launch(numbers)
 
     def _random(self) -> list[str]:
         """Values of the searched keys, to try whether their kind fits."""
