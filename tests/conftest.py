@@ -26,6 +26,7 @@ TINY = (
     "model.drop_rate=0.1",
 )
 
+Begin = Callable[..., "subprocess.Popen[str]"]
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -55,6 +56,24 @@ def script(environment: dict[str, str], tmp_path: Path) -> Script:
             capture_output=True,
             text=True,
             timeout=240,
+        )
+
+    return run
+
+
+@pytest.fixture
+def begin(environment: dict[str, str], tmp_path: Path) -> Begin:
+    """Start pretrain.py, in a process group of its own, and do not wait for it."""
+
+    def run(*arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     return run

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Script, numbers
+from conftest import ROOT, TINY, Begin, Script, numbers
 
 from llm.files import read_json_lines
 
@@ -122,17 +122,9 @@ def test_two_processes_train_as_one(script: Script, tmp_path: Path, text: str) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_cleanly(
-    environment: dict[str, str], script: Script, tmp_path: Path, text: str, number: signal.Signals
+    begin: Begin, script: Script, tmp_path: Path, text: str, number: signal.Signals
 ) -> None:
-    arguments = [*TINY, "data=text", text, "training.max_steps=100000", "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begin(*TINY, "data=text", text, "training.max_steps=100000", "hydra.run.dir=run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not metrics.exists():
         time.sleep(0.05)

@@ -4,37 +4,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Script, numbers
+from conftest import TINY, Begin, Script, numbers
 
 from llm.sweep import read_jobs
 
 SWEEP = ("-m", *TINY, "data=text", "training.max_steps=40", "checkpoint.every_steps=2")
-
-Begin = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def begin(environment: dict[str, str], tmp_path: Path) -> Begin:
-    """Start pretrain.py, in a process group of its own, and do not wait for it."""
-
-    def run(*arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    return run
 
 
 def wait_for_checkpoint(process: "subprocess.Popen[str]", job: Path) -> None:
