@@ -62,6 +62,16 @@ def config(tmp_path: Path) -> PretrainConfig:
     return config
 
 
+def break_down(server: WandbServer, outage: str) -> None:
+    match outage:
+        case "gone":
+            server.stop()
+        case "slow":
+            server.delay = 3
+        case status:
+            server.status = int(status)
+
+
 def sync(folder: Path) -> None:
     """What `sync_command` says, in this process, with the server of the environment."""
     wandb.teardown()
@@ -147,13 +157,7 @@ def test_an_outage_costs_nothing_but_a_sync(
     begin = training.train
 
     def train(*arguments: Any) -> None:
-        match outage:
-            case "gone":
-                server.stop()
-            case "slow":
-                server.delay = 3
-            case status:
-                server.status = int(status)
+        break_down(server, outage)
         begin(*arguments)
 
     monkeypatch.setattr(training, "train", train)
@@ -192,13 +196,7 @@ def test_a_run_that_cannot_begin_online_begins_offline(
 ) -> None:
     monkeypatch.setattr(tracking, "BEGIN", 1)
     monkeypatch.setattr(tracking, "ANSWER", 1)
-    match outage:
-        case "gone":
-            server.stop()
-        case "slow":
-            server.delay = 3
-        case status:
-            server.status = int(status)
+    break_down(server, outage)
     tracker = Tracker(tmp_path, TrackingConfig(mode="online"), {}, "pretrain", "0123abcd")
     [line] = [record.getMessage() for record in caplog.records if "recorded offline" in record.getMessage()]
     assert reason in line
