@@ -1,6 +1,5 @@
 """What the scripts share: schemas for Hydra, one-line errors, resuming. Sweeps: hydra_plugins/sweepers.py."""
 
-import json
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from slurm import configure_slurm
 
 from llm.config import UserError
-from llm.files import as_typed, holds_run, modified, remove, write_json, write_text
+from llm.files import as_typed, holds_run, modified, read_summary, remove, write_json, write_text
 from llm.sweep import RECORD, STOP, find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
@@ -125,9 +124,7 @@ def _name_in_tracker(config: DictConfig, sweep: Path | None) -> None:
 
 def _say_failed(run_dir: Path, reason: str) -> None:
     """Let a job's summary say that it failed, for a sweep knows its jobs by that."""
-    file = run_dir / "summary.json"
-    summary = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    write_json(file, {**summary, "status": "failed", "error": reason})
+    write_json(run_dir / "summary.json", {**read_summary(run_dir), "status": "failed", "error": reason})
 
 
 def one_line(error: BaseException, schema: type | None = None) -> str:
@@ -185,7 +182,7 @@ def quoted(text: str) -> str:
 def with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
     """With `sweep.resume=SWEEP_FOLDER`, the command line that began that sweep. What a job is cannot change,
     but how jobs are launched and tracked can."""
-    given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
+    given = _by_key(arguments)
     if "sweep.resume" not in given:
         return arguments
     folder = find_sweep(given.pop("sweep.resume").partition("=")[2].strip("'\""))
@@ -205,7 +202,7 @@ def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> l
     Hydra then writes to that folder, and its record of the config there stays true; `record` gets the old.
     With `rerun=`, the config is the run's own, whatever the defaults are by now, and takes no changes.
     """
-    given = {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
+    given = _by_key(arguments)
     if "rerun" in given:
         free = ("rerun", "resume", "tracking", "hydra", "data.path", "data.cache_dir")
         if others := [argument for key, argument in given.items() if not key.startswith(free)]:
@@ -236,6 +233,11 @@ def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> l
         "hydra.mode": "hydra.mode=RUN",  # of a sweep's job, whose experiment may be a sweep
     }
     return flags + list(merged.values())
+
+
+def _by_key(arguments: list[str]) -> dict[str, str]:
+    """The overrides among arguments, by the keys that they set."""
+    return {_key(argument): argument for argument in arguments if "=" in argument and argument[0] != "-"}
 
 
 def _key(override: str) -> str:

@@ -9,7 +9,7 @@ from llm.config import PretrainConfig
 from llm.evaluation import Evaluation
 from llm.model import GPTModel, parameter_count, training_flops_per_token
 from llm.optimizer import orthogonalisation_flops
-from llm.progress import format_count, format_seconds
+from llm.progress import format_count, format_figure, format_seconds
 from llm.run import Run, Summary
 from llm.runtime import device_name
 from llm.tracking import sync_command
@@ -136,18 +136,18 @@ def print_summary(summary: Summary, run: Run) -> None:
         "stopped early": summary.stopped_early or "–",
         "updates": f"{summary.steps:,}",
         "tokens seen": f"{summary.tokens_seen:,} ({run.position()['epoch']:.2f} epochs)",
-        "training loss": _figure(summary.train_loss, "{:.3f}"),
-        "validation loss": _figure(summary.val_loss, "{:.3f}"),
-        "validation perplexity": _figure(summary.val_perplexity, "{:.1f}"),
-        "validation bits per byte": _figure(summary.val_bits_per_byte, "{:.3f}"),
+        "training loss": format_figure(summary.train_loss, "{:.3f}"),
+        "validation loss": format_figure(summary.val_loss, "{:.3f}"),
+        "validation perplexity": format_figure(summary.val_perplexity, "{:.1f}"),
+        "validation bits per byte": format_figure(summary.val_bits_per_byte, "{:.3f}"),
         "updates left out": str(summary.skipped) if summary.skipped else "–",
         "gradient-norm spikes": str(summary.grad_norm_spikes) if summary.grad_norm_spikes else "–",
-        "best validation loss": _figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
+        "best validation loss": format_figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
         "training time": format_seconds(summary.seconds),
         "execution time": format_seconds(summary.total_seconds),
-        "tokens per second": _figure(summary.tokens_per_second, "{:,.0f}"),
+        "tokens per second": format_figure(summary.tokens_per_second, "{:,.0f}"),
         "peak memory": f"{format_count(summary.peak_memory_bytes or 0)}B",
-        "model FLOPs utilisation": _figure(summary.mfu, "{:.0%}"),
+        "model FLOPs utilisation": format_figure(summary.mfu, "{:.0%}"),
     }
     width = max(map(len, rows))
     log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
@@ -159,7 +159,3 @@ def print_summary(summary: Summary, run: Run) -> None:
     if run.tracker and (folder := run.tracker.wandb_folder):
         log.info("W&B         %s", sync_command(folder))
         log.info("W&B, here   wandb leet %s", folder)
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)

@@ -173,6 +173,15 @@ def _lock(file: IO[str], kind: int) -> bool:
     return True
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """A run folder's `summary.json`; empty if there is none yet, or it is damaged."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def as_typed(path: Path) -> Path:
     """A path as a user would type it here: relative, if it lies below the working folder."""
     path = path.absolute()

@@ -21,7 +21,7 @@ from llm.pretrained import resolve
 from llm.progress import format_table
 from llm.runtime import Runtime, out_of_memory_in_one_line, start_runtime
 from llm.study import copying_metrics, copying_of, sample_metrics
-from llm.study_report import MAIN_METRICS, METRICS, study_jobs, study_report
+from llm.study_report import MAIN_METRICS, METRICS, StudyJob, study_report
 from llm.text_generation import Sample, generate_texts
 from llm.tracking import Tracker, sync_command
 
@@ -60,9 +60,8 @@ def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
         tracker.finish(summary, failed=summary["status"] == "failed")
 
 
-def conclude_study(folder: Path) -> None:
+def conclude_study(folder: Path, jobs: list[StudyJob]) -> None:
     """At the end of a sweep: a table, a report in its folder, and a W&B run beside those of the jobs."""
-    jobs = study_jobs(folder)
     page = study_report(jobs, folder)
     configs = [job.folder / ".hydra" / "config.yaml" for job in jobs]
     recorded = OmegaConf.load(next(config for config in configs if config.exists())).tracking

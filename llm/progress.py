@@ -37,11 +37,8 @@ class Progress:
         advanced = max(fraction - self._start, 1e-9)
         left = format_seconds((now - self._started) * (1 - fraction) / advanced)
         if self.live:
-            filled = round(min(fraction, 1.0) * BAR_WIDTH)
-            bar = "━" * filled + "╌" * (BAR_WIDTH - filled)
-            print(
-                f"\r\x1b[K{self.what} {bar} {fraction:4.0%} {status} · {left} left", end="", file=sys.stderr
-            )
+            line = f"{self.what} {format_bar(fraction)} {fraction:4.0%} {status} · {left} left"
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr)
             sys.stderr.flush()
         else:
             log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)
@@ -51,6 +48,17 @@ class Progress:
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr)
             sys.stderr.flush()
+
+
+def format_bar(fraction: float) -> str:
+    """How much is done, as a bar."""
+    filled = round(min(fraction, 1.0) * BAR_WIDTH)
+    return "━" * filled + "╌" * (BAR_WIDTH - filled)
+
+
+def format_figure(value: float | None, form: str, missing: str = "–") -> str:
+    """A number in a form such as `{:.3f}`, or what stands for one that is not there."""
+    return missing if value is None else form.format(value)
 
 
 def format_seconds(seconds: float) -> str:

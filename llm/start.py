@@ -1,6 +1,5 @@
 """Where a run begins: anew, from given weights, at one of its checkpoints, or again from another's record."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from llm.checkpoint import (
     step_folders,
 )
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
-from llm.files import RECORDS, RUN_ID, held, holds_run, remove, remove_leftovers, replacing
+from llm.files import RECORDS, RUN_ID, held, holds_run, read_summary, remove, remove_leftovers, replacing
 from llm.pretrained import open_weights
 
 log = logging.getLogger(__name__)
@@ -101,14 +100,9 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path) -> Start:
             f"weights with init_from={name}"
         )
     rerun_of = Path(config.rerun) if config.rerun else None
-    return Start(config, run_dir, checkpoint, _status(run_dir) == "finished", changes, rerun_of)
-
-
-def _status(run_dir: Path) -> str | None:
-    try:
-        return json.loads((run_dir / "summary.json").read_text("utf-8"))["status"]
-    except (OSError, ValueError, LookupError, TypeError):  # a damaged summary is written anew at the end
-        return None
+    return Start(
+        config, run_dir, checkpoint, read_summary(run_dir).get("status") == "finished", changes, rerun_of
+    )
 
 
 def recorded_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:

@@ -56,7 +56,16 @@ class StudyJob(Job):
 
 def study_jobs(folder: Path) -> list[StudyJob]:
     """The jobs of a sweep folder, by number, with whatever each has left."""
-    return [StudyJob(**vars(job)) for job in read_jobs([folder])]
+    return as_study(read_jobs([folder]))
+
+
+def as_study(jobs: list[Job]) -> list[StudyJob]:
+    return [StudyJob(**vars(job)) for job in jobs]
+
+
+def is_study(jobs: list[Job]) -> bool:
+    """Whether jobs have measured samples, and trained nothing."""
+    return any("sampling" in job.summary and "val_loss" not in job.summary for job in jobs)
 
 
 def study_report(jobs: list[StudyJob], folder: Path) -> Path:

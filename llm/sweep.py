@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llm.config import UserError
-from llm.files import RUN_ID, is_held, modified, write_json
+from llm.files import RUN_ID, is_held, modified, read_summary, write_json
 
 RECORD = "sweep.json"  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
@@ -71,7 +71,7 @@ class Job:
 
     def reread(self) -> "Job":
         """The same with the summary that its folder holds by now."""
-        return replace(self, summary=_summary(self.folder))
+        return replace(self, summary=read_summary(self.folder))
 
 
 def begun(job: Job) -> float:
@@ -114,7 +114,7 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
     else:
         settings = settings_of([overrides for _, _, overrides in found], [folder for folder, _, _ in found])
     return [
-        Job(folder, name, overrides, setting, _summary(folder))
+        Job(folder, name, overrides, setting, read_summary(folder))
         for (folder, name, overrides), setting in zip(found, settings, strict=True)
     ]
 
@@ -132,14 +132,6 @@ def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
 def _recorded_overrides(run_dir: Path) -> list[str]:
     file = run_dir / ".hydra" / "overrides.yaml"
     return [str(each) for each in OmegaConf.load(file)] if file.exists() else []
-
-
-def _summary(run_dir: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:

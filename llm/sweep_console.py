@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from llm.config import TrainingConfig
 from llm.files import modified
-from llm.progress import format_count, format_seconds, format_table
+from llm.progress import format_bar, format_count, format_figure, format_seconds, format_table
 from llm.schedule import spent
 from llm.sweep import RECORD, Job, begun, read_jobs, state_since
 
@@ -22,7 +22,6 @@ POLL_SECONDS = 0.5
 TAIL_BYTES = 4096  # of metrics.jsonl; some lines, of which the last is where a job is
 WAITING_LOOKED_AT = 64  # jobs begin about in order, so not all that wait are looked at each time
 TABLE_ROWS = 40  # of the table at the end; of a larger sweep it has the best
-BAR_WIDTH = 24
 
 
 class SweepProgress:
@@ -195,7 +194,6 @@ def live_table(progress: SweepProgress) -> Any:
     from rich.text import Text
 
     progress.poll()
-    filled = round(progress.share() * BAR_WIDTH)
     room = max(3, shutil.get_terminal_size().lines - 6)
     running = progress.named("running")[:room]
     waiting = progress.named("waiting")
@@ -221,13 +219,13 @@ def live_table(progress: SweepProgress) -> Any:
             job.title + (f": {job.error}" if state == "failed" else ""),
             state + (" ★" if job is best else ""),
             "" if share is None else f"{share:.0%}",
-            _figure(metrics.get("train/loss"), "{:.3f}", ""),
-            _figure(loss, "{:.3f}", ""),
+            format_figure(metrics.get("train/loss"), "{:.3f}", ""),
+            format_figure(loss, "{:.3f}", ""),
             "" if not metrics else format_count(metrics["tokens_seen"]),
             "" if spent is None or state == "waiting" else format_seconds(spent),
             style=styles.get(state, "dim" if state == "waiting" else None),
         )
-    heading = Text(f"{'━' * filled}{'╌' * (BAR_WIDTH - filled)} {progress.heading()}")
+    heading = Text(f"{format_bar(progress.share())} {progress.heading()}")
     return Group(Text(f"sweep folder {progress.folder}"), heading, Text(progress.best_so_far()), table)
 
 
@@ -261,11 +259,7 @@ def sweep_table(jobs: list[Job]) -> str:
     }
     cells = [["job", "set", "state", *figures, ""]]
     for job in shown:
-        written = [_figure(job.summary.get(key), form, "–") for key, form in figures.values()]
+        written = [format_figure(job.summary.get(key), form) for key, form in figures.values()]
         cells.append([job.name, job.title, job.state, *written, "best" if job is best else job.error or ""])
     table = format_table(cells, left={0, 1, 2, len(cells[0]) - 1})
     return table + (f"\n… and {len(jobs) - len(shown)} more" if len(jobs) > len(shown) else "")
-
-
-def _figure(value: float | None, form: str, missing: str) -> str:
-    return missing if value is None else form.format(value)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llm.files import as_typed
+from llm.study_report import as_study, is_study
 from llm.sweep import DONE, read_jobs, read_record
 from llm.sweep_console import sweep_table
 from llm.sweep_report import sweep_report
@@ -18,10 +19,10 @@ def conclude(folder: Path) -> bool:
     folder = as_typed(folder)
     jobs, script = read_jobs([folder]), read_record(folder)["script"]
     failed = any(job.state in ("failed", "killed", "interrupted") for job in jobs)
-    if any("sampling" in job.summary and "train_loss" not in job.summary for job in jobs):
+    if is_study(jobs):
         from llm.generation_run import conclude_study
 
-        conclude_study(folder)
+        conclude_study(folder, as_study(jobs))
     else:
         print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
         if script == "pretrain" and jobs:

@@ -19,7 +19,7 @@ from llm.config import ReportConfig, UserError
 from llm.files import as_typed, write_text
 from llm.page import filled_page
 from llm.progress import format_count, format_seconds
-from llm.study_report import StudyJob, study_report
+from llm.study_report import as_study, is_study, study_report
 from llm.sweep import DONE, RECORD, Job, compact, find_sweep, read_jobs, read_record, short_key, title_of
 from llm.sweep_picture import COLOURS, FEW, draw_sweep
 from llm.sweep_results import (
@@ -59,7 +59,7 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
         raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
     target = Path(config.to) if config.to else folders[0] if len(folders) == 1 else run_dir
     if _is_study(folders, jobs):
-        page = study_report([StudyJob(**vars(job)) for job in jobs], target)
+        page = study_report(as_study(jobs), target)
     else:
         page = sweep_report(jobs, folders, target)
     print(f"report      {page}\ntable       {target / 'report.csv'}\npicture     {target / 'report.png'}")
@@ -67,10 +67,9 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
 
 
 def _is_study(folders: list[Path], jobs: list[Job]) -> bool:
-    """Whether the jobs measured samples, and trained nothing."""
+    """Whether the jobs measured samples, or will."""
     scripts = {read_record(folder)["script"] for folder in folders if (folder / RECORD).exists()}
-    measured = any("sampling" in job.summary and "val_loss" not in job.summary for job in jobs)
-    return measured or scripts == {"generate"}
+    return is_study(jobs) or scripts == {"generate"}
 
 
 def sweep_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:

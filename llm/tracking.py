@@ -59,6 +59,11 @@ class Tracker:
         self._wandb_run = None
         if config.mode != "disabled":
             self._wandb_run = self._start_wandb(config, run_config, job_type, run_id)
+            # Tokens are an axis that runs of different batch sizes share; `step` may be chosen too. W&B's own
+            # step counts log calls and means nothing here.
+            self._wandb_run.define_metric("step")
+            self._wandb_run.define_metric("tokens_seen")
+            self._wandb_run.define_metric("*", step_metric="tokens_seen")
             self.wandb_folder = as_typed(Path(self._wandb_run.dir).parent)
 
     def _start_wandb(
@@ -93,7 +98,7 @@ class Tracker:
 
         if Tracker.passed_over and config.mode == "online" and not _answers():
             log.warning("W&B still does not answer: this run is recorded offline")
-            return self._define_axes(start("offline"))
+            return start("offline")
         folders = self.run_dir / "wandb"
         there = set(folders.glob("run-*"))
         try:
@@ -111,14 +116,6 @@ class Tracker:
                 remove(folder)  # of the run that did not begin
             Tracker.passed_over = True
             run = start("offline")
-        return self._define_axes(run)
-
-    def _define_axes(self, run: Any) -> Any:
-        # Tokens are an axis that runs of different batch sizes share; `step` may be chosen too. W&B's own
-        # step counts log calls and means nothing here.
-        run.define_metric("step")
-        run.define_metric("tokens_seen")
-        run.define_metric("*", step_metric="tokens_seen")
         return run
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -84,6 +84,8 @@ class RecordedSweeper(Sweeper):
         overrides = parser.parse_overrides(
             [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         )
+        last = _last_of_each_key(overrides)
+        self.varied = [key.lstrip("+") for key, each in last.items() if each.is_sweep_override()]
         self.prepare(overrides)
         with _claimed(self.config, self.resume) as self.folder:
             hydra_overrides = [
@@ -147,6 +149,10 @@ class RecordedSweeper(Sweeper):
         except (HydraException, OmegaConfBaseException) as error:
             return error
         return None
+
+    def launch_in_batches(self, numbers: list[int]) -> None:
+        for start in range(0, len(numbers), self.at_once()):
+            self.launch(numbers[start : start + self.at_once()])
 
     def launch(self, numbers: list[int]) -> None:
         """Run jobs. If one takes its launcher down with it, as when its process is killed, those that had
@@ -261,8 +267,6 @@ class GridSweeper(RecordedSweeper):
 
     def prepare(self, overrides: list[Override]) -> None:
         [self.jobs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        last = {override.get_key_element(): override for override in overrides}
-        self.varied = [key.lstrip("+") for key, each in last.items() if each.is_sweep_override()]
         # Each value is tried once: to compose a config takes a tenth of a second, and there may be a
         # thousand jobs.
         errors = {each: self.refused([each]) for each in dict.fromkeys(o for job in self.jobs for o in job)}
@@ -287,9 +291,7 @@ class GridSweeper(RecordedSweeper):
                 self.fail(number, misfit)
             else:
                 numbers.append(number)
-        size = self.max_batch_size or len(numbers)
-        for start in range(0, len(numbers), max(1, size)):
-            self.launch(numbers[start : start + size])
+        self.launch_in_batches(numbers)
 
 
 class OptunaSweeper(RecordedSweeper):
@@ -324,13 +326,12 @@ class OptunaSweeper(RecordedSweeper):
     def prepare(self, overrides: list[Override]) -> None:
         if self.config.hydra.job.name != "pretrain":
             raise UserError("hydra/sweeper=optuna searches for the lowest val_loss: it is for pretrain.py")
-        last = {override.get_key_element(): override for override in overrides}
+        last = _last_of_each_key(overrides)
         searched = {key: each for key, each in last.items() if each.is_sweep_override()}
         if not searched:
             raise UserError(
                 "hydra/sweeper=optuna has nothing to search: give a key as interval(…) or choice(…)"
             )
-        self.varied = list(searched)
         self.distributions = {key: _distribution(each) for key, each in searched.items()}
         self.fixed = [
             f"{key}={each.get_value_element_as_str()}" for key, each in last.items() if key not in searched
@@ -345,9 +346,7 @@ class OptunaSweeper(RecordedSweeper):
         return self.n_jobs
 
     def run_jobs(self) -> None:
-        unfinished = self.without_result()
-        for start in range(0, len(unfinished), self.n_jobs):
-            self.launch(unfinished[start : start + self.n_jobs])
+        self.launch_in_batches(self.without_result())
         while len(self.jobs) < self.n_trials:
             numbers = list(range(len(self.jobs), min(len(self.jobs) + self.n_jobs, self.n_trials)))
             self.jobs += self._suggest(len(numbers))
@@ -403,6 +402,10 @@ class OptunaSweeper(RecordedSweeper):
     def _read(self, key: str, value: str) -> Any:
         kind = type(self.distributions[key]).__name__
         return {"FloatDistribution": float, "IntDistribution": int}.get(kind, str)(value)
+
+
+def _last_of_each_key(overrides: list[Override]) -> dict[str, Override]:
+    return {override.get_key_element(): override for override in overrides}
 
 
 def _distribution(override: Override) -> Any:
