@@ -28,8 +28,9 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     """Median speed of a whole update (forward, backward, optimizer) of each variant, as a table and in
     `run_dir/benchmark.json`.
 
-    The first variant is the book's way: fp32, all logits at once. The others change precision and loss. Where
-    transformers is installed, its GPT-2 of the same size takes part, stepped by AdamW.
+    The first variant is the book's way: fp32, all logits at once. The others change precision and loss, and
+    with `runtime.compile` one compiles the blocks. Where transformers is installed, its GPT-2 of this size
+    takes part, stepped by AdamW.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
@@ -37,11 +38,15 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     variants: dict[str, Callable[[], None]] = {}
     for precision in precisions:
         each = replace(runtime, precision=precision)
-        for name, loss in (("plain", _plain_loss), ("chunked", GPTModel.__call__)):
+        ours = [("plain loss", _plain_loss), ("chunked loss", GPTModel.__call__)]
+        for name, loss in ours + [("compiled", GPTModel.__call__)] * runtime.compile:
             torch.manual_seed(config.seed)
             model = GPTModel(config.model)
+            if name == "compiled":
+                for block in model.trf_blocks:
+                    block.compile()
             optimizers = build_optimizers(model, config.optimizer)
-            variants[f"{precision}, {name} loss"] = _updater(config, each, model, optimizers, loss)
+            variants[f"{precision}, {name}"] = _updater(config, each, model, optimizers, loss)
         if importlib.util.find_spec("transformers"):
             theirs = transformers_gpt2(config.model)
             adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))

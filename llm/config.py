@@ -196,6 +196,10 @@ class RuntimeConfig:
     )
     threads: int | None = key(None, "CPU threads a process; null: torch's choice", at_least=1)
     processes: int = key(1, "processes that share each batch, one a GPU", at_least=1)
+    compile: bool = key(
+        False,
+        "for GPUs: compile the blocks to train, or the step to generate (as a CUDA graph); slow to start",
+    )
 
 
 @dataclass

@@ -77,8 +77,13 @@ class Decoding:
         self._window = context_size
         self._jump = max(1, context_size // 2) if past_context == "half" else 1
         longest = min(context_size, max(map(len, prompts)) + max_new_tokens)
+        if model.compiled_features:
+            longest = context_size  # one shape, whatever the prompts: each other one is compiled anew
         self._device = model.tok_emb.weight.device
         self._cache = KVCache(model.config, len(prompts), longest, self._device, model.cache_dtype)
+        if model.compiled_features:  # for CUDA graphs, which else leave out a step that writes to its inputs
+            for kept in (*self._cache.keys, *self._cache.values):
+                torch._dynamo.mark_static_address(kept)
         self._starts = [-1] * len(prompts)  # where each cached window starts in its row; -1: nowhere yet
 
     @torch.no_grad()
@@ -133,7 +138,15 @@ class Decoding:
         positions = [
             len(self.token_ids[row]) - 1 - start for row, start in zip(self.rows, starts, strict=True)
         ]
+        features, end = self.model.features, max(positions) + 1
+        if self.model.compiled_features:
+            # It knows one shape: room for the whole context, and rows that have ended are computed too.
+            features, end = self.model.compiled_features, self._cache.length
+            ended = [0] * (self._cache.rows - len(tokens))
+            tokens, positions = tokens + ended, positions + ended
         where = torch.tensor(positions, device=self._device)
         idx = torch.tensor(tokens, device=self._device)
-        remember = partial(self._cache.extend, positions=positions, where=where)
-        return self.model.features(idx[:, None], where[:, None], remember)[:, 0]
+        remember = partial(self._cache.extend, where=where, end=end)
+        if min(positions) + 1 == end and not self.model.compiled_features:
+            remember = partial(self._cache.extend_together, position=end - 1)
+        return features(idx[:, None], where[:, None], remember)[: len(self.rows), 0]

@@ -31,8 +31,9 @@ PRECISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # a weight
 def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     """New tokens a second of each variant at each batch size, as a table and in `run_dir/benchmark.json`.
 
-    Ours is what `generate.py` does, in each precision that the device has. The book's loop, which keeps
-    nothing and computes the whole text for each token, takes minutes: it is timed once, for one row.
+    Ours is what `generate.py` does, in each precision that the device has, and with `runtime.compile` that
+    too. The book's loop, which keeps nothing and computes the whole text for each token, takes minutes: it
+    is timed once, for one row.
     Where transformers is installed, `generate` of its GPT-2 of the same size takes part.
 
     `bound` is, for one row, the share of the speed at which memory would deliver the weights. How fast that
@@ -54,8 +55,9 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     model = GPTModel(replace(config.model, drop_rate=0.0)).to(runtime.device).eval()
     variants: dict[str, Callable[[int], None]] = {}
     for precision in [*precisions, *(["int8"] if runtime.device.type == "cpu" else [])]:
-        ready = for_inference(model, replace(runtime, precision=precision))
-        variants[f"{precision}, here"] = _ours(config, ready)
+        for compiled in [False] + [True] * runtime.compile:
+            ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
+            variants[f"{precision}, here{', compiled' * compiled}"] = _ours(config, ready)
     if importlib.util.find_spec("transformers"):
         for precision in precisions:
             variants[f"{precision}, transformers {version('transformers')}"] = _transformers(
@@ -117,6 +119,7 @@ def _report(
     rows: list[dict[str, Any]] = []
     for (batch, name), speed in sorted(tokens_per_second.items(), key=lambda item: item[0][0]):
         precision, _, by = name.partition(", ")
+        ours = by.startswith("here")
         theirs = tokens_per_second.get((batch, f"{precision}, transformers {_version()}"))
         step_bytes = matrix_parameters(model) * PRECISION_BYTES[precision]
         row = {
@@ -124,8 +127,8 @@ def _report(
             "variant": name,
             "tokens_per_second": speed,
             "over_book": speed / book,
-            "over_transformers": speed / theirs if theirs and by == "here" else None,
-            "share_of_bound": speed * step_bytes / bandwidth if batch == 1 and by == "here" else None,
+            "over_transformers": speed / theirs if theirs and ours else None,
+            "share_of_bound": speed * step_bytes / bandwidth if batch == 1 and ours else None,
         }
         rows.append(row)
         log.info(

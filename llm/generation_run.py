@@ -19,7 +19,7 @@ from llm.files import append_json_lines, cache_folder, remove, write_json
 from llm.inference import load_for_inference
 from llm.pretrained import resolve
 from llm.progress import format_table
-from llm.runtime import Runtime, out_of_memory_in_one_line, start_runtime
+from llm.runtime import Runtime, device_errors_in_one_line, start_runtime
 from llm.study import copying_metrics, copying_of, sample_metrics
 from llm.study_report import MAIN_METRICS, METRICS, StudyJob, study_report
 from llm.text_generation import Sample, generate_texts
@@ -41,7 +41,7 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
     """
     validate(config)
     sizes = f"{config.batch_size} samples are generated side by side; lower batch_size or max_new_tokens"
-    with out_of_memory_in_one_line(lambda: sizes):
+    with device_errors_in_one_line(lambda: sizes):
         return _study(config, run_dir) if config.study else _generate(config, run_dir)[0]
 
 

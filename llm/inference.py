@@ -62,27 +62,37 @@ def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
         ready.out_head = InferenceLinear(ready.tok_emb.weight, None, runtime)  # type: ignore[assignment]
     # Attention over a cache is many small products, in which CPUs are several times as slow in bf16.
     ready.cache_dtype = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
+    if runtime.compile:
+        mode = "reduce-overhead" if runtime.device.type == "cuda" else None  # that is, CUDA graphs
+        ready.compiled_features = torch.compile(ready.features, mode=mode, dynamic=False)
     return ready
 
 
 class InferenceLinear(nn.Module):
     """`F.linear` with a weight (out, in) that will not change: (…, in) to (…, out)."""
 
+    weight: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
     @torch.no_grad()
     def __init__(self, weight: Tensor, bias: Tensor | None, runtime: Runtime) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
         self.dtype = runtime.dtype
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.scales: Tensor | None = None
+        scales = None
         self.packed = False
         if runtime.precision == "int8":
-            self.weight, self.scales = quantise(weight)
+            weight, scales = quantise(weight)
         else:
-            self.weight = weight.detach().to(self.dtype)
+            weight = weight.detach().to(self.dtype)
             self.packed = _packs(runtime)
             if self.packed:
-                self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        # Buffers, so that a CUDA graph reads them where they are and does not copy them at each step.
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(self.dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
@@ -111,6 +121,6 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _packs(runtime: Runtime) -> bool:
     """Whether oneDNN can lay out weights in blocks. A product of a few rows then runs at the speed of
     memory, where `F.linear` over plain weights reaches a half (one row) to a quarter (eight) of it."""
-    if runtime.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+    if runtime.device.type != "cpu" or runtime.compile or not torch.backends.mkldnn.is_available():
+        return False  # torch.compile cannot trace such weights
     return runtime.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

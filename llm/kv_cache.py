@@ -9,46 +9,48 @@ from llm.config import ModelConfig
 class KVCache:
     """Room for rows of different lengths, allocated once.
 
-    A row is written by `fill`, from its first token on, and then grows by a token a step through `extend`.
-    Either is handed to the model as a function of (layer, keys, values), both (rows, heads, time, head_dim),
-    that returns the keys and values to attend to, and a mask where causality alone does not do.
+    A row is written by `fill`, from its first token on, and then grows by a token a step through `extend`
+    or `extend_together`. Each is handed to the model as a function of (layer, keys, values), both (rows,
+    heads, time, head_dim), that returns the keys and values to attend to, and a mask where causality alone
+    does not do.
     """
 
     def __init__(
         self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.n_layers, rows, config.n_heads, length, config.emb_dim // config.n_heads)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (rows, config.n_heads, length, config.emb_dim // config.n_heads)
+        self.rows, self.length = rows, length
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self._rows = torch.arange(rows, device=device)
         self._lengths = torch.arange(length, device=device)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor, source: Tensor) -> "Attended":
         """Write the first tokens of `rows`: row rows[i] gets what was computed for prompt source[i]."""
         time = keys.shape[2]
-        self.keys[layer][rows, :, :time] = keys[source].to(self.keys.dtype)
-        self.values[layer][rows, :, :time] = values[source].to(self.values.dtype)
+        self.keys[layer][rows, :, :time] = keys[source].to(self.keys[layer].dtype)
+        self.values[layer][rows, :, :time] = values[source].to(self.values[layer].dtype)
         return keys, values, None
 
-    def extend(
-        self, layer: int, keys: Tensor, values: Tensor, positions: list[int], where: Tensor
-    ) -> "Attended":
-        """Add a token to each of the first rows, each at its position; `where` is these on the device."""
-        rows, end = len(positions), max(positions) + 1
-        if min(positions) + 1 == end:
-            self.keys[layer][:rows, :, end - 1] = keys[:, :, 0]
-            self.values[layer][:rows, :, end - 1] = values[:, :, 0]
-            mask = None
-        else:
-            self.keys[layer][self._rows[:rows], :, where] = keys[:, :, 0].to(self.keys.dtype)
-            self.values[layer][self._rows[:rows], :, where] = values[:, :, 0].to(self.values.dtype)
-            mask = (self._lengths[:end] <= where[:, None])[:, None, None]  # (rows, 1, 1, end)
+    def extend(self, layer: int, keys: Tensor, values: Tensor, where: Tensor, end: int) -> "Attended":
+        """Add a token to each of the first rows, at its position in `where`, (rows,), below `end`."""
+        rows = len(where)
+        self.keys[layer][self._rows[:rows], :, where] = keys[:, :, 0].to(self.keys[layer].dtype)
+        self.values[layer][self._rows[:rows], :, where] = values[:, :, 0].to(self.values[layer].dtype)
+        mask = (self._lengths[:end] <= where[:, None])[:, None, None]  # (rows, 1, 1, end)
         return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end], mask
+
+    def extend_together(self, layer: int, keys: Tensor, values: Tensor, position: int) -> "Attended":
+        """`extend` for rows of one length, which need no mask."""
+        rows = len(keys)
+        self.keys[layer][:rows, :, position] = keys[:, :, 0]
+        self.values[layer][:rows, :, position] = values[:, :, 0]
+        return self.keys[layer][:rows, :, : position + 1], self.values[layer][:rows, :, : position + 1], None
 
     def move(self, row: int, to: int) -> None:
         """Copy a row over another."""
-        self.keys[:, to] = self.keys[:, row]
-        self.values[:, to] = self.values[:, row]
+        for kept in (*self.keys, *self.values):
+            kept[to] = kept[row]
 
 
 Attended = tuple[Tensor, Tensor, Tensor | None]  # keys, values (rows, heads, length, head_dim), and a mask

@@ -114,6 +114,7 @@ class GPTModel(nn.Module):
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = LayerNorm(config.emb_dim)
         self.cache_dtype = torch.float32  # of keys and values that generation keeps
+        self.compiled_features: Callable[..., Tensor] | None = None  # `features` for steps of one shape
         # With tied weights there is no second tensor, so none is saved, counted or stepped twice.
         self.out_head = (
             None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)

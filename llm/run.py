@@ -1,6 +1,7 @@
 """The parts of a training run, put together, saved and restored."""
 
 import logging
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llm.dataset import TrainingBatches, Windows, fingerprint_of, load_windows
 from llm.model import GPTModel
 from llm.optimizer import Optimizers, build_optimizers
 from llm.pretrained import open_weights
+from llm.progress import format_seconds
 from llm.record import git_commit, git_is_clean, machine, package_versions, recorded_clock
 from llm.runtime import Runtime
 from llm.schedule import spent
@@ -176,6 +178,24 @@ def build_run(start: Start, run_id: str, runtime: Runtime) -> Run:
         run.writer = CheckpointWriter(run_dir, config.checkpoint.keep)
     model.train()
     return run
+
+
+def compile_blocks(run: Run) -> None:
+    """Compile the blocks for training, and wait for that here, so that no update's time holds it.
+
+    Weights, gradients and random streams are left as they are.
+    """
+    begin = time.perf_counter()
+    for block in run.model.trf_blocks:
+        block.compile()
+    states = _generator_states(run.runtime)
+    inputs, targets = run.training_windows.batch(torch.arange(run.config.data.batch_size))
+    with run.runtime.autocast():
+        run.trained_model(run.runtime.share(inputs), run.runtime.share(targets)).backward()
+    run.optimizers.zero_grad()
+    for kind, state in states.items():
+        _GENERATORS[kind].set_rng_state(state)
+    log.info("compiled in %s", format_seconds(time.perf_counter() - begin))
 
 
 def save(run: Run) -> None:

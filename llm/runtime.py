@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from llm.config import RuntimeConfig, UserError
+from llm.config import RuntimeConfig, UserError, first_line
 
 ERROR = "error.txt"  # what another process than the main one could not do
 
@@ -32,6 +32,7 @@ class Runtime:
     precision: str  # fp32, bf16, or int8: weights in int8, products in bf16, for inference
     rank: int = 0
     processes: int = 1
+    compile: bool = False  # see `RuntimeConfig`
 
     @property
     def is_main(self) -> bool:
@@ -107,7 +108,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         raise UserError(f"runtime.precision=int8 is for the CPU, and this is {kind}: use auto, bf16 or fp32")
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(device) else "fp32"
-    return Runtime(device, precision, rank, config.processes)
+    return Runtime(device, precision, rank, config.processes, config.compile)
 
 
 def _keep_freed_memory() -> None:
@@ -188,18 +189,22 @@ def _join_group(runtime: Runtime, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def out_of_memory_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
+def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
     """
     Args:
         sizes: gives, once memory is out, the sizes at play and the keys to lower.
 
     Raises:
-        UserError: memory is out.
+        UserError: memory is out, or torch cannot compile here.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
         text = str(error)
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise UserError(
+                f"runtime.compile=true: torch cannot compile here ({first_line(error)}); leave it out"
+            ) from error
         if not isinstance(error, MemoryError) and not re.search(
             "out of memory|can't allocate memory|not enough memory", text, re.IGNORECASE
         ):

@@ -22,7 +22,7 @@ from llm.inference import load_for_inference
 from llm.model import GPTModel
 from llm.pretrained import resolve
 from llm.progress import Progress, format_count
-from llm.runtime import out_of_memory_in_one_line, start_runtime
+from llm.runtime import device_errors_in_one_line, start_runtime
 from llm.sampling import next_distribution, penalise_repetition
 from llm.tokenizer import END_OF_TEXT, bytes_of, bytes_of_tokens, encode
 
@@ -59,7 +59,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         token_ids = _token_ids(config, tokenizer, model.config.vocab_size)
         batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
     lengths = bytes_of_tokens(tokenizer, model.config.vocab_size)
-    with out_of_memory_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
+    with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
         evaluation = evaluate(model, _with_progress(batches, count), lengths, runtime)
     figures: dict[str, Any] = {
         "checkpoint": checkpoint,

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,12 +27,12 @@ from llm.inference import for_inference
 from llm.model import parameter_count, training_flops_per_token
 from llm.progress import Progress
 from llm.record import compare_rerun
-from llm.run import Run, Summary, build_run, finish_saving, save
+from llm.run import Run, Summary, build_run, compile_blocks, finish_saving, save
 from llm.runtime import (
     Runtime,
+    device_errors_in_one_line,
     device_name,
     measure_matmul_flops,
-    out_of_memory_in_one_line,
     peak_memory_bytes,
     processes,
 )
@@ -87,7 +87,7 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
 def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> Run:
     """What each process of a run does; the main one fills in the summary."""
     config, run_dir = start.config, start.run_dir
-    with out_of_memory_in_one_line(lambda: console.sizes(config)):
+    with device_errors_in_one_line(lambda: console.sizes(config)):
         run = build_run(start, run_id, runtime)
         try:
             summary.device, summary.precision = device_name(runtime.device), runtime.precision
@@ -96,6 +96,8 @@ def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> 
             if runtime.is_main:
                 write_json(run_dir / "summary.json", asdict(summary))
                 console.announce(run, matmul_flops)
+            if runtime.compile:
+                compile_blocks(run)
             with _stop_requests(runtime) as stop:
                 train(run, stop)
             summary.status = "interrupted" if stop.is_set else "finished"
@@ -287,7 +289,9 @@ def _evaluate_validation_split(run: Run) -> Evaluation:
 def sample(run: Run) -> None:
     """Generate from `samples.prompt`, on a random stream apart from training's."""
     config, sampling = run.config.samples, run.config.sampling
-    model = for_inference(run.model, run.runtime)
+    model = for_inference(
+        run.model, replace(run.runtime, compile=False)
+    )  # which takes longer than one sample
     [text] = generate_texts(
         model, run.tokenizer, [config.prompt], sampling, config.max_new_tokens, seed=run.config.seed
     )

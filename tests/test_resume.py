@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import numbers
 from drill import TEXT, outcome
 
 from llm.checkpoint import step_folders
-from llm.config import ModelConfig, PretrainConfig, UserError
+from llm.config import ModelConfig, PretrainConfig, ScheduleConfig, UserError
 from llm.files import read_json_lines
 from llm.plots import plot_losses
 from llm.run import Counters
-from llm.runtime import out_of_memory_in_one_line
+from llm.runtime import device_errors_in_one_line
 from llm.training import pretrain, watch
 
 
@@ -259,7 +260,22 @@ def test_out_of_memory_is_one_line_with_the_sizes(tmp_path: Path) -> None:
 )
 def test_out_of_memory_of_accelerators_is_known(error: RuntimeError) -> None:
     line = r"out of memory \(20\.00 MiB more were asked for\): the sizes"
-    with pytest.raises(UserError, match=line), out_of_memory_in_one_line(lambda: "the sizes"):
+    with pytest.raises(UserError, match=line), device_errors_in_one_line(lambda: "the sizes"):
         raise error
-    with pytest.raises(RuntimeError, match="another bug"), out_of_memory_in_one_line(lambda: "the sizes"):
+    with pytest.raises(RuntimeError, match="another bug"), device_errors_in_one_line(lambda: "the sizes"):
         raise RuntimeError("another bug")
+
+
+def test_a_compiled_run_has_the_losses_of_a_plain_one_and_goes_on_exactly(tmp_path: Path) -> None:
+    plain = settings(tmp_path)
+    plain.model.drop_rate = 0.0  # whose random draws are the compiler's own
+    plain.schedule = ScheduleConfig("constant", warmup=0)  # the same rates in a shorter run
+    compiled = changed(plain, runtime__compile=True)
+    pretrain(plain, tmp_path / "plain")
+    pretrain(compiled, tmp_path / "whole")
+    pretrain(changed(compiled, training__max_steps=7), tmp_path / "run")
+    pretrain(changed(compiled, resume=str(tmp_path / "run")))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert numbers(tmp_path / "whole") != numbers(tmp_path / "plain")  # it was compiled
+    for line, expected in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "plain"), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4)
