@@ -40,7 +40,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
     compare. A `UserError`, or an override that does not fit, is one line and exit status 1. In a sweep a
     job that fails so does not stop the others.
     """
-    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    schema_name = schema.__name__.removesuffix("Config").lower()
+    ConfigStore.instance().store(name=f"{schema_name}_schema", node=schema)
     configure_slurm()
     # Hydra would print its own errors on several lines; with this it raises them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

@@ -69,7 +69,7 @@ class DataConfig:
     source: str = key(
         "shakespeare", "where the text comes from", choices=("shakespeare", "the_verdict", "text")
     )
-    path: str | None = key(None, "a local UTF-8 file, a folder of *.txt and *.md files, or a glob")
+    path: str | None = key(None, "a UTF-8 file, a folder of *.txt, *.md and *.jsonl files, or a glob")
     train_ratio: float = key(0.9, "share of the text, in characters, that is trained on", above=0, below=1)
     batch_size: int = key(16, "windows in a batch, over all processes", at_least=1)
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
@@ -251,7 +251,7 @@ class GenerateConfig:
 class EvaluateConfig:
     checkpoint: str = key("latest", WEIGHTS_MEANING)
     text: str | None = key(None, "show what the model makes of this text, token by token, and what is next")
-    path: str | None = key(None, "instead of a split: a UTF-8 file, a folder (its *.txt and *.md), or a glob")
+    path: str | None = key(None, "instead of a split: UTF-8, as for data.path")
     split: str = key(
         "validation", "of the text that the model was trained on", choices=("training", "validation")
     )

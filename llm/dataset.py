@@ -1,8 +1,5 @@
-"""Text to a token file on disk, to windows, to batches in an order that can be resumed."""
+"""Token files to windows, to batches in an order that can be resumed."""
 
-import hashlib
-import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm.config import DataConfig, PretrainConfig, UserError
-from llm.corpus import load_text, split_text
-from llm.files import cache_folder, replacing
-from llm.progress import Progress, format_count
-from llm.tokenizer import encode, fingerprint
-
-log = logging.getLogger(__name__)
+from llm.token_file import token_files
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
-
-CHUNK_CHARACTERS = 1_000_000
-# A single newline between two characters that are not white space: no encoding's pattern joins text
-# across it, so the pieces encode to the same ids as the whole.
-_SAFE_BREAK = re.compile(r"(?<=[^\s]\n)(?=\S)")
 
 
 class Windows(Dataset[Batch]):
@@ -152,65 +139,32 @@ def load_windows(config: PretrainConfig, tokenizer: tiktoken.Encoding) -> tuple[
         UserError: the text cannot be had, is too short for one batch of training or one window of
             validation, or holds a token id that the model does not know.
     """
-    splits = split_text(load_text(config.data), config.data.train_ratio)
     context = config.model.context_length
     windows = []
-    for split, text, at_least in zip(
+    for name, tokens, at_least in zip(
         ("training", "validation"),
-        splits,
+        token_files(config.data, tokenizer),
         (config.data.batch_size * config.training.accumulate, 1),
         strict=True,
     ):
-        tokens = token_file(text, tokenizer, cache_folder(config.data.cache_dir), split)
-        if len(tokens) and (largest := int(tokens.max())) >= config.model.vocab_size:
+        fits = tokenizer.n_vocab <= config.model.vocab_size or not len(tokens)
+        if not fits and (largest := int(tokens.max())) >= config.model.vocab_size:
             raise UserError(
-                f"token id {largest} of the {split} text is outside the model: "
+                f"token id {largest} of the {name} text is outside the model: "
                 f"model.vocab_size={config.model.vocab_size} must be at least {tokenizer.n_vocab} "
                 f"for tokenizer.name={config.tokenizer.name}"
             )
         windows.append(Windows(tokens, context, config.data.stride or context))
         if len(windows[-1]) < at_least:
             raise UserError(
-                f"the {split} text is too short: its {len(tokens)} tokens make {len(windows[-1])} windows of "
+                f"the {name} text is too short: its {len(tokens)} tokens make {len(windows[-1])} windows of "
                 f"model.context_length={context}, and {at_least} are needed for one update; give more text, "
                 f"or lower model.context_length, data.batch_size or training.accumulate"
             )
     return windows[0], windows[1]
 
 
-def fingerprint_of(windows: Windows) -> str:
-    """A hash of the text and the tokenizer that windows come from: the name of their token file."""
+def path_of(windows: Windows) -> Path:
+    """The token file that windows come from. Its name stands for the text and the tokenizer."""
     assert isinstance(windows.tokens, np.memmap)
-    return Path(str(windows.tokens.filename)).stem
-
-
-def token_file(text: str, tokenizer: tiktoken.Encoding, cache: Path, what: str) -> np.ndarray:
-    """Token ids of a text, memory-mapped from the cache: (tokens,), the smallest integer type that fits.
-
-    Made at the first call for this text and this tokenizer. Several processes may do that at once: each
-    writes a file of its own, and the last rename wins with the same content.
-    """
-    text_hash = hashlib.sha256(text.encode()).hexdigest()
-    path = cache / "tokens" / f"{tokenizer.name}-{fingerprint(tokenizer)[:16]}-{text_hash[:32]}.npy"
-    if not path.exists():
-        tokens = np.array(
-            _encode_in_chunks(text, tokenizer, what), dtype=np.min_scalar_type(tokenizer.n_vocab - 1)
-        )
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, tokens)
-    return np.load(path, mmap_mode="r")
-
-
-def _encode_in_chunks(text: str, tokenizer: tiktoken.Encoding, what: str) -> list[int]:
-    """The ids of `encode(text, tokenizer)`, made piece by piece so that progress can be shown."""
-    progress = Progress(f"tokenising the {what} text")
-    ids: list[int] = []
-    start = 0
-    while start < len(text):
-        safe_break = _SAFE_BREAK.search(text, min(start + CHUNK_CHARACTERS, len(text)))
-        end = safe_break.start() if safe_break else len(text)
-        ids += encode(text[start:end], tokenizer)
-        progress.update(end / len(text), f"{format_count(len(ids))} tokens")
-        start = end
-    progress.clear()
-    return ids
+    return Path(str(windows.tokens.filename))

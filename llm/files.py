@@ -145,12 +145,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def held(lock: Path) -> Iterator[bool]:
-    """Hold a file for this process, and say whether that was possible. The system lets go of it when the
-    process ends, however it does."""
+def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+    """Hold a file for this process, and say whether that was possible within so many seconds. The system lets
+    go of it when the process ends, however it does."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + seconds
         while not (ours := _lock(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
             time.sleep(0.05)
         yield ours

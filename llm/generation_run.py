@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 from llm.checkpoint import step_of
 from llm.config import GenerateConfig, TrackingConfig, UserError, validate
 from llm.copying import NgramIndex, load_ngram_index
-from llm.corpus import find_files, load_text, read_text, split_text
-from llm.dataset import token_file
+from llm.corpus import find_files, find_splits, read_text
 from llm.files import append_json_lines, cache_folder, remove, write_json
 from llm.inference import load_for_inference
 from llm.pretrained import resolve
@@ -23,6 +22,7 @@ from llm.runtime import Runtime, device_errors_in_one_line, start_runtime
 from llm.study import copying_metrics, copying_of, sample_metrics
 from llm.study_report import MAIN_METRICS, METRICS, StudyJob, study_report
 from llm.text_generation import Sample, generate_texts
+from llm.token_file import token_file
 from llm.tracking import Tracker, sync_command
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _training_index(checkpoint: str, runtime: Runtime) -> NgramIndex | None:
         log.warning("what was copied is not measured: what %s was trained on is not known", checkpoint)
         return None
     try:
-        training_text = split_text(load_text(trained.data), trained.data.train_ratio)[0]
+        training_text, _ = find_splits(trained.data)
     except UserError as error:
         log.warning("what was copied is not measured, for want of the training text: %s", error)
         return None

@@ -23,7 +23,7 @@ from llm.checkpoint import (
     read_tensors,
 )
 from llm.config import PretrainConfig, UserError
-from llm.dataset import TrainingBatches, Windows, fingerprint_of, load_windows
+from llm.dataset import TrainingBatches, Windows, load_windows, path_of
 from llm.model import GPTModel
 from llm.optimizer import Optimizers, build_optimizers
 from llm.pretrained import open_weights
@@ -250,7 +250,7 @@ def finish_saving(run: Run) -> None:
 
 
 def _data(run: Run) -> list[str]:
-    return [fingerprint_of(windows) for windows in (run.training_windows, run.validation_windows)]
+    return [path_of(windows).stem for windows in (run.training_windows, run.validation_windows)]
 
 
 def _restore(run: Run, start: Start) -> None:

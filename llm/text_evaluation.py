@@ -14,7 +14,7 @@ import torch
 from llm import plots
 from llm.checkpoint import step_of
 from llm.config import EvaluateConfig, SamplingConfig, UserError, validate
-from llm.corpus import find_files, read_text
+from llm.corpus import Corpus, find_files
 from llm.dataset import Batch, load_windows, ordered_batches, whole_batches
 from llm.evaluation import evaluate
 from llm.files import write_json
@@ -24,7 +24,8 @@ from llm.pretrained import resolve
 from llm.progress import Progress, format_count
 from llm.runtime import device_errors_in_one_line, start_runtime
 from llm.sampling import next_distribution, penalise_repetition
-from llm.tokenizer import END_OF_TEXT, bytes_of, bytes_of_tokens, encode
+from llm.token_file import encode_pieces
+from llm.tokenizer import bytes_of, bytes_of_tokens
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +93,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
 
 def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
     """The tokens of the text, or of the files with the end of text between them: (tokens,), int64."""
-    text = config.text
-    if text is None:
-        assert config.path
-        text = END_OF_TEXT.join(read_text(file) for file in find_files(config.path, "path"))
-    token_ids = np.array(encode(text, tokenizer), dtype=np.int64)
+    pieces = [config.text or ""] if config.path is None else Corpus(find_files(config.path, "path")).pieces()
+    token_ids = np.concatenate([ids for _, ids in encode_pieces(pieces, tokenizer)]).astype(np.int64)
     key = "text" if config.path is None else f"path={config.path}"
     if len(token_ids) < 2:
         raise UserError(f"{key}: {len(token_ids)} tokens are too few: the first is never predicted")

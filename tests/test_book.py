@@ -8,7 +8,7 @@ import torch
 
 from llm.checkpoint import find_checkpoint, load_checkpoint
 from llm.config import DataConfig, ModelConfig, PretrainConfig
-from llm.corpus import load_text
+from llm.corpus import find_corpus
 from llm.files import read_json_lines
 from llm.model import GPTModel
 from llm.training import pretrain
@@ -20,7 +20,9 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "book_small.json").re
 def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("book")
     text = folder / "text.txt"
-    text.write_text(load_text(DataConfig())[:20_000], encoding="utf-8")  # the first play, cut off
+    text.write_text(
+        "".join(find_corpus(DataConfig()).pieces())[:20_000], encoding="utf-8"
+    )  # the first play, cut off
     config = PretrainConfig(model=ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch"))
     config.seed = FIXTURE["seed"]
     config.data = DataConfig(

@@ -1,27 +1,29 @@
 """Corpus, token files, windows and orders against the book's loops and plain Python."""
 
+import hashlib
 import multiprocessing
+import tracemalloc
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
-from llm import dataset
+from llm import corpus
+from llm import token_file as token_file_module
 from llm.config import DataConfig, PretrainConfig, UserError
-from llm.corpus import load_text, split_text
-from llm.dataset import TrainingBatches, Windows, load_windows, ordered_batches, token_file
+from llm.corpus import Corpus, Split, find_corpus, find_splits
+from llm.dataset import TrainingBatches, Windows, load_windows, ordered_batches
+from llm.token_file import encode_pieces, token_file, token_files
 from llm.tokenizer import encode, load_tokenizer
 
 
 def test_shakespeare_is_the_38_plays() -> None:
-    text = load_text(DataConfig())
-    assert len(text) == 5_318_804
-    assert text.startswith("# A Midsummer Night's Dream\n")
-    train, validation = split_text(text, 0.9)
-    assert train + validation == text
-    assert len(train) == 4_786_923  # nine tenths, rounded down
+    training, validation = find_splits(DataConfig())
+    assert (training.end, validation.end) == (4_786_923, 5_318_804)  # nine tenths, rounded down
+    assert "".join(training.pieces()).startswith("# A Midsummer Night's Dream\n")
 
 
 def test_windows_are_the_books() -> None:
@@ -38,32 +40,75 @@ def test_windows_are_the_books() -> None:
     assert len(Windows(tokens[:8], 8, 5)) == 0  # no target for the last token
 
 
-def test_chunks_encode_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer("gpt2")
-    text = load_text(DataConfig())[:60_000] + "\n\n\n  x\n\ty \n z" * 50
-    monkeypatch.setattr(dataset, "CHUNK_CHARACTERS", 100)
-    assert dataset._encode_in_chunks(text, tokenizer, "test") == encode(text, tokenizer)
+def with_slashes_after_newlines() -> tiktoken.Encoding:
+    """As in GPT-4o's encoding, which is not to be had here: `!`, a newline and a slash may be one token."""
+    vocabulary = [*(bytes([byte]) for byte in range(256)), b"th", b"!\n", b"!\n/", b" t", b" th"]
+    return tiktoken.Encoding(
+        "slashes",
+        pat_str=r" ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\p{N}|\s+(?!\S)|\s+",
+        mergeable_ranks={token: rank for rank, token in enumerate(vocabulary)},
+        special_tokens={"<|endoftext|>": 300},
+    )
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [load_tokenizer("gpt2"), load_tokenizer("bytes"), with_slashes_after_newlines()]
+)
+@pytest.mark.parametrize("size", [1, 10, 100, 1000])
+def test_pieces_encode_as_the_whole(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: tiktoken.Encoding, size: int
+) -> None:
+    text = (
+        "".join(find_corpus(DataConfig()).pieces())[:20_000]
+        + "\n\n\n  x\n\ty \n z!\n/the th<|endoftext|>" * 50
+    )
+    monkeypatch.setattr(token_file_module, "PIECE_CHARACTERS", size)
+    pieces = [text[start : start + 37] for start in range(0, len(text), 37)]  # cut anywhere
+    done, token_ids = zip(*encode_pieces(pieces, tokenizer), strict=True)
+    assert np.concatenate(token_ids).tolist() == encode(text, tokenizer)
+    assert done[-1] == len(text)
+    assert len(done) > len(text) / (size + 100)
+
+
+def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((corpus, "PIECE_BYTES"), (token_file_module, "PIECE_CHARACTERS")):
+        monkeypatch.setattr(module, name, 5_000)
+    text = "to be or not to be\n" * 100_000
+    (tmp_path / "text.txt").write_text(text)
+    config = DataConfig("text", str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"))
+    tracemalloc.start()
+    training, _ = token_files(config, load_tokenizer("bytes"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bytes(training.astype(np.uint8)) == text[:1_710_000].encode()
+    assert peak < 500_000
+
+
+def split_of(text: str, folder: Path) -> Split:
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return Split(Corpus([folder / "text.txt"]), 0, len(text), hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_token_file_is_kept_in_the_smallest_type(tmp_path: Path) -> None:
     for name in ("bytes", "gpt2"):
         tokenizer = load_tokenizer(name)
-        tokens = token_file("To be, or not to be", tokenizer, tmp_path, "test")
+        tokens = token_file(split_of("To be, or not to be", tmp_path), tokenizer, tmp_path, "test")
         assert tokens.dtype == np.uint16  # 257 and 50,257 ids
         assert isinstance(tokens, np.memmap)
         assert tokens.tolist() == encode("To be, or not to be", tokenizer)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
-    token_file("To be, or not to be", load_tokenizer("gpt2"), tmp_path, "test")
+    token_file(split_of("To be, or not to be", tmp_path), load_tokenizer("gpt2"), tmp_path, "test")
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
-def _tokenise(cache: str) -> int:
-    return int(token_file("to be " * 5000, load_tokenizer("bytes"), Path(cache), "test").astype(int).sum())
+def _tokenise(cache: Path) -> int:
+    split = split_of("to be " * 5000, cache)
+    return int(token_file(split, load_tokenizer("bytes"), cache, "test").astype(int).sum())
 
 
 def test_several_processes_may_tokenise_at_once(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        sums = pool.map(_tokenise, [str(tmp_path)] * 6)
+        sums = pool.map(_tokenise, [tmp_path] * 6)
     assert sums == [sum(("to be " * 5000).encode())] * 6
     assert len(list((tmp_path / "tokens").iterdir())) == 1  # no temporary file stays
 
@@ -103,8 +148,8 @@ def test_ordered_batches_cover_all() -> None:
 def test_folder_and_glob_are_joined_by_end_of_text(tmp_path: Path) -> None:
     for name, text in (("b.txt", "second"), ("a.md", "first"), ("c.dat", "no")):
         (tmp_path / name).write_text(text)
-    assert load_text(DataConfig(source="text", path=str(tmp_path))) == "first<|endoftext|>second"
-    assert load_text(DataConfig(source="text", path=f"{tmp_path}/*.dat")) == "no"
+    for path, text in ((tmp_path, "first<|endoftext|>second"), (tmp_path / "*.dat", "no")):
+        assert "".join(find_corpus(DataConfig("text", str(path))).pieces()) == text
 
 
 @pytest.mark.parametrize(

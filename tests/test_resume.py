@@ -279,3 +279,12 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_goes_on_exactly(tmp_pa
     assert numbers(tmp_path / "whole") != numbers(tmp_path / "plain")  # it was compiled
     for line, expected in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "plain"), strict=True):
         assert line == pytest.approx(expected, rel=2e-4)
+
+
+def test_evaluation_and_samples_do_not_move_training(tmp_path: Path) -> None:
+    config = changed(settings(tmp_path, max_steps=30), data__train_ratio=0.05)  # of 11 updates an epoch
+    pretrain(changed(config, training__eval_freq=1, samples__every_epoch=True), tmp_path / "watched")
+    pretrain(changed(config, training__eval_freq=None), tmp_path / "unwatched")
+    watched = [line for line in numbers(tmp_path / "watched") if "train/loss" in line]
+    assert watched == numbers(tmp_path / "unwatched")
+    assert len(read_json_lines(tmp_path / "watched" / "samples.jsonl")) == 3

@@ -151,7 +151,7 @@ HEAD = re.compile("job +set ")
 def test_the_live_table_has_as_many_jobs_as_the_screen_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((90, 20)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((90, 20)))
     assert rows_of_live_table(tmp_path / "few", 6, 3, 2) == ["0", "1", "2", "3", "4", "5"]
     many = rows_of_live_table(tmp_path / "many", 100, 50, 2)
     assert many[-3:] == ["50", "51", "52"]  # those that run, and the next one

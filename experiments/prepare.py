@@ -1,0 +1,17 @@
+"""Make a run's token files ahead of it: `python experiments/prepare.py --help`."""
+
+from pathlib import Path
+
+from launch import launch
+
+from llm.config import PretrainConfig
+
+
+def run(config: PretrainConfig, run_dir: Path) -> None:
+    from llm.prepare import prepare  # imports torch, which --help need not wait for
+
+    prepare(config)
+
+
+if __name__ == "__main__":
+    launch("prepare", PretrainConfig, run)
