@@ -69,7 +69,9 @@ class DataConfig:
     source: str = key(
         "shakespeare", "where the text comes from", choices=("shakespeare", "the_verdict", "text")
     )
-    path: str | None = key(None, "a UTF-8 file, a folder of *.txt, *.md and *.jsonl files, or a glob")
+    path: str | None = key(
+        None, "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: a document a line"
+    )
     train_ratio: float = key(0.9, "share of the text, in characters, that is trained on", above=0, below=1)
     batch_size: int = key(16, "windows in a batch, over all processes", at_least=1)
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)

@@ -28,7 +28,6 @@ VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b3
 DOWNLOAD_TIMEOUT_SECONDS = 20
 
 PIECE_BYTES = 1 << 20
-KINDS = ("*.txt", "*.md", "*.jsonl")  # of the files that are taken from a folder
 
 
 @dataclass(frozen=True)
@@ -167,21 +166,21 @@ def _is_the_verdict(content: bytes) -> bool:
 
 
 def find_files(path: str, key: str) -> list[Path]:
-    """The files that a path means: itself, those of KINDS in a folder, or the matches of a glob, sorted.
+    """The files that a path means: itself, a folder's *.txt and *.md files, or the matches of a glob, sorted.
 
     Raises:
         UserError: there is none; names the config key that gave the path.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        files = sorted(file for kind in KINDS for file in place.rglob(kind))
+        files = sorted(file for kind in ("*.txt", "*.md") for file in place.rglob(kind))
     elif place.is_file():
         files = [place]
     else:
         files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not files:
         raise UserError(
-            f"{key}={path}: no such file, no {', '.join(KINDS)} in that folder, or no match of that glob"
+            f"{key}={path}: no such file, no *.txt or *.md file in that folder, or no match of that glob"
         )
     return files
 

@@ -26,7 +26,9 @@ def prepare(config: PretrainConfig) -> None:
     files = find_corpus(config.data).files
     size = sum(file.stat().st_size for file in files)
     source = config.data.path or config.data.source
-    log.info("text        %d files, %sB (%s)", len(files), format_count(size), source)
+    log.info(
+        "text        %sB in %d file%s (%s)", format_count(size), len(files), "s"[: len(files) > 1], source
+    )
     training, validation = load_windows(config, load_tokenizer(config.tokenizer.name))
     for name, windows in (("training", training), ("validation", validation)):
         log.info(

@@ -106,10 +106,10 @@ def test_a_text_is_split_by_characters_and_read_again_only_when_it_changes(
 def test_a_line_of_json_is_a_document(tmp_path: Path) -> None:
     lines = ['{"text": "one\\ntwo", "id": 1}', '{"id": 2, "text": ""}', '{"text": "three"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (tmp_path / "b.txt").write_text("four", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}', encoding="utf-8")
     documents = ["one\ntwo", "", "three", "four"]
-    assert text_of(DataConfig("text", str(tmp_path))) == "<|endoftext|>".join(documents)
+    assert text_of(DataConfig("text", f"{tmp_path}/*.jsonl")) == "<|endoftext|>".join(documents)
     for bad in ("no json", "[1]", '{"content": "one"}', '{"text": 1}', '{"text": "\\ud800"}', ""):
         (tmp_path / "a.jsonl").write_text(f"{lines[0]}\n{bad}\n", encoding="utf-8")
         with pytest.raises(UserError, match=r"a\.jsonl, line 2: each line has to be a JSON object"):
-            text_of(DataConfig("text", str(tmp_path)))
+            text_of(DataConfig("text", str(tmp_path / "a.jsonl")))
