@@ -101,6 +101,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
 
 def _complete(config: DictConfig, run_dir: Path, sweeping: bool) -> None:
     """Fill in what follows from whether this is a job of a sweep, and of which."""
+    if sweeping and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("torchrun begins one run, not a sweep: leave it out, and set runtime.processes")
     if sweeping and "resume" in config and holds_run(run_dir):
         config.resume = str(run_dir)  # begun before: the sweep is gone on with
     if "study" in config and config.study is None:

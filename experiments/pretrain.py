@@ -1,11 +1,13 @@
 """Pretrain a GPT on raw text: `python experiments/pretrain.py --help`."""
 
 import math
+import os
+import sys
 from pathlib import Path
 
 from launch import Interrupted, launch
 
-from llm.config import PretrainConfig
+from llm.config import PretrainConfig, UserError
 
 
 def run(config: PretrainConfig, run_dir: Path) -> float:
@@ -25,5 +27,18 @@ def run(config: PretrainConfig, run_dir: Path) -> float:
     return summary.val_loss
 
 
+def follow_the_first() -> None:
+    """In the other processes of torchrun: the first one alone reads the config and says what is done."""
+    from llm.training import take_part
+
+    try:
+        take_part()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    launch("pretrain", PretrainConfig, run)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        follow_the_first()
+    else:
+        launch("pretrain", PretrainConfig, run)

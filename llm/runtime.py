@@ -82,10 +82,13 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     Raises:
         UserError: the device asked for is not there, or cannot do the precision asked for.
     """
+    # torchrun, which may spread the processes over several machines, says which is which on this one.
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     elif config.processes > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     kind = config.device
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind == "auto":
@@ -95,14 +98,17 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
             f"runtime.device={kind}: torch {torch.__version__} finds no such device here; "
             f"use runtime.device=auto or cpu"
         )
-    if kind == "cuda" and config.processes > torch.cuda.device_count():
+    if kind == "cuda" and local_processes > torch.cuda.device_count():
         raise UserError(
-            f"runtime.processes={config.processes}: each needs a GPU of its own, "
+            f"runtime.processes={local_processes}: each needs a GPU of its own, "
             f"and there are {torch.cuda.device_count()}"
         )
     if kind == "cpu":
         _keep_freed_memory()
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device(kind, local_rank)
+        torch.cuda.set_device(device)
     precision = config.precision
     if precision == "int8" and kind != "cpu":
         raise UserError(f"runtime.precision=int8 is for the CPU, and this is {kind}: use auto, bf16 or fp32")
@@ -132,25 +138,37 @@ def computes_in_bf16(device: torch.device) -> bool:
     return False
 
 
+def launched_processes() -> int | None:
+    """How many processes torchrun has launched, if this is one of them."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 @contextlib.contextmanager
 def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) -> Iterator[Runtime]:
-    """This process as rank 0, beside `config.processes - 1` new ones that run `work(*arguments, runtime)`."""
+    """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`:
+    those that torchrun has launched, or else new ones."""
     if config.processes == 1:
         yield start_runtime(config)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        others = [
-            mp.get_context("spawn").Process(
-                target=_other_process, args=(rank, config, folder, work, arguments), daemon=True
-            )
-            for rank in range(1, config.processes)
-        ]
+        group: dict[str, Any] = {}
+        others = []
+        if not launched_processes():
+            group = {"init_method": f"file://{folder / 'meeting-place'}", "world_size": config.processes}
+            others = [
+                mp.get_context("spawn").Process(
+                    target=_other_process, args=(folder, work, {**group, "rank": rank}), daemon=True
+                )
+                for rank in range(1, config.processes)
+            ]
+            group["rank"] = 0
         runtime = start_runtime(config)
         for other in others:
             other.start()
         try:
-            _join_group(runtime, folder)
+            dist.init_process_group(**group)
+            dist.broadcast_object_list([(config, arguments)])
             yield runtime
             for other in others:
                 other.join()
@@ -164,28 +182,26 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
                 other.kill()
 
 
-def _other_process(
-    rank: int, config: RuntimeConfig, folder: Path, work: Callable[..., Any], arguments: tuple
-) -> None:
+def follow(work: Callable[..., Any], **group: Any) -> None:
+    """Do this process's part of what the first one begins with `processes`.
+
+    Args:
+        group: where the processes meet; torchrun says it by itself.
+    """
+    dist.init_process_group(**group)
+    told: list[Any] = [None]
+    dist.broadcast_object_list(told)
+    config, arguments = told[0]
+    work(*arguments, start_runtime(config, dist.get_rank()))
+    dist.destroy_process_group()
+
+
+def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]) -> None:
     try:
-        runtime = start_runtime(config, rank)
-        _join_group(runtime, folder)
-        work(*arguments, runtime)
-        dist.destroy_process_group()
+        follow(work, **group)
     except UserError as error:  # the main process says it, and alone
         (folder / ERROR).write_text(str(error), encoding="utf-8")
         sys.exit(1)
-
-
-def _join_group(runtime: Runtime, folder: Path) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.set_device(runtime.device)
-    dist.init_process_group(
-        "nccl" if runtime.device.type == "cuda" else "gloo",
-        init_method=f"file://{folder / 'meeting-place'}",
-        rank=runtime.rank,
-        world_size=runtime.processes,
-    )
 
 
 @contextlib.contextmanager

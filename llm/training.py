@@ -32,6 +32,8 @@ from llm.runtime import (
     Runtime,
     device_errors_in_one_line,
     device_name,
+    follow,
+    launched_processes,
     measure_matmul_flops,
     peak_memory_bytes,
     processes,
@@ -57,6 +59,8 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
         UserError: a config value, the text, the disk or a loss that is not finite stopped the run. Its
             summary then says `failed`, and why.
     """
+    if launched := launched_processes():
+        config = replace(config, runtime=replace(config.runtime, processes=launched))
     if not logging.getLogger().handlers:  # in a notebook; under Hydra the log is set up by then
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     begin = time.perf_counter()
@@ -82,6 +86,15 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
         if start.rerun_of and summary.status == "finished":
             compare_rerun(run_dir, start.rerun_of)
     return summary
+
+
+def take_part() -> None:
+    """Take part in the run that `pretrain` begins in the first of torchrun's processes.
+
+    Raises:
+        UserError: what the first process has, as the text, is not to be had here.
+    """
+    follow(_pretrain)
 
 
 def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> Run:

@@ -87,7 +87,9 @@ def test_a_change_that_is_refused_is_forgotten(script: Script, tmp_path: Path, t
     assert [line["step"] for line in numbers(tmp_path / "run") if "train/loss" in line] == [0, 1, 2, 3]
 
 
-def test_two_processes_train_as_one(script: Script, tmp_path: Path, text: str) -> None:
+def test_two_processes_train_as_one(
+    script: Script, environment: dict[str, str], tmp_path: Path, text: str
+) -> None:
     common = [
         *TINY,
         "data=text",
@@ -104,7 +106,19 @@ def test_two_processes_train_as_one(script: Script, tmp_path: Path, text: str) -
         [line["train/loss"] for line in numbers(tmp_path / f"by{n}") if "train/loss" in line] for n in (1, 2)
     )
     assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
-    resumed = script("pretrain", "resume=by2", "training.max_steps=12")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launched = subprocess.run(
+        [*launcher, str(ROOT / "experiments" / "pretrain.py"), *common, "hydra.run.dir=launched"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert numbers(tmp_path / "launched") == numbers(tmp_path / "by2")
+    assert launched.stdout.count("Ep 1 (Step 000000)") == 1  # the first process speaks for all
+    resumed = script("pretrain", "resume=launched", "runtime.processes=2", "training.max_steps=12")
     assert resumed.returncode == 0, resumed.stderr
 
 
