@@ -75,7 +75,15 @@ def announce(run: Run, matmul_flops: float) -> None:
         4 * getattr(training, first),
     )
     validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
-    log.info("then       a pass over the validation split: about %s", format_seconds(validation_seconds))
+    ratio = config.data.train_ratio
+    log.info(
+        "then       a pass over the validation split: about %s%s",
+        format_seconds(validation_seconds),
+        # A text of gigabytes needs no tenth of it to be validated on, and a run cannot change it later.
+        f"; shorter: data.train_ratio={1 - (1 - ratio) / 10:g}"
+        if validation_seconds > left / tokens_per_second
+        else "",
+    )
     log.info("run folder %s\n", run.run_dir)
     if run.resumed:
         changed = run.resumed[-1]["changed"]
