@@ -186,6 +186,8 @@ def compile_blocks(run: Run) -> None:
     Weights, gradients and random streams are left as they are.
     """
     begin = time.perf_counter()
+    # Else each block is cut into graphs at the sizes of DDP's buckets, which overlap between blocks anyway.
+    torch._dynamo.config.optimize_ddp = False
     for block in run.model.trf_blocks:
         block.compile()
     states = _generator_states(run.runtime)

@@ -50,7 +50,10 @@ class Runtime:
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch (batch, …), on the device."""
-        return batch[self.rank :: self.processes].to(self.device)
+        rows = batch[self.rank :: self.processes]
+        if self.device.type == "cuda":  # from pinned memory, a copy does not wait for what the GPU is doing
+            return rows.pin_memory().to(self.device, non_blocking=True)
+        return rows.to(self.device)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all processes."""
@@ -63,7 +66,7 @@ class Runtime:
         """The main process's value, in every process."""
         if self.processes == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        shared = torch.tensor(value, dtype=torch.float64)  # on the CPU, where gloo does not wait for the GPU
         dist.broadcast(shared, src=0)
         return shared.item()
 
@@ -76,15 +79,20 @@ class Runtime:
         return values
 
 
+def launched_processes() -> int | None:
+    """How many processes torchrun has launched, if this is one of them."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     """Choose the device and the precision.
 
     Raises:
         UserError: the device asked for is not there, or cannot do the precision asked for.
     """
-    # torchrun, which may spread the processes over several machines, says which is which on this one.
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.processes))
+    local_rank, local_processes = rank, config.processes
+    if launched_processes():  # perhaps on several machines
+        local_rank, local_processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     elif config.processes > 1:
@@ -102,6 +110,10 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         raise UserError(
             f"runtime.processes={local_processes}: each needs a GPU of its own, "
             f"and there are {torch.cuda.device_count()}"
+        )
+    if kind == "mps" and config.processes > 1:
+        raise UserError(
+            f"runtime.processes={config.processes}: Apple has one GPU; use 1, or runtime.device=cpu"
         )
     if kind == "cpu":
         _keep_freed_memory()
@@ -138,11 +150,6 @@ def computes_in_bf16(device: torch.device) -> bool:
     return False
 
 
-def launched_processes() -> int | None:
-    """How many processes torchrun has launched, if this is one of them."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
 @contextlib.contextmanager
 def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) -> Iterator[Runtime]:
     """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`:
@@ -167,12 +174,12 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
         for other in others:
             other.start()
         try:
-            dist.init_process_group(**group)
+            _join(group)
             dist.broadcast_object_list([(config, arguments)])
             yield runtime
+            dist.destroy_process_group()  # before `join`: NCCL's waits for the others'
             for other in others:
                 other.join()
-            dist.destroy_process_group()
         except RuntimeError as error:  # what torch says when another process is gone
             if not (folder / ERROR).exists():
                 raise
@@ -180,6 +187,15 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
         finally:
             for other in others:
                 other.kill()
+            if dist.is_initialized():  # after an error: the next run in this process meets anew
+                dist.distributed_c10d._abort_process_group()
+
+
+def _join(group: dict[str, Any]) -> None:
+    """Objects and flags travel between CPUs by gloo, gradients between GPUs by NCCL. Left to itself, torch
+    takes NCCL alone where there is a GPU, and sends objects from GPU 0 of every process."""
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **group)
 
 
 def follow(work: Callable[..., Any], **group: Any) -> None:
@@ -188,7 +204,7 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
     Args:
         group: where the processes meet; torchrun says it by itself.
     """
-    dist.init_process_group(**group)
+    _join(group)
     told: list[Any] = [None]
     dist.broadcast_object_list(told)
     config, arguments = told[0]
@@ -222,7 +238,9 @@ def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
                 f"runtime.compile=true: torch cannot compile here ({first_line(error)}); leave it out"
             ) from error
         if not isinstance(error, MemoryError) and not re.search(
-            "out of memory|can't allocate memory|not enough memory", text, re.IGNORECASE
+            "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED",
+            text,
+            re.IGNORECASE,
         ):
             raise
         wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
@@ -243,7 +261,8 @@ def device_name(device: torch.device) -> str:
 
 def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     """Floating-point operations a second of a large square matrix product in the run's precision."""
-    size = 8192 if runtime.device.type == "cuda" else 1024
+    # So large that launching it and waiting for it take no time to speak of.
+    size = {"cuda": 8192, "mps": 4096}.get(runtime.device.type, 1024)
     generator = torch.Generator(runtime.device).manual_seed(0)  # training's stream is not touched
     matrix = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
     best = float("inf")
@@ -253,6 +272,10 @@ def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
         product = matrix @ matrix
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(
+            runtime.device
+        )  # else these matrices count, and jobs before this one
     return 2 * size**3 / best
 
 

@@ -90,7 +90,7 @@ def draw_at(uniform: Tensor) -> Draw:
 
     def draw(probabilities: Tensor) -> Tensor:
         if probabilities.device.type == "mps":  # which has no float64
-            return draw(probabilities.cpu()).to(probabilities.device)
+            return draw_at(uniform.cpu())(probabilities.cpu()).to(probabilities.device)
         # In float64 the sums never fall, so a token of probability 0 is never where they pass a number.
         cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
         passed = uniform.to(cumulative)[:, None] * cumulative[:, -1:]

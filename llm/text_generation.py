@@ -133,8 +133,8 @@ def _generate_batch(
         for number, prompt in enumerate(prompts):
             seen[number, prompt] = True
     for step in range(longest):
+        going = torch.tensor(decoding.rows, device=device)  # waits for a GPU, so before it has work
         logits = decoding.logits()
-        going = torch.tensor(decoding.rows, device=device)
         wanted = logits
         if seen is not None:
             wanted = penalise_repetition(logits, seen[going], sampling.repetition_penalty)
@@ -143,13 +143,13 @@ def _generate_batch(
         if seen is not None:
             seen[going, tokens] = True
         chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
-        figures = (
-            tokens.tolist(),
-            (chosen - logits.logsumexp(dim=-1)).tolist(),
-            torch.special.entr(probabilities).sum(dim=-1).tolist(),
-        )
-        decoding.append(figures[0])
-        pieces = [rows[number].add(*each) for number, *each in zip(decoding.rows, *figures, strict=True)]
+        log_probabilities = chosen - logits.logsumexp(dim=-1)
+        entropies = torch.special.entr(probabilities).sum(dim=-1)
+        # All at once, for each transfer waits for a GPU; fp32 holds a token id exactly.
+        ids, *figures = torch.stack([tokens.float(), log_probabilities, entropies]).tolist()
+        new = [int(token) for token in ids]
+        decoding.append(new)
+        pieces = [rows[number].add(*each) for number, *each in zip(decoding.rows, new, *figures, strict=True)]
         yield (step + 1) / longest, "".join(pieces)
         decoding.end([number for number in decoding.rows if rows[number].sample.stop_reason])
         if not decoding.rows:

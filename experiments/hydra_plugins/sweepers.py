@@ -160,7 +160,7 @@ class RecordedSweeper(Sweeper):
         try:
             with _deaths_as_results(self.launcher):
                 results: Sequence[Any] = self.launcher.launch(
-                    [self._overrides(number) for number in numbers], numbers[0]
+                    [self._overrides(number, place) for place, number in enumerate(numbers)], numbers[0]
                 )
         except Exception as error:
             if len(numbers) == 1 and not self._asked_to_stop():
@@ -212,7 +212,7 @@ class RecordedSweeper(Sweeper):
 
     def _divide_machine(self) -> None:
         """Let joblib run a job a GPU, or a job a core without, if it was not told how many; no more than
-        there are jobs; and give each an equal share of the cores.
+        there are jobs; and give each an equal share of the cores. Jobs of several processes come one by one.
 
         The share is that of the whole sweep, also for a job that is run again alone: with another number of
         threads, its numbers would differ in their last bits.
@@ -222,21 +222,26 @@ class RecordedSweeper(Sweeper):
         if options is not None:
             from joblib import cpu_count
 
-            self.gpus = _gpus()
-            most = options["n_jobs"] if options["n_jobs"] > 0 else len(self.gpus) or cpu_count()
-            options["n_jobs"] = min(self.at_once(), most)
+            runtime = self.config.get("runtime", {})
+            alone = runtime.get("processes", 1) == 1
+            if alone and runtime.get("device") != "cpu":
+                self.gpus = _gpus()
+            fitting = (len(self.gpus) or cpu_count()) if alone else 1
+            options["n_jobs"] = min(self.at_once(), options["n_jobs"] if options["n_jobs"] > 0 else fitting)
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // options["n_jobs"])))
 
     def state(self, number: int) -> str:
         return state_since(self.job(number), self.since)
 
-    def _overrides(self, number: int) -> list[str]:
-        place = [f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={number}"]
-        if len(self.gpus) > 1 and self.config.get("runtime", {}).get("processes") == 1:
+    def _overrides(self, number: int, place: int) -> list[str]:
+        """All overrides of a job, which stands at a place among those that are launched together."""
+        folder = [f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={number}"]
+        gpu = []
+        if len(self.gpus) > 1:
             # A process keeps the GPU of its first job, for CUDA reads this once.
-            gpu = self.gpus[number % len(self.gpus)]
-            place.append(f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES={quoted(gpu)}")
-        return [*self.jobs[number], *self._now_given, *place, *QUIET]
+            name = quoted(self.gpus[place % len(self.gpus)])
+            gpu = [f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES={name}"]
+        return [*self.jobs[number], *self._now_given, *folder, *gpu, *QUIET]
 
     def fail(self, number: int, error: Any) -> None:
         """Let a job's summary say why it has no result, for it could not do so itself."""
@@ -435,10 +440,14 @@ def _distribution(override: Override) -> Any:
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """The GPUs that this process may use, NVIDIA's by the names that CUDA_VISIBLE_DEVICES takes."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
-    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    import torch
+
+    return (
+        ["Apple's"] if torch.backends.mps.is_available() else list(map(str, range(torch.cuda.device_count())))
+    )
 
 
 @contextmanager
