@@ -194,6 +194,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Reco
     ) -> RecordedSweeper:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             overrides = [f"hydra.sweep.dir={tmp_path / folder}", "hydra.mode=MULTIRUN"]
+            overrides += [each for each in arguments if each.startswith("runtime.")]
             config = compose("pretrain", overrides=overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(config)
             OmegaConf.set_readonly(config.hydra, None)
@@ -266,8 +267,14 @@ def test_a_job_that_kills_its_launcher_fails_alone(
 
 
 @pytest.mark.parametrize(
-    ("visible", "n_jobs", "gpus", "at_once"),
-    [("3,5", -1, ["3", "5", "3"], 2), ("3,5", 3, ["3", "5", "3"], 3), ("3", -1, [None] * 3, 1)],
+    ("visible", "n_jobs", "runtime", "gpus", "at_once"),
+    [
+        ("3,5", -1, "runtime.processes=1", ["3", "5", "3"], 2),
+        ("3,5", 3, "runtime.processes=1", ["3", "5", "3"], 3),
+        ("3", -1, "runtime.processes=1", [None] * 3, 1),
+        ("3,5", -1, "runtime.processes=2", [None] * 3, 1),  # each has both
+        ("3,5", 3, "runtime.device=cpu", [None] * 3, 3),
+    ],
 )
 def test_side_by_side_each_job_has_a_gpu(
     sweep: Sweep,
@@ -275,6 +282,7 @@ def test_side_by_side_each_job_has_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
     visible: str,
     n_jobs: int,
+    runtime: str,
     gpus: list[str | None],
     at_once: int,
 ) -> None:
@@ -287,9 +295,27 @@ def test_side_by_side_each_job_has_a_gpu(
 
     options = {"n_jobs": n_jobs}
     monkeypatch.setattr(FakeLauncher, "joblib", options, raising=False)
-    sweep(GridSweeper(), act, "seed=range(3)")
+    sweep(GridSweeper(), act, "seed=range(3)", runtime)
     assert given == [gpu and f"'{gpu}'" for gpu in gpus]
     assert options["n_jobs"] == at_once
+
+
+def test_the_jobs_that_are_left_are_spread_over_the_gpus(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(FakeLauncher, "joblib", {"n_jobs": -1}, raising=False)
+    sweep(GridSweeper(), finished, "seed=range(6)")
+    for number in (1, 3, 5):
+        (tmp_path / "sweep" / str(number) / "summary.json").unlink()
+    given = []
+
+    def act(job: dict[str, str]) -> dict[str, Any]:
+        given.append(job["+hydra.job.env_set.CUDA_VISIBLE_DEVICES"])
+        return finished(job)
+
+    sweep(GridSweeper(resume=True), act, "seed=range(6)")
+    assert given == ["'0'", "'1'", "'0'"]
 
 
 def test_a_value_that_does_not_fit_fails_its_jobs_alone(sweep: Sweep, tmp_path: Path) -> None:
