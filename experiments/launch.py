@@ -1,10 +1,14 @@
 """What the scripts share: schemas for Hydra, one-line errors, resuming. Sweeps: hydra_plugins/sweepers.py."""
 
+import functools
 import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -57,6 +61,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             if not holds_run(run_dir):
                 remove(run_dir)
             return math.nan
+        if side_by_side:
+            _watched_sweep()
         before = modified(run_dir / "summary.json")
         try:
             _complete(config, run_dir, sweeping)
@@ -74,6 +80,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             return math.nan
         except (Interrupted, KeyboardInterrupt) as stopped:
             if side_by_side:
+                if _watched_sweep().is_set():
+                    os._exit(1)  # nobody is there to take a result
                 return math.nan
             if sweeping:
                 raise KeyboardInterrupt from None  # the jobs to come are off
@@ -97,6 +105,24 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
             raise  # an OSError that is not about a file: a bug, not the user's
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
+
+
+@functools.cache  # once a process, which may run several jobs
+def _watched_sweep() -> threading.Event:
+    """Set when the process of a sweep side by side is killed. Its jobs then save and end; else they would
+    train on, in folders that `sweep.resume` wants, and then wait for work for ever with a GPU's memory."""
+    sweep, gone = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == sweep:
+            time.sleep(1)
+        gone.set()
+        os.kill(os.getpid(), signal.SIGTERM)  # a run saves; a process without one ends
+        time.sleep(60)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return gone
 
 
 def _complete(config: DictConfig, run_dir: Path, sweeping: bool) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,32 @@ def test_jobs_side_by_side_share_the_cores_and_one_that_is_killed_does_not_stop_
         assert each.state == "finished"
         assert len([line for line in numbers(each.folder) if "train/loss" in line]) == 40
         assert f", {threads} thread" in each.summary["device"]
+
+
+def test_jobs_side_by_side_save_and_end_when_their_sweep_is_killed(
+    begin: Begin, tmp_path: Path, text: str
+) -> None:
+    side_by_side = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    endless = ("training.max_steps=100000", "seed=range(3)")
+    process = begin(*SWEEP, *side_by_side, *endless, text, "hydra.sweep.dir=sweep")
+    for job in "01":
+        wait_for_checkpoint(process, tmp_path / "sweep" / job)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while processes_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["interrupted", "interrupted", "waiting"]
+    assert processes_in(tmp_path) == []
+
+
+def processes_in(folder: Path) -> list[str]:
+    """The processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if (process / "cwd").readlink() == folder:
+                found.append(process.name)
+    return found
 
 
 def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_go_on(
