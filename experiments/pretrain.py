@@ -10,6 +10,21 @@ from launch import Interrupted, launch
 from llm.config import PretrainConfig, UserError
 
 
+# Flags of Hydra's that show something in place of a run, which the processes beside would wait for.
+SHOWN = {
+    "-h",
+    "--help",
+    "--hydra-help",
+    "--version",
+    "-c",
+    "--cfg",
+    "-i",
+    "--info",
+    "-sc",
+    "--shell-completion",
+}
+
+
 def run(config: PretrainConfig, run_dir: Path) -> float:
     """Pretrain; the validation loss over the whole split is what sweeps compare.
 
@@ -29,6 +44,8 @@ def run(config: PretrainConfig, run_dir: Path) -> float:
 
 def follow_the_first() -> None:
     """In the other processes of torchrun: the first one alone reads the config and says what is done."""
+    if SHOWN & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+        return
     from llm.training import take_part
 
     try:
