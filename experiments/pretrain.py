@@ -9,7 +9,6 @@ from launch import Interrupted, launch
 
 from llm.config import PretrainConfig, UserError
 
-
 # Flags of Hydra's that show something in place of a run, which the processes beside would wait for.
 SHOWN = {
     "-h",
