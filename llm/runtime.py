@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from llm.config import RuntimeConfig, UserError, first_line
 
 ERROR = "error.txt"  # what another process than the main one could not do
+BEGUN = ".begun"  # after its rank, once it has
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
         for other in others:
             other.start()
         try:
+            _wait_for(others, folder)
             _join(group)
             dist.broadcast_object_list([(config, arguments)])
             yield runtime
@@ -189,6 +192,20 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
                 other.kill()
             if dist.is_initialized():  # after an error: the next run in this process meets anew
                 dist.distributed_c10d._abort_process_group()
+
+
+def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
+    """
+    Raises:
+        UserError: one ended before it began; it would be waited for in vain.
+    """
+    while len(list(folder.glob(f"*{BEGUN}"))) < len(others):
+        if any(other.exitcode for other in others):
+            raise UserError(
+                "runtime.processes: another process could not begin; a script of yours has to call "
+                'pretrain() under `if __name__ == "__main__":`, as each process imports it'
+            )
+        time.sleep(0.05)
 
 
 def _join(group: dict[str, Any]) -> None:
@@ -213,6 +230,7 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
 
 
 def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]) -> None:
+    (folder / f"{group['rank']}{BEGUN}").touch()
     try:
         follow(work, **group)
     except UserError as error:  # the main process says it, and alone

@@ -1,5 +1,9 @@
 """Processes that share a run, without a run."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from llm.config import RuntimeConfig, UserError
@@ -17,3 +21,15 @@ def test_after_processes_that_failed_the_next_ones_meet_anew() -> None:
         raise UserError("no such text")  # while the other one waits for this one's rank
     with processes(TWO, ranks) as runtime:
         assert ranks(runtime) == [0, 1]
+
+
+def test_a_script_that_each_process_would_run_again_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from llm.config import RuntimeConfig\n"
+        "from llm.runtime import processes\n"
+        "with processes(RuntimeConfig(device='cpu', processes=2), print):\n"
+        "    pass\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert "UserError: runtime.processes: another process could not begin" in result.stderr
