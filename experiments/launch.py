@@ -25,7 +25,16 @@ from omegaconf.errors import OmegaConfBaseException
 from slurm import configure_slurm
 
 from llm.config import UserError
-from llm.files import as_typed, holds_run, modified, read_summary, remove, write_json, write_text
+from llm.files import (
+    as_typed,
+    holds_run,
+    modified,
+    read_summary,
+    refuse_to_overwrite,
+    remove,
+    write_json,
+    write_text,
+)
 from llm.sweep import RECORD, STOP, find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
@@ -93,7 +102,9 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
 
     try:
         arguments = [_quoted(argument) for argument in sys.argv[1:]]
-        sys.argv[1:] = _with_recorded_overrides(with_recorded_sweep(arguments, config_name), record)
+        sys.argv[1:] = _with_recorded_overrides(
+            with_recorded_sweep(arguments, config_name), config_name, record
+        )
         os.environ["PYTHONPATH"] = os.pathsep.join(  # for jobs in processes of their own
             filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
         )
@@ -225,7 +236,7 @@ def with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
     return ["--multirun", *({**begun, **given, **place}).values(), "hydra.sweeper.resume=true"]
 
 
-def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> list[str]:
+def _with_recorded_overrides(arguments: list[str], script: str, record: dict[Path, str]) -> list[str]:
     """With `resume=RUN_FOLDER`, the command line that began that run, changed by what is given now.
 
     Hydra then writes to that folder, and its record of the config there stays true; `record` gets the old.
@@ -239,6 +250,8 @@ def _with_recorded_overrides(arguments: list[str], record: dict[Path, str]) -> l
                 f"rerun repeats a run as it was: leave out {' '.join(others)}, or begin a new run with it"
             )
     if "resume" not in given:
+        if script == "pretrain" and "hydra.run.dir" in given:  # before Hydra writes its record there
+            refuse_to_overwrite(Path(given["hydra.run.dir"].partition("=")[2].strip("'\"")))
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise UserError("resume goes on with one run: leave out -m; a sweep goes on with sweep.resume=FOLDER")

@@ -328,7 +328,7 @@ def validate(config: Any, prefix: str = "") -> None:
             )
         case OptimizerConfig(betas=betas) if len(betas) != 2:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
-        case DataConfig(source="text", path=None):
+        case DataConfig(source="text", path=None) | DataConfig(path=""):
             raise UserError(f"{prefix}path is not given: data=text needs data.path=FILE, FOLDER or GLOB")
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):
             raise UserError(

@@ -9,7 +9,7 @@ from llm.config import PretrainConfig
 from llm.evaluation import Evaluation
 from llm.model import GPTModel, parameter_count, training_flops_per_token
 from llm.optimizer import orthogonalisation_flops
-from llm.progress import format_count, format_figure, format_seconds
+from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run import Run, Summary
 from llm.runtime import device_name
 from llm.tracking import sync_command
@@ -65,14 +65,14 @@ def announce(run: Run, matmul_flops: float) -> None:
         format_count(update_tokens),
     )
     log.info(
-        "budget     training.%s=%g: about %s tokens (%.2g epochs) in %s; more: training.%s=%g",
+        "budget     training.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",
         first,
-        getattr(training, first),
+        format_value(getattr(training, first)),
         format_count(tokens),
         tokens / update_tokens / run.updates_per_epoch,
         format_seconds(left / tokens_per_second),
         first,
-        4 * getattr(training, first),
+        format_value(4 * getattr(training, first)),
     )
     validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
     ratio = config.data.train_ratio
@@ -81,7 +81,7 @@ def announce(run: Run, matmul_flops: float) -> None:
         format_seconds(validation_seconds),
         # A text of gigabytes needs no tenth of it to be validated on, and a run cannot change it later.
         f"; shorter: data.train_ratio={1 - (1 - ratio) / 10:g}"
-        if validation_seconds > left / tokens_per_second
+        if validation_seconds > left / tokens_per_second and not run.resumed
         else "",
     )
     log.info("run folder %s\n", run.run_dir)
@@ -162,7 +162,7 @@ def print_summary(summary: Summary, run: Run) -> None:
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
     log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
     key, value = run.binding_limit()
-    further = "early_stopping.rule=none" if summary.stopped_early else f"{key}={4 * value:g}"
+    further = "early_stopping.rule=none" if summary.stopped_early else f"{key}={format_value(4 * value)}"
     log.info("resume      python experiments/pretrain.py resume=%s %s", run.run_dir, further)
     if run.tracker and (folder := run.tracker.wandb_folder):
         log.info("W&B         %s", sync_command(folder))

@@ -91,6 +91,18 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (*RECORDS, "checkpoints"))
 
 
+def refuse_to_overwrite(run_dir: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds a run.
+    """
+    if holds_run(run_dir):
+        raise UserError(
+            f"{run_dir} holds a run already: go on with resume={run_dir}, or write to another folder "
+            f"(hydra.run.dir=FOLDER)"
+        )
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what `replacing` left in a folder when its process was killed."""
     for leftover in folder.glob(".*.tmp"):

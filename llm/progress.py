@@ -1,6 +1,7 @@
 """Progress of long work: a live bar on a terminal, a plain line now and then elsewhere."""
 
 import logging
+import shutil
 import sys
 import time
 
@@ -38,7 +39,8 @@ class Progress:
         left = format_seconds((now - self._started) * (1 - fraction) / advanced)
         if self.live:
             line = f"{self.what} {format_bar(fraction)} {fraction:4.0%} {status} · {left} left"
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr)
+            width = shutil.get_terminal_size().columns - 1  # a longer one would leave its first half behind
+            print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr)
             sys.stderr.flush()
         else:
             log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)
@@ -59,6 +61,11 @@ def format_bar(fraction: float) -> str:
 def format_figure(value: float | None, form: str, missing: str = "–") -> str:
     """A number in a form such as `{:.3f}`, or what stands for one that is not there."""
     return missing if value is None else form.format(value)
+
+
+def format_value(value: float) -> str:
+    """A number as an override takes it: `2.5`, `400`, and not `1e+06` for a whole one."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def format_seconds(seconds: float) -> str:

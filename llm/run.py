@@ -27,7 +27,7 @@ from llm.dataset import TrainingBatches, Windows, load_windows, path_of
 from llm.model import GPTModel
 from llm.optimizer import Optimizers, build_optimizers
 from llm.pretrained import open_weights
-from llm.progress import format_seconds
+from llm.progress import format_seconds, format_value
 from llm.record import git_commit, git_is_clean, machine, package_versions, recorded_clock
 from llm.runtime import Runtime
 from llm.schedule import spent
@@ -287,7 +287,9 @@ def _restore(run: Run, start: Start) -> None:
         raise UserError(f"{folder} is damaged or of another format: {error}") from error
     if run.progress() >= 1 and start.was_finished:
         key, value = run.binding_limit()
-        raise UserError(f"{start.run_dir} is finished: {key}={value:g} is spent; to go on, raise it")
+        raise UserError(
+            f"{start.run_dir} is finished: {key}={format_value(value)} is spent; to go on, raise it"
+        )
     changed = {key: list(values) for key, values in start.changes.items() if not key.startswith("tracking.")}
     run.resumed = [*run.resumed, {"steps": run.counters.steps, "changed": changed}]
 

@@ -18,7 +18,16 @@ from llm.checkpoint import (
     step_folders,
 )
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
-from llm.files import RECORDS, RUN_ID, held, holds_run, read_summary, remove, remove_leftovers, replacing
+from llm.files import (
+    RECORDS,
+    RUN_ID,
+    held,
+    read_summary,
+    refuse_to_overwrite,
+    remove,
+    remove_leftovers,
+    replacing,
+)
 from llm.pretrained import open_weights
 
 log = logging.getLogger(__name__)
@@ -49,11 +58,7 @@ def run_folder(config: PretrainConfig, run_dir: str | Path | None) -> Path:
     if config.resume:
         return find_run(config.resume, with_checkpoint=False)
     run_dir = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    if holds_run(run_dir):
-        raise UserError(
-            f"{run_dir} holds a run already: go on with resume={run_dir}, or write to another folder "
-            f"(hydra.run.dir=FOLDER)"
-        )
+    refuse_to_overwrite(run_dir)
     return run_dir
 
 
