@@ -111,6 +111,8 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
         main = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)
         job.__module__ = "__main__"
         main(job)()
+    except KeyboardInterrupt:  # before a run has begun, or after it
+        sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         if not isinstance(error, HydraException) and getattr(error, "filename", "") is None:
             raise  # an OSError that is not about a file: a bug, not the user's

@@ -162,8 +162,10 @@ def print_summary(summary: Summary, run: Run) -> None:
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
     log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
     key, value = run.binding_limit()
-    further = "early_stopping.rule=none" if summary.stopped_early else f"{key}={format_value(4 * value)}"
-    log.info("resume      python experiments/pretrain.py resume=%s %s", run.run_dir, further)
+    further = f" {key}={format_value(4 * value)}" if summary.status == "finished" else ""
+    if summary.stopped_early:
+        further = " early_stopping.rule=none"
+    log.info("resume      python experiments/pretrain.py resume=%s%s", run.run_dir, further)
     if run.tracker and (folder := run.tracker.wandb_folder):
         log.info("W&B         %s", sync_command(folder))
         log.info("W&B, here   wandb leet %s", folder)

@@ -80,6 +80,8 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
 def test_a_change_that_is_refused_is_forgotten(script: Script, tmp_path: Path, text: str) -> None:
     begun = script("pretrain", *TINY, "data=text", text, "training.max_steps=3", "hydra.run.dir=run")
     assert begun.returncode == 0, begun.stderr
+    refused = script("pretrain", *TINY, "tokenizer=gpt2", "hydra.run.dir=run")
+    assert refused.stderr.startswith("error: run holds a run already: go on with resume=run, or write to")
     refused = script("pretrain", "resume=run", "model.emb_dim=128", "training.max_steps=5")
     assert refused.stderr.startswith("error: resume=run: model.emb_dim=128 (it is 64) cannot change")
     resumed = script("pretrain", "resume=run", "training.max_steps=4")
