@@ -120,6 +120,11 @@ def launch(config_name: str, schema: type, work: Callable[[Any, Path], float | N
         sys.exit(1)
 
 
+def torchrun_rank() -> int | None:
+    """This process's place among those that torchrun has launched, if it is one of them."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 @functools.cache  # once a process, which may run several jobs
 def _watched_sweep() -> threading.Event:
     """Set when the process of a sweep side by side is killed. Its jobs then save and end; else they would
@@ -140,7 +145,7 @@ def _watched_sweep() -> threading.Event:
 
 def _complete(config: DictConfig, run_dir: Path, sweeping: bool) -> None:
     """Fill in what follows from whether this is a job of a sweep, and of which."""
-    if sweeping and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sweeping and torchrun_rank() is not None:
         raise UserError("torchrun begins one run, not a sweep: leave it out, and set runtime.processes")
     if sweeping and "resume" in config and holds_run(run_dir):
         config.resume = str(run_dir)  # begun before: the sweep is gone on with
@@ -227,7 +232,7 @@ def with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
     given = _by_key(arguments)
     if "sweep.resume" not in given:
         return arguments
-    folder = find_sweep(given.pop("sweep.resume").partition("=")[2].strip("'\""))
+    folder = find_sweep(_value(given.pop("sweep.resume")))
     if others := [argument for key, argument in given.items() if not key.startswith(("hydra", "tracking"))]:
         raise UserError(f"sweep.resume goes on with a sweep as it was begun: leave out {' '.join(others)}")
     sweep = read_record(folder)
@@ -253,13 +258,13 @@ def _with_recorded_overrides(arguments: list[str], script: str, record: dict[Pat
             )
     if "resume" not in given:
         if script == "pretrain" and "hydra.run.dir" in given:  # before Hydra writes its record there
-            refuse_to_overwrite(Path(given["hydra.run.dir"].partition("=")[2].strip("'\"")))
+            refuse_to_overwrite(Path(_value(given["hydra.run.dir"])))
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise UserError("resume goes on with one run: leave out -m; a sweep goes on with sweep.resume=FOLDER")
     from llm.checkpoint import find_run
 
-    name = given["resume"].partition("=")[2].strip("'\"")
+    name = _value(given["resume"])
     run_dir = find_run(name, with_checkpoint=False)
     overrides = run_dir / ".hydra" / "overrides.yaml"
     if not overrides.exists():
@@ -287,3 +292,8 @@ def _by_key(arguments: list[str]) -> dict[str, str]:
 def _key(override: str) -> str:
     """The key that an override sets: `optimizer.lr` of `+optimizer.lr=1`."""
     return OverridesParser.create().parse_override(override).key_or_group
+
+
+def _value(override: str) -> str:
+    """The plain text of an override's value, as a path."""
+    return override.partition("=")[2].strip("'\"")

@@ -1,11 +1,10 @@
 """Pretrain a GPT on raw text: `python experiments/pretrain.py --help`."""
 
 import math
-import os
 import sys
 from pathlib import Path
 
-from launch import Interrupted, launch
+from launch import Interrupted, launch, torchrun_rank
 
 from llm.config import PretrainConfig, UserError
 
@@ -54,7 +53,7 @@ def follow_the_first() -> None:
 
 
 if __name__ == "__main__":
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+    if torchrun_rank():  # not the first
         follow_the_first()
     else:
         launch("pretrain", PretrainConfig, run)

@@ -290,10 +290,8 @@ def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
         product = matrix @ matrix
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(
-            runtime.device
-        )  # else these matrices count, and jobs before this one
+    if runtime.device.type == "cuda":  # else these matrices would count, and the jobs before
+        torch.cuda.reset_peak_memory_stats(runtime.device)
     return 2 * size**3 / best
 
 

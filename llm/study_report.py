@@ -13,7 +13,7 @@ from typing import Any
 
 from llm.files import read_json_lines, replacing, write_text
 from llm.page import filled_page
-from llm.sweep import Job, order, read_jobs, short_key
+from llm.sweep import Job, order, short_key
 
 # What is shown of each setting: its title, how its number is written, and what it means.
 METRICS = {
@@ -52,11 +52,6 @@ class StudyJob(Job):
     def row(self) -> dict[str, Any]:
         """What was set, and all figures."""
         return {"job": self.name, **self.setting, **{metric: self.figure(metric) for metric in METRICS}}
-
-
-def study_jobs(folder: Path) -> list[StudyJob]:
-    """The jobs of a sweep folder, by number, with whatever each has left."""
-    return as_study(read_jobs([folder]))
 
 
 def as_study(jobs: list[Job]) -> list[StudyJob]:

@@ -302,9 +302,8 @@ def _evaluate_validation_split(run: Run) -> Evaluation:
 def sample(run: Run) -> None:
     """Generate from `samples.prompt`, on a random stream apart from training's."""
     config, sampling = run.config.samples, run.config.sampling
-    model = for_inference(
-        run.model, replace(run.runtime, compile=False)
-    )  # which takes longer than one sample
+    # To compile the step takes longer than one sample.
+    model = for_inference(run.model, replace(run.runtime, compile=False))
     [text] = generate_texts(
         model, run.tokenizer, [config.prompt], sampling, config.max_new_tokens, seed=run.config.seed
     )

@@ -43,20 +43,28 @@ def environment(cache_dir: Path) -> dict[str, str]:
     return {**kept, "XDG_CACHE_HOME": str(cache_dir), "http_proxy": nowhere, "https_proxy": nowhere}
 
 
+def python_in(
+    folder: Path, environment: dict[str, str], *arguments: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 @pytest.fixture
 def script(environment: dict[str, str], tmp_path: Path) -> Script:
     """Run `experiments/NAME.py ARGUMENTS…` in an empty folder."""
 
     def run(name: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *arguments],
-            cwd=tmp_path,
-            env=environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        path = str(ROOT / "experiments" / f"{name}.py")
+        return python_in(tmp_path, environment, path, *arguments, stdin=stdin)
 
     return run
 

@@ -1,10 +1,9 @@
 """Processes that share a run, without a run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import python_in
 
 from llm.config import RuntimeConfig, UserError
 from llm.runtime import Runtime, processes
@@ -23,7 +22,9 @@ def test_after_processes_that_failed_the_next_ones_meet_anew() -> None:
         assert ranks(runtime) == [0, 1]
 
 
-def test_a_script_that_each_process_would_run_again_is_told_so(tmp_path: Path) -> None:
+def test_a_script_that_each_process_would_run_again_is_told_so(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from llm.config import RuntimeConfig\n"
@@ -31,5 +32,5 @@ def test_a_script_that_each_process_would_run_again_is_told_so(tmp_path: Path) -
         "with processes(RuntimeConfig(device='cpu', processes=2), print):\n"
         "    pass\n"
     )
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    result = python_in(tmp_path, environment, str(script))
     assert "UserError: runtime.processes: another process could not begin" in result.stderr

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Begin, Script, numbers
+from conftest import ROOT, TINY, Begin, Script, numbers, python_in
 
 from llm.files import read_json_lines
 from llm.progress import format_count
@@ -108,15 +108,9 @@ def test_two_processes_train_as_one(
         [line["train/loss"] for line in numbers(tmp_path / f"by{n}") if "train/loss" in line] for n in (1, 2)
     )
     assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launched = subprocess.run(
-        [*launcher, str(ROOT / "experiments" / "pretrain.py"), *common, "hydra.run.dir=launched"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    pretrain = str(ROOT / "experiments" / "pretrain.py")
+    launched = python_in(tmp_path, environment, *torchrun, pretrain, *common, "hydra.run.dir=launched")
     assert launched.returncode == 0, launched.stderr
     assert numbers(tmp_path / "launched") == numbers(tmp_path / "by2")
     assert launched.stdout.count("Ep 1 (Step 000000)") == 1  # the first process speaks for all

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llm.study_report import METRICS, study_jobs, study_report
+from llm.study_report import METRICS, as_study, study_report
+from llm.sweep import read_jobs
 
 HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- \ufffd"
 
@@ -77,7 +78,7 @@ def write_job(folder: Path, number: int, setting: dict[str, str], **summary: Any
 
 
 def report(folder: Path) -> Page:
-    return Page(study_report(study_jobs(folder), folder).read_text("utf-8"))
+    return Page(study_report(as_study(read_jobs([folder])), folder).read_text("utf-8"))
 
 
 def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:

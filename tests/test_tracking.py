@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import wandb
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, python_in
 from omegaconf import OmegaConf
 from wandb.cli.cli import cli
 from wandb_server import KEY, ArrivedRun, WandbServer
@@ -235,13 +234,8 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    agent = subprocess.run(
-        [sys.executable, "-m", "wandb", "agent", "--count", "1", "us/gpt-experiment-runner/sweep1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+    agent = python_in(
+        tmp_path, environment, "-m", "wandb", "agent", "--count", "1", "us/gpt-experiment-runner/sweep1"
     )
     assert agent.returncode == 0, agent.stderr
     assert run_id(tmp_path / "run") == "ab12xyz9"
