@@ -10,11 +10,11 @@ from llm.config import BenchmarkConfig
 def run(config: BenchmarkConfig, run_dir: Path) -> None:
     # These import torch, which --help need not wait for.
     if config.measure == "generation":
-        from llm.generation_benchmark import benchmark_generation
+        from llm.commands.benchmark_generation import benchmark_generation
 
         benchmark_generation(config, run_dir)
     else:
-        from llm.benchmark import benchmark_training
+        from llm.commands.benchmark_training import benchmark_training
 
         benchmark_training(config, run_dir)
 

@@ -9,7 +9,7 @@ from llm.config import EvaluateConfig
 
 def run(config: EvaluateConfig, run_dir: Path) -> float:
     """The loss in nats per token is what sweeps compare."""
-    from llm.text_evaluation import run_evaluation  # imports torch, which --help need not wait for
+    from llm.commands.evaluate import run_evaluation  # imports torch, which --help need not wait for
 
     return run_evaluation(config, run_dir)
 

@@ -8,7 +8,7 @@ from llm.config import GenerateConfig
 
 
 def run(config: GenerateConfig, run_dir: Path) -> None:
-    from llm.generation_run import run_generation  # imports torch, which --help need not wait for
+    from llm.commands.generate import run_generation  # imports torch, which --help need not wait for
 
     run_generation(config, run_dir)
 

@@ -35,7 +35,7 @@ from llm.files import (
     write_json,
     write_text,
 )
-from llm.sweep import RECORD, STOP, find_sweep, read_record, setting_of, settings_of, title_of
+from llm.sweeps.jobs import RECORD, STOP, find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 
@@ -262,7 +262,7 @@ def _with_recorded_overrides(arguments: list[str], script: str, record: dict[Pat
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         raise UserError("resume goes on with one run: leave out -m; a sweep goes on with sweep.resume=FOLDER")
-    from llm.checkpoint import find_run
+    from llm.checkpoints.checkpoint import find_run
 
     name = _value(given["resume"])
     run_dir = find_run(name, with_checkpoint=False)

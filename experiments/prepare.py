@@ -8,7 +8,7 @@ from llm.config import PretrainConfig
 
 
 def run(config: PretrainConfig, run_dir: Path) -> None:
-    from llm.prepare import prepare  # imports torch, which --help need not wait for
+    from llm.commands.prepare import prepare  # imports torch, which --help need not wait for
 
     prepare(config)
 

@@ -9,7 +9,7 @@ from llm.config import WorkspaceConfig
 
 def run(config: WorkspaceConfig, run_dir: Path) -> None:
     """Save the workspace and say where it is."""
-    from llm.workspace import save_workspace
+    from llm.commands.workspace import save_workspace
 
     print(f"workspace   {save_workspace(config)}")
 

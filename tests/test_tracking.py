@@ -16,13 +16,14 @@ from omegaconf import OmegaConf
 from wandb.cli.cli import cli
 from wandb_server import KEY, ArrivedRun, WandbServer
 
-from llm import tracking, training
-from llm.checkpoint import run_id
+from llm import tracking
+from llm.checkpoints.checkpoint import run_id
+from llm.commands.workspace import CURVES, save_workspace
 from llm.config import ModelConfig, PretrainConfig, TrackingConfig, UserError, WorkspaceConfig
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
-from llm.training import pretrain
-from llm.workspace import CURVES, save_workspace
+from llm.training import loop as training
+from llm.training.loop import pretrain
 
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
 

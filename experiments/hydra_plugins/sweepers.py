@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llm.config import UserError, first_line
 from llm.files import held, modified, remove, write_json
-from llm.sweep import (
+from llm.sweeps.jobs import (
     DONE,
     LOCK,
     RECORD,
@@ -77,8 +77,8 @@ class RecordedSweeper(Sweeper):
             UserError: the folder is taken, or holds no such sweep.
             HydraException: no job's overrides fit.
         """
-        from llm.sweep_console import SweepProgress, watching  # not needed to scan for plugins
-        from llm.sweep_end import conclude
+        from llm.commands.conclude import conclude
+        from llm.sweeps.watch import SweepProgress, watching  # not needed to scan for plugins
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(

@@ -1,0 +1,1 @@
+"""What each script does; the one package that may know all the others."""

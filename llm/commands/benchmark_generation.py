@@ -1,0 +1,212 @@
+"""Speed of generation, variants in turn in one process, beside the book's loop and transformers."""
+
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.commands.benchmark_training import transformers_gpt2
+from llm.config import BenchmarkConfig, UserError, validate
+from llm.data.tokenizer import load_tokenizer
+from llm.files import write_json
+from llm.generation.inference import for_inference
+from llm.generation.sampling import draw_from, next_token
+from llm.generation.texts import generate_texts
+from llm.model.gpt import GPTModel
+from llm.progress import Progress
+from llm.runtime import computes_in_bf16, device_name, start_runtime
+
+log = logging.getLogger(__name__)
+
+PRECISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # a weight
+
+
+def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
+    """New tokens a second of each variant at each batch size, as a table and in `run_dir/benchmark.json`.
+
+    Ours is what `generate.py` does, in each precision that the device has, and with `runtime.compile` that
+    too. The book's loop, which keeps nothing and computes the whole text for each token, takes minutes: it
+    is timed once, for one row.
+    Where transformers is installed, `generate` of its GPT-2 of the same size takes part.
+
+    `bound` is, for one row, the share of the speed at which memory would deliver the weights. How fast that
+    is is measured in each round, as other machines on the same host take their part of it.
+
+    Raises:
+        UserError: a value is out of range, or prompt and new tokens do not fit into the context.
+    """
+    validate(config)
+    sizes = config.generation
+    if sizes.prompt_tokens + sizes.new_tokens > config.model.context_length:
+        raise UserError(
+            f"generation.prompt_tokens={sizes.prompt_tokens} and generation.new_tokens={sizes.new_tokens} "
+            f"do not fit into model.context_length={config.model.context_length}: make them smaller"
+        )
+    runtime = start_runtime(config.runtime)
+    precisions = ["fp32", *(["bf16"] if computes_in_bf16(runtime.device) else [])]
+    torch.manual_seed(config.seed)
+    model = GPTModel(replace(config.model, drop_rate=0.0)).to(runtime.device).eval()
+    variants: dict[str, Callable[[int], None]] = {}
+    for precision in [*precisions, *(["int8"] if runtime.device.type == "cpu" else [])]:
+        for compiled in [False] + [True] * runtime.compile:
+            ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
+            variants[f"{precision}, here{', compiled' * compiled}"] = _ours(config, ready)
+    if importlib.util.find_spec("transformers"):
+        for precision in precisions:
+            variants[f"{precision}, transformers {version('transformers')}"] = _transformers(
+                config, replace(runtime, precision=precision).dtype, runtime.device
+            )
+    seconds: dict[tuple[int, str], list[float]] = {}
+    reading = []  # bytes a second
+    buffer = torch.ones(1 << 27, device=runtime.device)  # 512 MiB, far more than any cache holds
+    progress = Progress("benchmark")
+    rounds = [(number, batch) for number in range(sizes.rounds + 1) for batch in sizes.batch_sizes]
+    for done, (number, batch) in enumerate(rounds):
+        for name, generate in variants.items():
+            begin = time.perf_counter()
+            generate(batch)
+            if number > 0:  # the first warms up
+                seconds.setdefault((batch, name), []).append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        buffer.sum().item()
+        reading.append(buffer.nbytes / (time.perf_counter() - begin))
+        progress.update((done + 1) / len(rounds), f"round {number} of {sizes.rounds}, {batch} rows")
+    begin = time.perf_counter()
+    _book_loop(config, model)
+    seconds[1, "fp32, the book's loop"] = [time.perf_counter() - begin]
+    progress.clear()
+    return _report(config, run_dir, model, seconds, statistics.median(reading))
+
+
+def _report(
+    config: BenchmarkConfig,
+    run_dir: Path,
+    model: GPTModel,
+    seconds: dict[tuple[int, str], list[float]],
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    sizes = config.generation
+    tokens_per_second = {
+        (batch, name): batch * sizes.new_tokens / statistics.median(values)
+        for (batch, name), values in seconds.items()
+    }
+    book = tokens_per_second[1, "fp32, the book's loop"]
+    log.info(
+        "%s, reading memory at %.1f GB/s · prompt of %d tokens, %d new ones · medians of %d\n",
+        device_name(model.tok_emb.weight.device),
+        bandwidth / 1e9,
+        sizes.prompt_tokens,
+        sizes.new_tokens,
+        sizes.rounds,
+    )
+    log.info(
+        "%4s %-28s %10s %9s %8s %16s %7s",
+        "rows",
+        "variant",
+        "tokens/s",
+        "ms/step",
+        "book",
+        "transformers",
+        "bound",
+    )
+    rows: list[dict[str, Any]] = []
+    for (batch, name), speed in sorted(tokens_per_second.items(), key=lambda item: item[0][0]):
+        precision, _, by = name.partition(", ")
+        ours = by.startswith("here")
+        theirs = tokens_per_second.get((batch, f"{precision}, transformers {_version()}"))
+        step_bytes = matrix_parameters(model) * PRECISION_BYTES[precision]
+        row = {
+            "rows": batch,
+            "variant": name,
+            "tokens_per_second": speed,
+            "over_book": speed / book,
+            "over_transformers": speed / theirs if theirs and ours else None,
+            "share_of_bound": speed * step_bytes / bandwidth if batch == 1 and ours else None,
+        }
+        rows.append(row)
+        log.info(
+            "%4d %-28s %10.1f %9.1f %7.1fx %16s %7s",
+            batch,
+            name,
+            speed,
+            1000 * batch / speed,
+            row["over_book"],
+            "" if row["over_transformers"] is None else f"{row['over_transformers']:.2f}x",
+            "" if row["share_of_bound"] is None else f"{row['share_of_bound']:.0%}",
+        )
+    write_json(run_dir / "benchmark.json", {"config": asdict(config), "bandwidth": bandwidth, "rows": rows})
+    return rows
+
+
+def _version() -> str:
+    return version("transformers") if importlib.util.find_spec("transformers") else ""
+
+
+def matrix_parameters(model: GPTModel) -> int:
+    """Weights of all matrix products of a step, the output head among them."""
+    blocks = sum(weight.numel() for weight in model.trf_blocks.parameters() if weight.dim() == 2)
+    return blocks + model.head_weight.numel()
+
+
+def _ours(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], None]:
+    tokenizer = load_tokenizer("bytes")  # a letter is a token, below any vocabulary's size
+    prompt = "a" * config.generation.prompt_tokens
+
+    def generate(batch: int) -> None:
+        new = config.generation.new_tokens
+        for _ in generate_texts(
+            model,
+            tokenizer,
+            [prompt],
+            config.sampling,
+            new,
+            batch,
+            config.seed,
+            batch,
+            eos=False,
+            show=lambda piece: None,
+        ):
+            pass
+
+    return generate
+
+
+@torch.no_grad()
+def _book_loop(config: BenchmarkConfig, model: GPTModel) -> None:
+    """Chapter 5.3.3 of the book, one row."""
+    device = model.tok_emb.weight.device
+    idx = torch.full((1, config.generation.prompt_tokens), ord("a"), device=device)
+    for _ in range(config.generation.new_tokens):
+        logits = model(idx)[:, -1]
+        idx = torch.cat([idx, next_token(logits, config.sampling, draw_from())[:, None]], dim=1)
+
+
+def _transformers(config: BenchmarkConfig, dtype: torch.dtype, device: torch.device) -> Callable[[int], None]:
+    model = transformers_gpt2(config.model).to(device, dtype).eval()
+    sampling = {
+        name: value
+        for name, value in asdict(config.sampling).items()
+        if name != "repetition_penalty" and value is not None
+    }
+    new = config.generation.new_tokens
+
+    def generate(batch: int) -> None:
+        idx = torch.full((batch, config.generation.prompt_tokens), ord("a"), device=device)
+        model.generate(  # type: ignore[operator]
+            idx,
+            attention_mask=torch.ones_like(idx),
+            do_sample=True,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+            **sampling,
+        )
+
+    return generate

@@ -1,0 +1,146 @@
+"""Speed of a training update, variants in turn in one process, so that a noisy machine is fair to all."""
+
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.files import write_json
+from llm.model.gpt import GPTModel, training_flops_per_token
+from llm.progress import Progress
+from llm.runtime import Runtime, computes_in_bf16, device_name, measure_matmul_flops, start_runtime
+from llm.training.optimizers import Optimizers, build_optimizers
+
+log = logging.getLogger(__name__)
+
+
+def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
+    """Median speed of a whole update (forward, backward, optimizer) of each variant, as a table and in
+    `run_dir/benchmark.json`.
+
+    The first variant is the book's way: fp32, all logits at once. The others change precision and loss, and
+    with `runtime.compile` one compiles the blocks. Where transformers is installed, its GPT-2 of this size
+    takes part, stepped by AdamW.
+    """
+    validate(config)
+    runtime = start_runtime(config.runtime)
+    precisions = ["fp32", "bf16"] if computes_in_bf16(runtime.device) else ["fp32"]
+    variants: dict[str, Callable[[], None]] = {}
+    for precision in precisions:
+        each = replace(runtime, precision=precision)
+        ours = [("plain loss", _plain_loss), ("chunked loss", GPTModel.__call__)]
+        for name, loss in ours + [("compiled", GPTModel.__call__)] * runtime.compile:
+            torch.manual_seed(config.seed)
+            model = GPTModel(config.model)
+            if name == "compiled":
+                for block in model.trf_blocks:
+                    block.compile()
+            optimizers = build_optimizers(model, config.optimizer)
+            variants[f"{precision}, {name}"] = _updater(config, each, model, optimizers, loss)
+        if importlib.util.find_spec("transformers"):
+            theirs = transformers_gpt2(config.model)
+            adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))
+            name = f"{precision}, transformers {version('transformers')}"
+            variants[name] = _updater(config, each, theirs, adamw, _transformers_loss)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    progress = Progress("benchmark")
+    for step in range(config.steps + 1):
+        for name, update in variants.items():
+            begin = time.perf_counter()
+            update()
+            if step > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - begin)
+        progress.update(step / config.steps, f"round {step} of {config.steps}")
+    progress.clear()
+    tokens = config.batch_size * config.model.context_length
+    flops = tokens * training_flops_per_token(config.model)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {
+        precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions
+    }
+    baseline = next(iter(medians.values()))
+    log.info(
+        "%s · %d × %d tokens an update · medians of %d updates\n",
+        device_name(runtime.device),
+        config.batch_size,
+        config.model.context_length,
+        config.steps,
+    )
+    log.info("%-30s %12s %10s %8s %8s", "variant", "ms an update", "tokens/s", "MFU", "speed")
+    rows: list[dict[str, Any]] = []
+    for name, median in medians.items():
+        row = {
+            "variant": name,
+            "milliseconds": 1000 * median,
+            "tokens_per_second": tokens / median,
+            "mfu": flops / median / rates[name[:4]],
+            "speed": baseline / median,
+        }
+        rows.append(row)
+        figures = 1000 * median, tokens / median, 100 * flops / median / rates[name[:4]], baseline / median
+        log.info("%-30s %12.1f %10.0f %7.0f%% %7.2fx", name, *figures)
+    write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
+    return rows
+
+
+def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The book's loss: all logits at once."""
+    return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+
+
+def transformers_gpt2(config: ModelConfig) -> nn.Module:
+    """GPT-2 of the same size as transformers has it, in training mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.emb_dim,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        resid_pdrop=config.drop_rate,
+        embd_pdrop=config.drop_rate,
+        attn_pdrop=config.drop_rate,
+        tie_word_embeddings=config.tie_weights,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(sizes).train()
+    model.loss_type = "ForCausalLM"  # else it warns that it has to guess this
+    return model
+
+
+def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return model(input_ids=inputs, labels=targets, use_cache=False).loss  # as costly as with targets shifted
+
+
+def _updater(
+    config: BenchmarkConfig,
+    runtime: Runtime,
+    model: nn.Module,
+    optimizers: Optimizers,
+    loss: Callable[..., Tensor],
+) -> Callable[[], None]:
+    """A function that does one update on random tokens and waits for the device."""
+    model.to(runtime.device)
+    shape = (config.batch_size, config.model.context_length + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, device=runtime.device)
+
+    def update() -> None:
+        with runtime.autocast():
+            loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        next(model.parameters())[0, 0].item()  # waits for the device
+
+    return update

@@ -1,0 +1,34 @@
+"""How a sweep ends: a table of its jobs, its report, and how to go on with it."""
+
+from pathlib import Path
+
+from llm.files import as_typed
+from llm.sweeps.jobs import DONE, read_jobs, read_record
+from llm.sweeps.report import sweep_report
+from llm.sweeps.study_report import as_study, is_study
+from llm.sweeps.watch import sweep_table
+from llm.tracking import sync_command
+
+
+def conclude(folder: Path) -> bool:
+    """Say what came of a sweep and write its report; returns whether a job has no result that should have.
+
+    Raises:
+        UserError: the report cannot be written.
+    """
+    folder = as_typed(folder)
+    jobs, script = read_jobs([folder]), read_record(folder)["script"]
+    failed = any(job.state in ("failed", "killed", "interrupted") for job in jobs)
+    if is_study(jobs):
+        from llm.commands.generate import conclude_study
+
+        conclude_study(folder, as_study(jobs))
+    else:
+        print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
+        if script == "pretrain" and jobs:
+            print(f"report      {sweep_report(jobs, [folder], folder)}")
+        if any(job.summary.get("wandb_folder") for job in jobs):
+            print(f"W&B         {sync_command(folder / '*' / 'wandb' / '*run-*')}")
+    if any(job.state not in DONE for job in jobs):
+        print(f"go on       python experiments/{script}.py -m sweep.resume={folder}")
+    return failed

@@ -1,0 +1,188 @@
+"""What `experiments/evaluate.py` does: what a checkpoint makes of a split, of a file, or of a text, token by
+token."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+import torch
+
+from llm.checkpoints.checkpoint import step_of
+from llm.checkpoints.pretrained import resolve
+from llm.config import EvaluateConfig, SamplingConfig, UserError, validate
+from llm.data.corpus import Corpus, find_files
+from llm.data.token_file import encode_pieces
+from llm.data.tokenizer import bytes_of, bytes_of_tokens
+from llm.data.windows import Batch, load_windows, ordered_batches, whole_batches
+from llm.files import write_json
+from llm.generation.inference import load_for_inference
+from llm.generation.sampling import next_distribution, penalise_repetition
+from llm.model.gpt import GPTModel
+from llm.progress import Progress, format_count
+from llm.runtime import device_errors_in_one_line, start_runtime
+from llm.training import plots
+from llm.training.evaluation import evaluate
+
+log = logging.getLogger(__name__)
+
+SHOWN_TOKENS = 20  # of those that may come next, in the picture
+
+
+def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
+    """Evaluate, print, and leave the figures in `run_dir/evaluation.json`; returns the loss, nats per token.
+
+    A split is cut into the windows of training's own evaluation, so that a run's figures come out again. Of a
+    file or a text every token but the first is predicted, from those before it in a window of
+    `context_length` tokens. For a text there are also a table of its tokens and a picture of what is next.
+
+    Raises:
+        UserError: a value is out of range, the text cannot be had or is too short, or the checkpoint
+            cannot be loaded.
+    """
+    validate(config)
+    checkpoint = resolve(config.checkpoint)
+    runtime = start_runtime(config.runtime)
+    model, trained, tokenizer = load_for_inference(checkpoint, runtime)
+    log.info("checkpoint %s · %s · %s\n", checkpoint, runtime.device, runtime.precision)
+    context = model.config.context_length
+    if config.text is None and config.path is None:
+        if trained is None:
+            raise UserError(f"what {checkpoint} was trained on is not known: give a text with path= or text=")
+        windows = load_windows(trained, tokenizer)[config.split == "validation"]
+        what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
+        count = len(windows) * context
+    else:
+        what = "text" if config.path is None else config.path
+        token_ids = _token_ids(config, tokenizer, model.config.vocab_size)
+        batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
+    lengths = bytes_of_tokens(tokenizer, model.config.vocab_size)
+    with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
+        evaluation = evaluate(model, _with_progress(batches, count), lengths, runtime)
+    figures: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "step": step_of(Path(checkpoint)),
+        "precision": runtime.precision,
+        "what": what,
+        "tokens": count,
+        "loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte,
+    }
+    if config.text is not None:
+        table = token_table(model, token_ids, tokenizer)
+        following = distribution_stages(model, token_ids, config.sampling)
+        _print_table(table)
+        picture = plots.plot_next_token(
+            run_dir / "next_token.png", *_likeliest(following, tokenizer), text=config.text
+        )
+        figures |= {"token_table": table, "sampling": asdict(config.sampling)}
+    write_json(run_dir / "evaluation.json", figures)
+    log.info("%s: %s predicted tokens", what, f"{count:,}")
+    log.info("loss           %.3f nats per token", evaluation.loss)
+    log.info("perplexity     %.1f", evaluation.perplexity)
+    log.info("bits per byte  %.3f", evaluation.bits_per_byte)
+    if config.text is not None:
+        log.info("what may come next, before and after sampling's steps: %s", picture)
+    log.info("kept in %s", run_dir / "evaluation.json")
+    return evaluation.loss
+
+
+def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
+    """The tokens of the text, or of the files with the end of text between them: (tokens,), int64."""
+    pieces = [config.text or ""] if config.path is None else Corpus(find_files(config.path, "path")).pieces()
+    token_ids = np.concatenate([ids for _, ids in encode_pieces(pieces, tokenizer)]).astype(np.int64)
+    key = "text" if config.path is None else f"path={config.path}"
+    if len(token_ids) < 2:
+        raise UserError(f"{key}: {len(token_ids)} tokens are too few: the first is never predicted")
+    if (largest := int(token_ids.max())) >= vocab_size:
+        raise UserError(f"{key} holds token id {largest}, and the model knows {vocab_size} tokens")
+    return token_ids
+
+
+def _with_progress(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    progress, done = Progress("evaluating"), 0
+    for batch in batches:
+        progress.update(done / count, f"{format_count(done)} of {format_count(count)} tokens")
+        yield batch
+        done += batch[1].numel()
+    progress.clear()
+
+
+@torch.no_grad()
+def token_table(model: GPTModel, token_ids: np.ndarray, tokenizer: tiktoken.Encoding) -> list[dict[str, Any]]:
+    """For each token but the first: its probability under the model, its rank among all (1 is the likeliest),
+    and the token that the model held likeliest in its place."""
+    table = []
+    for inputs, targets in whole_batches(token_ids, model.config.context_length, 1):
+        logits = model(inputs.to(model.tok_emb.weight.device))[0].float()
+        wanted = logits.gather(-1, targets[0, :, None].to(logits.device))
+        probabilities = (wanted.squeeze(-1) - logits.logsumexp(dim=-1)).exp()
+        ranks = (logits > wanted).sum(dim=-1) + 1
+        for token_id, probability, rank, best in zip(
+            targets[0].tolist(),
+            probabilities.tolist(),
+            ranks.tolist(),
+            logits.argmax(dim=-1).tolist(),
+            strict=True,
+        ):
+            table.append(
+                {
+                    "token_id": token_id,
+                    "text": _text(token_id, tokenizer),
+                    "probability": probability,
+                    "rank": rank,
+                    "likeliest": _text(best, tokenizer),
+                }
+            )
+    return table
+
+
+@torch.no_grad()
+def distribution_stages(
+    model: GPTModel, token_ids: np.ndarray, sampling: SamplingConfig
+) -> dict[str, torch.Tensor]:
+    """The distribution of the token after `token_ids`, (vocab_size,), by what was done to it: the
+    model's own, then after each step of `sampling` that does something."""
+    seen_ids = torch.from_numpy(token_ids)
+    idx = seen_ids[None, -model.config.context_length :].to(model.tok_emb.weight.device)
+    logits = model.logits(model.features(idx)[:, -1]).float().cpu()
+    plain = SamplingConfig(temperature=1.0, top_k=None)
+    stages = {"model": next_distribution(logits, plain)}
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, seen_ids] = True
+        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        stages[f"repetition penalty {sampling.repetition_penalty:g}"] = next_distribution(logits, plain)
+    so_far = plain
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        value = getattr(sampling, name)
+        if value is not None and value != getattr(plain, name):
+            so_far = replace(so_far, **{name: value})
+            stages[f"then {name.replace('_', '-')} {value:g}"] = next_distribution(logits, so_far)
+    return {name: distribution[0] for name, distribution in stages.items()}
+
+
+def _likeliest(
+    stages: dict[str, torch.Tensor], tokenizer: tiktoken.Encoding
+) -> tuple[list[str], dict[str, list[float]]]:
+    """The likeliest tokens under the model, and their probabilities at each stage."""
+    token_ids = stages["model"].topk(min(SHOWN_TOKENS, len(stages["model"]))).indices
+    texts = [_text(token_id, tokenizer) for token_id in token_ids.tolist()]
+    return texts, {name: distribution[token_ids].tolist() for name, distribution in stages.items()}
+
+
+def _text(token_id: int, tokenizer: tiktoken.Encoding) -> str:
+    return bytes_of(token_id, tokenizer).decode(errors="replace")
+
+
+def _print_table(table: list[dict[str, Any]]) -> None:
+    log.info("%-20s %12s %7s   %s", "token", "probability", "rank", "likeliest")
+    for row in table:
+        log.info(
+            "%-20r %12.5f %7d   %s", row["text"], row["probability"], row["rank"], repr(row["likeliest"])
+        )
+    log.info("")

@@ -1,0 +1,174 @@
+"""What `experiments/generate.py` does: samples of a checkpoint, printed, kept, and in a study measured."""
+
+import functools
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from llm.checkpoints.checkpoint import step_of
+from llm.checkpoints.pretrained import resolve
+from llm.config import GenerateConfig, TrackingConfig, UserError, validate
+from llm.data.corpus import find_files, find_splits, read_text
+from llm.data.token_file import token_file
+from llm.files import append_json_lines, cache_folder, remove, write_json
+from llm.generation.copying import NgramIndex, load_ngram_index
+from llm.generation.inference import load_for_inference
+from llm.generation.study import copying_metrics, copying_of, sample_metrics
+from llm.generation.texts import Sample, generate_texts
+from llm.progress import format_table
+from llm.runtime import Runtime, device_errors_in_one_line, start_runtime
+from llm.sweeps.study_report import MAIN_METRICS, METRICS, StudyJob, study_report
+from llm.tracking import Tracker, sync_command
+
+log = logging.getLogger(__name__)
+
+STUDY_SAMPLES = 32
+
+
+def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
+    """Generate, print, and leave the samples in `run_dir/samples.jsonl`; in a study, `summary.json` too.
+
+    Model and tokenizer are those of the checkpoint.
+
+    Raises:
+        UserError: a value is out of range, a prompt is empty or cannot be read, or the checkpoint cannot be
+            loaded.
+    """
+    validate(config)
+    sizes = f"{config.batch_size} samples are generated side by side; lower batch_size or max_new_tokens"
+    with device_errors_in_one_line(lambda: sizes):
+        return _study(config, run_dir) if config.study else _generate(config, run_dir)[0]
+
+
+def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
+    summary: dict[str, Any] = {"status": "failed", "sampling": asdict(config.sampling), "seed": config.seed}
+    tracker = Tracker(run_dir, config.tracking, asdict(config), "generate")
+    try:
+        samples, about = _generate(config, run_dir)
+        summary |= about | {"status": "finished"}
+        return samples
+    except BaseException as error:
+        summary["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        write_json(run_dir / "summary.json", summary)
+        tracker.finish(summary, failed=summary["status"] == "failed")
+
+
+def conclude_study(folder: Path, jobs: list[StudyJob]) -> None:
+    """At the end of a sweep: a table, a report in its folder, and a W&B run beside those of the jobs."""
+    page = study_report(jobs, folder)
+    configs = [job.folder / ".hydra" / "config.yaml" for job in jobs]
+    recorded = OmegaConf.load(next(config for config in configs if config.exists())).tracking
+    failed = [job for job in jobs if job.error]
+    tracker = Tracker(
+        folder, TrackingConfig(**{**recorded, "name": "study", "group": str(folder)}), {}, "study"
+    )
+    tracker.log_table("settings", [job.row() for job in jobs])
+    tracker.log_picture("report", folder / "report.png")
+    tracker.finish({"settings": len(jobs), "failed": len(failed)}, failed=bool(failed))
+    cells = [["job", "set", *(METRICS[metric][0].lower() for metric in MAIN_METRICS), ""]]
+    for job in jobs:
+        cells.append([job.name, job.title, *map(job.written, MAIN_METRICS), job.error or ""])
+    print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
+    print(f"\nreport      {page}")
+    if tracker.wandb_folder:
+        print(f"W&B         {sync_command(folder / 'wandb' / '*run-*')} {folder / '*' / 'wandb' / '*run-*'}")
+
+
+def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples, and what a summary says of them."""
+    checkpoint = resolve(config.checkpoint)
+    runtime = start_runtime(config.runtime)
+    model, _, tokenizer = load_for_inference(checkpoint, runtime)
+    prompts = _prompts(config)
+    num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
+    log.info("checkpoint %s · %s · %s\n", checkpoint, runtime.device, runtime.precision)
+    streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
+    step = step_of(Path(checkpoint))
+    index = _training_index(checkpoint, runtime) if config.study else None
+    remove(run_dir / "samples.jsonl")  # of a job of a sweep that was cut off and begins again
+    begin = time.perf_counter()
+    samples, copying = [], []
+    for sample in generate_texts(
+        model,
+        tokenizer,
+        prompts,
+        config.sampling,
+        config.max_new_tokens,
+        num_samples,
+        config.seed,
+        config.batch_size,
+        config.stop,
+        config.eos,
+        config.past_context,
+        show=_show if streaming else None,
+    ):
+        samples.append(sample)
+        if index:
+            copying.append(copying_of(sample, index, tokenizer))
+        line = {"step": step, **sample.line(), **(copying[-1] if index else {})}
+        append_json_lines(run_dir / "samples.jsonl", [{**line, "sampling": asdict(config.sampling)}])
+        if streaming:
+            _show("\n\n")
+        elif not config.study:
+            _show(f"{_heading(config, sample, len(prompts))}\n{sample.text}\n\n")
+    seconds = time.perf_counter() - begin
+    new_tokens = sum(len(sample.token_ids) for sample in samples)
+    about = {
+        "checkpoint": checkpoint,
+        "step": step,
+        "num_samples": len(samples),
+        "new_tokens": new_tokens,
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+    }
+    if config.study:
+        about |= sample_metrics(samples)
+    if index:
+        about |= copying_metrics(samples, copying)
+    log.info(
+        "%d tokens at %.1f tokens/s; kept in %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
+    )
+    return samples, about
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    """The prompt, or the content of each file, less one newline at its end, which editors add."""
+    if config.prompt_file is None:
+        return [config.prompt]
+    if config.prompt_file == "-":
+        return [sys.stdin.read().removesuffix("\n")]
+    return [read_text(file).removesuffix("\n") for file in find_files(config.prompt_file, "prompt_file")]
+
+
+def _heading(config: GenerateConfig, sample: Sample, prompts: int) -> str:
+    prompt = f"prompt {sample.prompt_index + 1}, " if prompts > 1 else ""
+    return f"{prompt}sample {sample.index + 1}:"
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _training_index(checkpoint: str, runtime: Runtime) -> NgramIndex | None:
+    """The index over the tokens that a checkpoint was trained on; None, and a line why, without them."""
+    _, trained, tokenizer = load_for_inference(checkpoint, runtime)
+    if trained is None:
+        log.warning("what was copied is not measured: what %s was trained on is not known", checkpoint)
+        return None
+    try:
+        training_text, _ = find_splits(trained.data)
+    except UserError as error:
+        log.warning("what was copied is not measured, for want of the training text: %s", error)
+        return None
+    cache = cache_folder(trained.data.cache_dir)
+    return load_ngram_index(token_file(training_text, tokenizer, cache, "training"), cache)

@@ -1,0 +1,1 @@
+"""Chapter 2: text to tokens to windows to batches."""

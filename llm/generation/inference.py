@@ -1,0 +1,126 @@
+"""A model made ready for generation and evaluation: its linear layers in the precision and the memory layout
+that multiply a few rows fastest."""
+
+import copy
+import functools
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.checkpoints.checkpoint import model_of_weights, read_config
+from llm.checkpoints.pretrained import is_ours, open_weights, resolve
+from llm.config import PretrainConfig, UserError
+from llm.data.tokenizer import load_tokenizer
+from llm.model.gpt import GPTModel
+from llm.runtime import Runtime
+
+INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
+INT8_KERNEL_INPUTS = 16  # the kernel reads so many at once, and past the end of what does not divide
+
+
+def load_for_inference(
+    checkpoint: str | Path, runtime: Runtime
+) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
+    """The model of a run, a checkpoint or foreign weights (see `open_weights`), ready; the config of its run,
+    if it is of ours; its tokenizer.
+
+    Raises:
+        UserError: there are no such weights, they are damaged, or their tokenizer is not known.
+    """
+    return _load(resolve(str(checkpoint)), runtime)
+
+
+@functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
+def _load(name: str, runtime: Runtime) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
+    source = open_weights(name)
+    if source.tokenizer is None:
+        raise UserError(
+            f"{source.origin} does not say which tokenizer it was trained with, and its "
+            f"{source.model.vocab_size} tokens are not GPT-2's"
+        )
+    model = model_of_weights(source.model, source.weights, source.origin).to(runtime.device)
+    trained = read_config(Path(name)) if is_ours(name) else None
+    return for_inference(model, runtime), trained, load_tokenizer(source.tokenizer)
+
+
+def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
+    """A copy of a model that shares all weights but those of its linear layers, in evaluation mode.
+
+    Embeddings, LayerNorms and the residual stream stay in fp32; matrix products are in the precision of
+    `runtime`, as under autocast in training.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    ready = copy.deepcopy(model, shared).eval()  # the memo: what is not copied
+    for module in list(ready.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, InferenceLinear(child.weight, child.bias, runtime))
+    if ready.out_head is None:
+        ready.out_head = InferenceLinear(ready.tok_emb.weight, None, runtime)  # type: ignore[assignment]
+    # Attention over a cache is many small products, in which CPUs are several times as slow in bf16.
+    ready.cache_dtype = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
+    if runtime.compile:
+        mode = "reduce-overhead" if runtime.device.type == "cuda" else None  # that is, CUDA graphs
+        ready.compiled_features = torch.compile(ready.features, mode=mode, dynamic=False)
+    return ready
+
+
+class InferenceLinear(nn.Module):
+    """`F.linear` with a weight (out, in) that will not change: (…, in) to (…, out)."""
+
+    weight: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    @torch.no_grad()
+    def __init__(self, weight: Tensor, bias: Tensor | None, runtime: Runtime) -> None:
+        super().__init__()
+        self.out_features = weight.shape[0]
+        self.dtype = runtime.dtype
+        scales = None
+        self.packed = False
+        if runtime.precision == "int8":
+            weight, scales = quantise(weight)
+        else:
+            weight = weight.detach().to(self.dtype)
+            self.packed = _packs(runtime)
+            if self.packed:
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        # Buffers, so that a CUDA graph reads them where they are and does not copy them at each step.
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(self.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if self.packed:
+            out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        elif self.scales is None:
+            out = F.linear(rows, self.weight, self.bias)
+        elif len(rows) > INT8_KERNEL_ROWS or x.shape[-1] % INT8_KERNEL_INPUTS:
+            out = F.linear(rows, self.weight.to(self.dtype) * self.scales[:, None], self.bias)
+        else:
+            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scales)
+            out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) as int8 and a bf16 scale for each output (out,): weight ≈ int8 · scale.
+
+    Rounded to nearest, the largest of each row at 127; LLM.int8() (Dettmers et al. 2022), section 2, with
+    activations left as they are.
+    """
+    scales = (weight.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    return (weight / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _packs(runtime: Runtime) -> bool:
+    """Whether oneDNN can lay out weights in blocks. A product of a few rows then runs at the speed of
+    memory, where `F.linear` over plain weights reaches a half (one row) to a quarter (eight) of it."""
+    if runtime.device.type != "cpu" or runtime.compile or not torch.backends.mkldnn.is_available():
+        return False  # torch.compile cannot trace such weights
+    return runtime.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

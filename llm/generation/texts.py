@@ -1,0 +1,211 @@
+"""Prompts to texts: many rows side by side, each on a random stream of its own, each ended for a reason."""
+
+import codecs
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tiktoken
+import torch
+
+from llm.config import SamplingConfig, UserError
+from llm.data.tokenizer import bytes_of, encode
+from llm.generation.decoding import Decoding
+from llm.generation.sampling import draw_at, next_distribution, penalise_repetition, uniform_stream
+from llm.model.gpt import GPTModel
+from llm.progress import Progress
+
+
+@dataclass
+class Sample:
+    """A text that was generated, and what is known of each of its tokens."""
+
+    prompt: str
+    prompt_index: int
+    index: int  # among the samples of this prompt
+    seed: int
+    continuation: str = ""  # without what ended it
+    token_ids: list[int] = field(
+        default_factory=list
+    )  # new ones, a stop text's included, the end of text not
+    log_probabilities: list[float] = field(default_factory=list)  # of each under the model itself, nats
+    entropies: list[float] = field(default_factory=list)  # of what each was drawn from, nats
+    stop_reason: str = ""  # length, eos or stop
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.continuation
+
+    def line(self) -> dict[str, Any]:
+        """For `samples.jsonl`; `log_probability` is the whole continuation's, in nats."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "seed": self.seed,
+            "prompt_index": self.prompt_index,
+            "sample": self.index,
+            "token_ids": self.token_ids,
+            "log_probability": sum(self.log_probabilities),
+            "stop_reason": self.stop_reason,
+        }
+
+
+def generate_texts(
+    model: GPTModel,
+    tokenizer: tiktoken.Encoding,
+    prompts: list[str],
+    sampling: SamplingConfig,
+    max_new_tokens: int | list[int],
+    num_samples: int = 1,
+    seed: int = 123,
+    batch_size: int = 32,
+    stop: list[str] | None = None,
+    eos: bool = True,
+    past_context: str = "exact",
+    show: Callable[[str], None] | None = None,
+) -> Iterator[Sample]:
+    """`num_samples` texts that go on from each prompt, all of the first prompt first.
+
+    Sample i of prompt p draws from the random stream (seed, p, i), so it does not depend on what else is
+    generated; torch's global stream is left alone.
+
+    Args:
+        max_new_tokens: for all prompts, or a number for each.
+        stop: texts that end a sample when they appear, and are not part of it.
+        eos: whether the end-of-text token ends a sample.
+        past_context: see `llm.generation.decoding.Decoding`.
+        show: called with each piece of text as it comes, prompts included; for a batch size of 1.
+
+    Raises:
+        UserError: a prompt is empty, or holds a token id that the model does not know.
+    """
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+    prompt_ids = [_prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in prompts]
+    rows = [
+        _Row(Sample(prompt, index, number, seed), token_ids, limit, tokenizer, stop or [], eos)
+        for index, (prompt, token_ids, limit) in enumerate(zip(prompts, prompt_ids, limits, strict=True))
+        for number in range(num_samples)
+    ]
+    progress = Progress("generating")
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        if show:
+            show(batch[0].sample.prompt)
+        for share, piece in _generate_batch(model, batch, sampling, past_context):
+            if show:
+                show(piece)
+            else:
+                samples = f"samples {start + 1} to {start + len(batch)} of {len(rows)}"
+                progress.update((start + share * len(batch)) / len(rows), samples)
+        if not show:  # which has left the cursor behind a text that must stay
+            progress.clear()
+        yield from (row.sample for row in batch)
+
+
+def _prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int) -> list[int]:
+    token_ids = encode(prompt, tokenizer)
+    if not token_ids:
+        raise UserError(
+            "prompt is empty: give some text to go on from, or prompt='<|endoftext|>' for a fresh start"
+        )
+    if (largest := max(token_ids)) >= vocab_size:
+        raise UserError(f"prompt holds token id {largest}, and the model knows {vocab_size} tokens")
+    return token_ids
+
+
+@torch.no_grad()
+def _generate_batch(
+    model: GPTModel, rows: list["_Row"], sampling: SamplingConfig, past_context: str
+) -> Iterator[tuple[float, str]]:
+    """Fill in the samples of rows. After each step: the share that is done at most, and the new text of
+    the rows that go on."""
+    device, longest = model.tok_emb.weight.device, max(row.limit for row in rows)
+    prompts = [row.prompt_ids for row in rows]
+    decoding = Decoding(model, prompts, longest, model.config.context_length, past_context)
+    streams = [
+        uniform_stream(row.sample.seed, (row.sample.prompt_index, row.sample.index), longest) for row in rows
+    ]
+    uniforms = torch.from_numpy(np.stack(streams)).to(device)  # (rows, longest)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+        for number, prompt in enumerate(prompts):
+            seen[number, prompt] = True
+    for step in range(longest):
+        going = torch.tensor(decoding.rows, device=device)  # waits for a GPU, so before it has work
+        logits = decoding.logits()
+        wanted = logits
+        if seen is not None:
+            wanted = penalise_repetition(logits, seen[going], sampling.repetition_penalty)
+        probabilities = next_distribution(wanted, sampling)
+        tokens = draw_at(uniforms[going, step])(probabilities)
+        if seen is not None:
+            seen[going, tokens] = True
+        chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
+        log_probabilities = chosen - logits.logsumexp(dim=-1)
+        entropies = torch.special.entr(probabilities).sum(dim=-1)
+        # All at once, for each transfer waits for a GPU; fp32 holds a token id exactly.
+        ids, *figures = torch.stack([tokens.float(), log_probabilities, entropies]).tolist()
+        new = [int(token) for token in ids]
+        decoding.append(new)
+        pieces = [rows[number].add(*each) for number, *each in zip(decoding.rows, new, *figures, strict=True)]
+        yield (step + 1) / longest, "".join(pieces)
+        decoding.end([number for number in decoding.rows if rows[number].sample.stop_reason])
+        if not decoding.rows:
+            return
+
+
+class _Row:
+    """A sample in the making."""
+
+    def __init__(
+        self,
+        sample: Sample,
+        prompt_ids: list[int],
+        limit: int,
+        tokenizer: tiktoken.Encoding,
+        stop: list[str],
+        eos: bool,
+    ) -> None:
+        self.sample = sample
+        self.prompt_ids = prompt_ids
+        self.limit = limit
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._eos_id = tokenizer.eot_token if eos else None
+        # Holds back the bytes of a character that is not whole yet; at the end they are dropped.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._shown = 0
+
+    def add(self, token: int, log_probability: float, entropy: float) -> str:
+        """Take a token, and decide whether it is the last. Returns the text that is certain only now."""
+        sample = self.sample
+        if token == self._eos_id:
+            sample.stop_reason = "eos"
+        else:
+            sample.token_ids.append(token)
+            sample.log_probabilities.append(log_probability)
+            sample.entropies.append(entropy)
+            known = len(sample.continuation)
+            sample.continuation += self._decoder.decode(bytes_of(token, self._tokenizer))
+            ends = [sample.continuation.find(text, max(0, known - len(text) + 1)) for text in self._stop]
+            if found := [end for end in ends if end >= 0]:
+                sample.continuation = sample.continuation[: min(found)]
+                sample.stop_reason = "stop"
+            elif len(sample.token_ids) == self.limit:
+                sample.stop_reason = "length"
+        certain = len(sample.continuation)
+        if not sample.stop_reason:
+            certain -= self._perhaps_stop()
+        piece = sample.continuation[self._shown : certain]
+        self._shown = certain
+        return piece
+
+    def _perhaps_stop(self) -> int:
+        """How many characters at the end may be the start of a stop text."""
+        text = self.sample.continuation
+        return max(
+            (length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])),
+            default=0,
+        )

@@ -1,0 +1,1 @@
+"""Sweeps of runs, read from their folders alone."""

@@ -1,0 +1,236 @@
+"""A sweep as its folder tells it: which jobs there are, what varies between them, and how far each is.
+
+Nothing here needs the process that runs the sweep.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from llm.config import UserError
+from llm.files import RUN_ID, is_held, modified, read_summary, write_json
+
+RECORD = "sweep.json"  # see write_record
+LOCK = ".sweep.lock"  # held by the process that runs the sweep
+STOP = ".stop"  # is there once a sweep whose jobs run side by side was asked to stop
+UNVARIED = ("hydra.", "tracking.", "tracking", "resume", "rerun")
+DONE = ("finished", "stopped")  # with a result, so that they are not run again
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep, as its files tell."""
+
+    folder: Path
+    name: str  # its number; with several sweeps side by side, the sweep's folder too
+    overrides: list[str]
+    setting: dict[str, str] = field(default_factory=dict)  # the keys that vary between jobs
+    summary: dict[str, Any] = field(default_factory=dict)  # empty until there is one
+
+    @property
+    def title(self) -> str:
+        """What sets it apart, as `lr=4e-4 seed=1`."""
+        return title_of(self.setting) or "the one setting"
+
+    @property
+    def state(self) -> str:
+        """`waiting`, `running`, `finished`, `stopped` (by a rule, see llm/training/early_stopping.py),
+        `interrupted`, `failed`, or `killed`: it was begun, has no end, and no process holds it."""
+        status = self.summary.get("status")
+        if status == "interrupted" and self.summary.get("stopped_early"):
+            return "stopped"
+        if status in ("finished", "interrupted", "failed"):
+            return str(status)
+        if not (self.folder / ".hydra").exists():
+            return "waiting"
+        if is_held(self.folder / RUN_ID) or is_held(self.folder.parent / LOCK):
+            return "running"
+        return "killed"
+
+    @property
+    def error(self) -> str | None:
+        """Why it did not finish."""
+        state = self.state
+        if state in ("finished", "running", "waiting"):
+            return None
+        if state == "stopped":
+            return f"stopped early: {self.summary['stopped_early']}"
+        usual = {"interrupted": "stopped by hand", "killed": "killed, or its machine went down"}
+        return self.summary.get("error") or usual.get(state, "it did not finish")
+
+    @property
+    def overrides_alone(self) -> list[str]:
+        """What runs it again by itself, also where the experiment that it names is a sweep."""
+        experiment = any(split_override(each)[0] == "experiment" for each in self.overrides)
+        return [*self.overrides, *["hydra.mode=RUN"] * experiment]
+
+    def reread(self) -> "Job":
+        """The same with the summary that its folder holds by now."""
+        return replace(self, summary=read_summary(self.folder))
+
+
+def begun(job: Job) -> float:
+    """When a job was last begun, in seconds since the epoch; 0 if it never was."""
+    return modified(job.folder / ".hydra" / "overrides.yaml")
+
+
+def state_since(job: Job, since: float) -> str:
+    """A job's state for who runs its sweep since then: one that has not been begun since waits, unless it has
+    its result from before, and one that was begun runs until it says how it ended."""
+    written = modified(job.folder / "summary.json")
+    if written >= max(since, begun(job)):
+        return "running" if job.summary.get("status") == "running" else job.state
+    if begun(job) >= since:
+        return "running"
+    return job.state if job.state in DONE else "waiting"
+
+
+def read_jobs(folders: Iterable[Path]) -> list[Job]:
+    """The jobs of sweeps and of single runs, in order, each with what varies between all of them.
+
+    Raises:
+        UserError: a folder holds neither.
+    """
+    folders = list(folders)
+    found: list[tuple[Path, str, list[str]]] = []
+    for folder in folders:
+        alike = sum(other.name == folder.name for other in folders) > 1
+        prefix = f"{folder if alike else folder.name}/" if len(folders) > 1 else ""
+        jobs = _jobs_in(folder)
+        if jobs or (folder / RECORD).exists():  # a search begins with none
+            found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
+        elif (folder / "summary.json").exists() or (folder / "metrics.jsonl").exists():
+            found.append((folder, folder.name, _recorded_overrides(folder)))
+        else:
+            raise UserError(f"{folder} holds neither a sweep nor a run")
+    if len(folders) == 1 and (folders[0] / RECORD).exists():
+        varied = read_record(folders[0])["varied"]
+        settings = [setting_of(overrides, varied) for _, _, overrides in found]
+    else:
+        settings = settings_of([overrides for _, _, overrides in found], [folder for folder, _, _ in found])
+    return [
+        Job(folder, name, overrides, setting, read_summary(folder))
+        for (folder, name, overrides), setting in zip(found, settings, strict=True)
+    ]
+
+
+def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
+    if (folder / RECORD).exists():
+        jobs = read_record(folder)["jobs"]
+        return [(folder / str(number), overrides) for number, overrides in enumerate(jobs)]
+    folders = sorted(
+        (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: order(job.name)
+    )
+    return [(job, _recorded_overrides(job)) for job in folders]
+
+
+def _recorded_overrides(run_dir: Path) -> list[str]:
+    file = run_dir / ".hydra" / "overrides.yaml"
+    return [str(each) for each in OmegaConf.load(file)] if file.exists() else []
+
+
+def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:
+    """For each job's overrides, those whose value is not the same in all jobs. A job that does not set such a
+    key has the value of its recorded config, where `folders` has one."""
+    given = [dict(split_override(each) for each in overrides) for overrides in jobs]
+    keys = [key for key in dict.fromkeys(key for own in given for key in own) if not key.startswith(UNVARIED)]
+    incomplete = {key for key in keys if any(key not in own for own in given)}
+    for own, folder in zip(given, folders or [], strict=False):
+        if absent := [key for key in incomplete if key not in own]:
+            file = folder / ".hydra" / "config.yaml"
+            config = OmegaConf.load(file) if file.exists() else OmegaConf.create()
+            found = {key: OmegaConf.select(config, key) for key in absent}
+            own |= {key: str(value) for key, value in found.items() if value is not None}
+    varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
+    return [{key: own[key] for key in varied if key in own} for own in given]
+
+
+def setting_of(overrides: list[str], varied: list[str]) -> dict[str, str]:
+    """The values that a job's overrides give to the keys that vary."""
+    given = dict(split_override(each) for each in overrides)
+    return {key: given[key] for key in varied}
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """`+optimizer.lr=1` as its key and value."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+"), value
+
+
+def title_of(setting: dict[str, str]) -> str:
+    """A setting in few characters: `lr=4e-4 seed=1`."""
+    return " ".join(f"{short_key(key)}={compact(value)}" for key, value in setting.items())
+
+
+def short_key(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def compact(value: str) -> str:
+    """A small number as `4e-4`; anything else as it is."""
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return value
+    if not 0 < abs(number) < 0.001:
+        return value
+    return min(value, f"{number.normalize():e}", key=len)
+
+
+def order(value: str) -> tuple[bool, float, str]:
+    """Sorts values of a key: numbers first and by size, then texts."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+# The record
+
+
+def find_sweep(name: str, root: Path = Path("outputs")) -> Path:
+    """The folder of a sweep: a path to it, or `latest`, the one under `root` that was begun last.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name != "latest":
+        return Path(name)
+    records = list(root.glob(f"*/sweeps/*/*/{RECORD}"))
+    if not records:
+        raise UserError(f"latest: there is no sweep under {root}/; begin one with -m")
+    return max(records, key=modified).parent
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+        return {key: record[key] for key in ("script", "arguments", "varied", "jobs")}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no sweep's folder: it has no {RECORD}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / RECORD} is damaged: {error}") from error
+
+
+def write_record(
+    folder: Path, script: str, arguments: list[str], varied: list[str], jobs: list[list[str]]
+) -> None:
+    """Keep what a sweep is.
+
+    Args:
+        script: that runs it, by its name, as `pretrain`.
+        arguments: what was typed.
+        varied: the keys that are swept.
+        jobs: the overrides of each, by its number.
+    """
+    write_json(folder / RECORD, {"script": script, "arguments": arguments, "varied": varied, "jobs": jobs})

@@ -1,0 +1,265 @@
+"""What a sweep says: a live table of its jobs on a terminal, a line a job elsewhere, a table at its end."""
+
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from llm.config import TrainingConfig
+from llm.files import modified
+from llm.progress import format_bar, format_count, format_figure, format_seconds, format_table
+from llm.sweeps.jobs import RECORD, Job, begun, read_jobs, state_since
+from llm.training.schedules import spent
+
+POLL_SECONDS = 0.5
+TAIL_BYTES = 4096  # of metrics.jsonl; some lines, of which the last is where a job is
+WAITING_LOOKED_AT = 64  # jobs begin about in order, so not all that wait are looked at each time
+TABLE_ROWS = 40  # of the table at the end; of a larger sweep it has the best
+
+
+class SweepProgress:
+    """How far the jobs of a sweep are, from their files, wherever they run."""
+
+    def __init__(self, folder: Path, since: float, total: int) -> None:
+        """
+        Args:
+            since: when this process began with the sweep, in seconds since the epoch.
+            total: jobs that there will be.
+        """
+        self.folder, self.since, self.total = folder, since, total
+        self.jobs: dict[str, Job] = {}
+        self.states: dict[str, str] = {}
+        self._metrics: dict[str, dict[str, Any]] = {}
+        self._limits: dict[str, TrainingConfig] = {}
+        self._started = time.monotonic()
+        self._record_read = 0.0
+        self._read_record()
+        self._share_at_start = self.share()
+
+    def _read_record(self) -> None:
+        """Take in the jobs, of which a search adds some as it goes."""
+        if (written := modified(self.folder / RECORD)) != self._record_read:
+            self._record_read = written
+            self.jobs |= {job.name: job for job in read_jobs([self.folder]) if job.name not in self.jobs}
+            for name, job in self.jobs.items():
+                self.states.setdefault(name, state_since(job, self.since))
+
+    def poll(self) -> list[str]:
+        """Look at the jobs that have not ended; returns the names of those whose state is another now."""
+        self._read_record()
+        changed = []
+        for name in self._not_ended():
+            job = self.jobs[name].reread()
+            state = state_since(job, self.since)
+            if state != self.states[name]:
+                self.states[name], self.jobs[name] = state, job
+                changed.append(name)
+        return changed
+
+    def _not_ended(self) -> list[str]:
+        # One that was interrupted may go on: Slurm queues it again.
+        running = [name for name, state in self.states.items() if state in ("running", "interrupted")]
+        waiting = [name for name, state in self.states.items() if state == "waiting"]
+        return running + waiting[:WAITING_LOOKED_AT]
+
+    def named(self, *states: str) -> list[Job]:
+        return [self.jobs[name] for name, state in self.states.items() if state in states]
+
+    def best(self) -> Job | None:
+        return best_of(self.named("finished"))
+
+    def last_metrics(self, job: Job) -> dict[str, Any]:
+        """The last whole line that a job wrote, and the last evaluation seen."""
+        try:
+            with (job.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+                lines = file.read().split(b"\n")[1:-1]
+        except FileNotFoundError:
+            return {}
+        metrics = self._metrics.setdefault(job.name, {})
+        for line in lines:
+            with suppress(ValueError):  # a damaged line
+                metrics |= json.loads(line)
+        return metrics
+
+    def job_share(self, job: Job, metrics: dict[str, Any]) -> float:
+        """How much of its budget a running job has spent, 0 to 1."""
+        if not metrics:
+            return 0.0
+        if job.name not in self._limits:
+            config = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
+            limits = ("max_steps", "max_epochs", "max_minutes")
+            found = {limit: OmegaConf.select(config, f"training.{limit}") for limit in limits}
+            if not any(found.values()):  # Hydra is just writing it
+                return 0.0
+            self._limits[job.name] = TrainingConfig(**found)
+        shares = spent(self._limits[job.name], metrics["step"] + 1, metrics["epoch"], metrics["seconds"])
+        return min(1.0, max(shares.values()))
+
+    def share(self) -> float:
+        """How much of the sweep is done, 0 to 1; all jobs count alike."""
+        running = sum(self.job_share(job, self.last_metrics(job)) for job in self.named("running"))
+        ended = len(self.jobs) - len(self.named("running", "waiting"))
+        return (ended + running) / self.total
+
+    def heading(self) -> str:
+        """`4 of 12 jobs done · 2 running · 6 waiting · 1 failed · 4m10s left`."""
+        running = len(self.named("running"))
+        ended = len(self.jobs) - running - len(self.named("waiting"))
+        waiting = self.total - running - ended
+        parts = [f"{ended} of {self.total} jobs done"]
+        parts += [f"{count} {name}" for name, count in (("running", running), ("waiting", waiting)) if count]
+        for state in ("stopped", "failed"):
+            if count := len(self.named(state)):
+                parts.append(f"{count} {state}")
+        share = self.share()
+        advanced = share - self._share_at_start
+        if advanced > 0 and share < 1:
+            left = (time.monotonic() - self._started) * (1 - share) / advanced
+            parts.append(f"{format_seconds(left)} left")
+        return " · ".join(parts)
+
+    def best_so_far(self) -> str:
+        best = self.best()
+        return f"best: job {best.name}, val loss {best.summary['val_loss']:.3f}" if best else ""
+
+
+@contextmanager
+def watching(progress: SweepProgress) -> Iterator[None]:
+    """Show a sweep's progress while it runs."""
+    with _live_table(progress) if sys.stdout.isatty() else _plain_lines(progress):
+        yield
+
+
+@contextmanager
+def _plain_lines(progress: SweepProgress) -> Iterator[None]:
+    ended = threading.Event()
+
+    def look() -> None:
+        for name in progress.poll():
+            job, state = progress.jobs[name], progress.states[name]
+            if state == "running":
+                print(f"job {name} · {job.title} · started", flush=True)
+            elif state == "failed":
+                print(f"error: job {name} ({job.title}): {job.error}", file=sys.stderr, flush=True)
+            else:
+                parts = [_ended_line(job, state), progress.heading(), progress.best_so_far()]
+                print(" · ".join(filter(None, parts)), flush=True)
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            look()
+
+    print(f"sweep folder {progress.folder} · {progress.heading()}", flush=True)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
+def _ended_line(job: Job, state: str) -> str:
+    what = f"job {job.name} · {job.title} · {state}"
+    if (loss := job.summary.get("val_loss")) is not None:
+        what += f", val loss {loss:.3f}"
+    if (seconds := job.summary.get("total_seconds")) is not None:
+        what += f", {format_seconds(seconds)}"
+    return what
+
+
+@contextmanager
+def _live_table(progress: SweepProgress) -> Iterator[None]:
+    from rich.live import Live
+
+    with Live(
+        get_renderable=lambda: live_table(progress), refresh_per_second=1 / POLL_SECONDS, transient=True
+    ):
+        yield
+
+
+def live_table(progress: SweepProgress) -> Any:
+    """The bar, the jobs that run, the last that ended, the next that wait: as many as the screen holds."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    progress.poll()
+    room = max(3, shutil.get_terminal_size().lines - 6)
+    running = progress.named("running")[:room]
+    waiting = progress.named("waiting")
+    ended = progress.named("finished", "stopped", "failed", "interrupted")
+    ended.sort(key=lambda job: modified(job.folder / "summary.json"))
+    left = room - len(running) - min(1, len(waiting))  # at least the next that waits is shown
+    shown = ended[max(0, len(ended) - max(0, left)) :]
+    table = Table(box=None, pad_edge=False, expand=True)
+    for name in ("job", "set", "state"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "set" else None)
+    for name in ("done", "train loss", "val loss", "tokens", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    best = progress.best()
+    styles = {"running": "bold", "failed": "red", "stopped": "dim"}
+    for job in [*shown, *running, *waiting[: max(0, room - len(shown) - len(running))]]:
+        state, metrics = progress.states[job.name], progress.last_metrics(job)
+        share = progress.job_share(job, metrics) if state == "running" else None
+        loss = job.summary.get("val_loss") if state != "running" else metrics.get("val/loss")
+        started = begun(job)
+        spent = time.time() - started if state == "running" and started else job.summary.get("total_seconds")
+        table.add_row(
+            job.name,
+            job.title + (f": {job.error}" if state == "failed" else ""),
+            state + (" ★" if job is best else ""),
+            "" if share is None else f"{share:.0%}",
+            format_figure(metrics.get("train/loss"), "{:.3f}", ""),
+            format_figure(loss, "{:.3f}", ""),
+            "" if not metrics else format_count(metrics["tokens_seen"]),
+            "" if spent is None or state == "waiting" else format_seconds(spent),
+            style=styles.get(state, "dim" if state == "waiting" else None),
+        )
+    heading = Text(f"{format_bar(progress.share())} {progress.heading()}")
+    return Group(Text(f"sweep folder {progress.folder}"), heading, Text(progress.best_so_far()), table)
+
+
+def best_of(jobs: list[Job]) -> Job | None:
+    """The job with the lowest loss over the whole validation split."""
+    measured = [job for job in jobs if job.summary.get("val_loss") is not None]
+    return min(measured, key=lambda job: job.summary["val_loss"], default=None)
+
+
+def sweep_table(jobs: list[Job]) -> str:
+    """Jobs with what was set in each, their figures and errors, the best marked; of many, the best alone."""
+    best = best_of(jobs)
+    shown = jobs
+    if len(jobs) > TABLE_ROWS:
+        shown = sorted(
+            jobs, key=lambda job: (job.summary.get("val_loss") is None, job.summary.get("val_loss"))
+        )
+        shown = shown[:TABLE_ROWS]
+    figures = {
+        "train loss": ("train_loss", "{:.3f}"),
+        "val loss": ("val_loss", "{:.3f}"),
+        "result": ("result", "{:.3f}"),  # of evaluate.py
+        "bits/byte": ("val_bits_per_byte", "{:.3f}"),
+        "tokens": ("tokens_seen", "{:,}"),
+        "time": ("seconds", "{:.0f}s"),
+    }
+    figures = {
+        name: (key, form)
+        for name, (key, form) in figures.items()
+        if any(job.summary.get(key) is not None for job in shown)
+    }
+    cells = [["job", "set", "state", *figures, ""]]
+    for job in shown:
+        written = [format_figure(job.summary.get(key), form) for key, form in figures.values()]
+        cells.append([job.name, job.title, job.state, *written, "best" if job is best else job.error or ""])
+    table = format_table(cells, left={0, 1, 2, len(cells[0]) - 1})
+    return table + (f"\n… and {len(jobs) - len(shown)} more" if len(jobs) > len(shown) else "")

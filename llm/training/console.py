@@ -1,0 +1,171 @@
+"""What a training run says: what it will be, how far it is, what came of it, and what to do next."""
+
+import logging
+
+import torch
+
+from llm.checkpoints.checkpoint import step_folders, steps_of
+from llm.config import PretrainConfig
+from llm.model.gpt import GPTModel, parameter_count, training_flops_per_token
+from llm.progress import format_count, format_figure, format_seconds, format_value
+from llm.runtime import device_name
+from llm.tracking import sync_command
+from llm.training.evaluation import Evaluation
+from llm.training.optimizers import orthogonalisation_flops
+from llm.training.run import Run, Summary
+
+log = logging.getLogger(__name__)
+
+EXPECTED_MFU = 0.45  # of small models on CPUs, for the estimate before the first update
+
+
+def announce(run: Run, matmul_flops: float) -> None:
+    """Say what the run will be, and how to ask for more, before it starts."""
+    config, training, runtime = run.config, run.config.training, run.runtime
+    update_tokens = config.data.batch_size * training.accumulate * config.model.context_length
+    token_flops = training_flops_per_token(config.model)
+    optimizer_flops = orthogonalisation_flops(run.model, config.optimizer)
+    tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
+    validation_flops = len(run.validation_windows) * config.model.context_length * token_flops / 3
+    limits = {
+        "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
+        "max_steps": training.max_steps and training.max_steps * update_tokens,
+        "max_epochs": training.max_epochs and training.max_epochs * run.updates_per_epoch * update_tokens,
+    }
+    first, tokens = min(
+        ((name, tokens) for name, tokens in limits.items() if tokens), key=lambda limit: limit[1]
+    )
+    left = tokens - run.counters.tokens_seen
+    log.info(
+        "model      %s parameters: %d layers, width %d, %d heads, context %d",
+        format_count(parameter_count(run.model)),
+        config.model.n_layers,
+        config.model.emb_dim,
+        config.model.n_heads,
+        config.model.context_length,
+    )
+    log.info(
+        "data       %s training and %s validation tokens (%s)",
+        format_count(len(run.training_windows.tokens)),
+        format_count(len(run.validation_windows.tokens)),
+        config.data.path or config.data.source,
+    )
+    log.info(
+        "device     %s; %s; matrix products at %sFLOP/s%s",
+        device_name(runtime.device),
+        runtime.precision,
+        format_count(matmul_flops),
+        f"; {runtime.processes} processes" if runtime.processes > 1 else "",
+    )
+    log.info(
+        "update     %d windows of %d tokens%s: %s tokens",
+        config.data.batch_size,
+        config.model.context_length,
+        f", {training.accumulate} times" if training.accumulate > 1 else "",
+        format_count(update_tokens),
+    )
+    log.info(
+        "budget     training.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",
+        first,
+        format_value(getattr(training, first)),
+        format_count(tokens),
+        tokens / update_tokens / run.updates_per_epoch,
+        format_seconds(left / tokens_per_second),
+        first,
+        format_value(4 * getattr(training, first)),
+    )
+    validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
+    ratio = config.data.train_ratio
+    log.info(
+        "then       a pass over the validation split: about %s%s",
+        format_seconds(validation_seconds),
+        # A text of gigabytes needs no tenth of it to be validated on, and a run cannot change it later.
+        f"; shorter: data.train_ratio={1 - (1 - ratio) / 10:g}"
+        if validation_seconds > left / tokens_per_second and not run.resumed
+        else "",
+    )
+    log.info("run folder %s\n", run.run_dir)
+    if run.resumed:
+        changed = run.resumed[-1]["changed"]
+        log.info("resumed after %d updates, %.2f epochs", run.counters.steps, run.position()["epoch"])
+        for key, (was, now) in changed.items():
+            log.info("changed    %s=%s (it was %s)", key, now, was)
+        log.info("")
+
+
+def status(metrics: dict[str, float]) -> str:
+    """Where a run is, for its progress."""
+    return (
+        f"epoch {metrics['epoch']:.2f} · {format_count(metrics['tokens_seen'])} tokens · "
+        f"loss {metrics['train/loss']:.3f} · {format_count(metrics['tokens_per_second'])} tokens/s"
+    )
+
+
+def evaluation_line(run: Run, train: Evaluation, validation: Evaluation) -> str:
+    """The book's line, with bits per byte."""
+    step = run.counters.steps - 1
+    return (
+        f"Ep {step // run.updates_per_epoch + 1} (Step {step:06d}): Train loss {train.loss:.3f}, "
+        f"Val loss {validation.loss:.3f}, {validation.bits_per_byte:.3f} bits per byte"
+    )
+
+
+def not_finite(run: Run, loss: float, grad_norm: float) -> str:
+    """Why a run stops, and where to go on from: the last checkpoint whose weights gave a finite loss."""
+    if run.writer:
+        run.writer.wait()
+    first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of those left out
+    good = [folder for folder in step_folders(run.run_dir) if steps_of(folder) < first]
+    go_on = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
+    how = f"go on with resume={good[0]} optimizer.lr=…" if good else "begin again with a lower optimizer.lr"
+    return (
+        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {go_on}; "
+        f"{how}, or set training.grad_clip, or training.max_skipped to leave out such updates"
+    )
+
+
+def sizes(config: PretrainConfig) -> str:
+    """What a run keeps in memory, and the keys to lower when it does not fit."""
+    with torch.device("meta"):
+        parameters = parameter_count(GPTModel(config.model))
+    data, rows = config.data, config.data.batch_size // config.runtime.processes
+    return (
+        f"{format_count(parameters)} parameters take about {format_count(16 * parameters)}B with gradients "
+        f"and averages, beside the activations of {rows} windows of {config.model.context_length} tokens; "
+        f"lower data.batch_size={data.batch_size} (and raise training.accumulate by as much), "
+        f"model.context_length, model.n_layers or model.emb_dim"
+    )
+
+
+def print_summary(summary: Summary, run: Run) -> None:
+    """The figures as a table, and what to do next."""
+    rows = {
+        "status": summary.status,
+        "stopped early": summary.stopped_early or "–",
+        "updates": f"{summary.steps:,}",
+        "tokens seen": f"{summary.tokens_seen:,} ({run.position()['epoch']:.2f} epochs)",
+        "training loss": format_figure(summary.train_loss, "{:.3f}"),
+        "validation loss": format_figure(summary.val_loss, "{:.3f}"),
+        "validation perplexity": format_figure(summary.val_perplexity, "{:.1f}"),
+        "validation bits per byte": format_figure(summary.val_bits_per_byte, "{:.3f}"),
+        "updates left out": str(summary.skipped) if summary.skipped else "–",
+        "gradient-norm spikes": str(summary.grad_norm_spikes) if summary.grad_norm_spikes else "–",
+        "best validation loss": format_figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
+        "training time": format_seconds(summary.seconds),
+        "execution time": format_seconds(summary.total_seconds),
+        "tokens per second": format_figure(summary.tokens_per_second, "{:,.0f}"),
+        "peak memory": f"{format_count(summary.peak_memory_bytes or 0)}B",
+        "model FLOPs utilisation": format_figure(summary.mfu, "{:.0%}"),
+    }
+    width = max(map(len, rows))
+    log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
+    log.info("\nloss plot   %s", run.run_dir / "loss.png")
+    log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
+    key, value = run.binding_limit()
+    further = f" {key}={format_value(4 * value)}" if summary.status == "finished" else ""
+    if summary.stopped_early:
+        further = " early_stopping.rule=none"
+    log.info("resume      python experiments/pretrain.py resume=%s%s", run.run_dir, further)
+    if run.tracker and (folder := run.tracker.wandb_folder):
+        log.info("W&B         %s", sync_command(folder))
+        log.info("W&B, here   wandb leet %s", folder)

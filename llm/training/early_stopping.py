@@ -1,0 +1,164 @@
+"""Stopping the hopeless jobs of a sweep early, by the evaluation losses of all its jobs so far.
+
+Each job judges itself after each of its evaluations. It reads the `metrics.jsonl` of the jobs beside it and
+nothing else, so it does not matter which launcher runs the jobs, how many at once, on which machines, or
+which sweeper chose them. Runs may be limited by updates, passes or minutes, so they are compared where the
+same share of the budget is spent: every line of metrics is placed by the limits of the job that judges.
+
+A job that was stopped may be resumed. The rule then judges it anew: median at its next evaluation, halving at
+its next rung. With `early_stopping.rule=none` it runs to its end.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Collection
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from llm.config import TrainingConfig
+from llm.training.run import Run
+from llm.training.schedules import spent
+
+log = logging.getLogger(__name__)
+
+
+class Point(NamedTuple):
+    """An evaluation."""
+
+    progress: float  # share of the budget that was spent
+    loss: float  # on the validation split, nats per token; infinite where it was not finite
+
+
+Curve = list[Point]  # the evaluations of one job, in order; at least one
+
+
+def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | None:
+    """The median stopping rule (Golovin et al. 2017, "Google Vizier"), on best losses: stop if the best loss
+    of this job so far is above the median of the best losses that the other jobs had by then.
+
+    Another job counts if it has evaluations both up to where this one is now and from there on, whatever
+    became of it later. The paper takes the running mean of the others where this takes their best: the high
+    losses that every run begins with would spare nearly all jobs.
+
+    Returns:
+        Why to stop; None to go on, as with fewer than `min_jobs` others that count.
+    """
+    now, best = own[-1].progress, min(loss for _, loss in own)
+    reached = [curve for curve in others if curve[0].progress <= now <= curve[-1].progress]
+    if len(reached) < min_jobs:
+        return None
+    middle = median(min(loss for progress, loss in curve if progress <= now) for curve in reached)
+    if best <= middle:
+        return None
+    return f"best validation loss {best:.4f}, the median of {len(reached)} other jobs was {middle:.4f}"
+
+
+def halving_rule(own: Curve, others: Collection[Curve], reduction: int, from_progress: float) -> str | None:
+    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934); what the paper pauses, this stops.
+
+    The rungs are at 1/reduction, 1/reduction², … of the run, as far down as `from_progress`. A job's loss at
+    a rung is that of its first evaluation there or later. At that evaluation, and at no other, it is compared
+    with the losses of all jobs that have one at this rung by now, its own among them: of n jobs, the best
+    n/reduction (rounded down, at least one) go on, and any that is level with the last of these.
+
+    Returns:
+        Why to stop; None to go on.
+    """
+    before = own[-2].progress if len(own) > 1 else 0.0
+    now, loss = own[-1]
+    for denominator in rungs(reduction, from_progress):
+        rung = 1 / denominator
+        if not before < rung <= now:
+            continue
+        reached = [curve for curve in (own, *others) if curve[-1].progress >= rung]
+        losses = sorted(next(loss for progress, loss in curve if progress >= rung) for curve in reached)
+        kept = max(1, len(losses) // reduction)
+        if loss > losses[kept - 1]:
+            return (
+                f"validation loss {loss:.4f} at 1/{denominator} of the run, "
+                f"the best {kept} of {len(losses)} jobs had at most {losses[kept - 1]:.4f}"
+            )
+    return None
+
+
+def rungs(reduction: int, from_progress: float) -> list[int]:
+    """What to divide a run by for the rungs of halving, the first one first: [9, 3] for 1/9 and 1/3."""
+    denominators = [reduction]
+    while 1 / denominators[0] >= from_progress:
+        denominators.insert(0, denominators[0] * reduction)
+    return denominators[1:]
+
+
+class EarlyStopping:
+    """The judge of one run. It keeps what it read of the others until their files change."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._read: dict[Path, tuple[tuple[int, int, int], Curve]] = {}
+
+    def reason_to_stop(self) -> str | None:
+        """Why the run should stop after the evaluation that it has just recorded; None to go on.
+
+        The jobs of a sweep are folders side by side that have numbers for names, as Hydra gives them. A run
+        in another folder, one with no others beside it, and one that repeats another (`rerun`) go on.
+        """
+        run, settings = self.run, self.run.config.early_stopping
+        if settings.rule == "none" or run.config.rerun:
+            return None
+        if not settings.from_progress <= run.progress() < 1:  # at 1, nothing would be saved by stopping
+            return None
+        curves = self._curves()
+        own = curves.pop(run.run_dir.name, None)
+        if own is None or own[-1].progress != run.progress():
+            return None  # no job of a sweep; or the disk is full, and the line not in the file yet
+        if settings.rule == "median":
+            reason = median_rule(own, curves.values(), settings.min_jobs)
+        else:
+            reason = halving_rule(own, curves.values(), settings.reduction, settings.from_progress)
+        if reason is None:
+            return None
+        reason = f"{settings.rule} rule at step {run.counters.steps - 1}: {reason}"
+        log.info("stopped early: %s", reason)
+        return reason
+
+    def _curves(self) -> dict[str, Curve]:
+        """The evaluations of each job of the sweep that has any, by the job's number."""
+        curves = {
+            folder.name: self._curve(folder / "metrics.jsonl")
+            for folder in self.run.run_dir.parent.iterdir()
+            if folder.name.isdecimal()
+        }
+        return {name: curve for name, curve in curves.items() if curve}
+
+    def _curve(self, metrics: Path) -> Curve:
+        try:
+            status = metrics.stat()
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if metrics not in self._read or self._read[metrics][0] != version:
+                self._read[metrics] = version, read_curve(metrics, self.run.config.training)
+        except OSError:  # not begun, or just being put back to a checkpoint
+            return []
+        return self._read[metrics][1]
+
+
+def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
+    """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. A line that is cut off,
+    because it is being written or its job was killed, is passed over.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    curve = []
+    for line in metrics.read_bytes().splitlines():
+        if b'"val/loss"' not in line:  # most are of updates, and too many to parse
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        shares = spent(training, values["step"] + 1, values["epoch"], values["seconds"])
+        loss = values["val/loss"]
+        curve.append(Point(max(shares.values()), math.inf if loss is None else loss))
+    return curve

@@ -1,0 +1,128 @@
+"""What decides a run's numbers besides its config, and whether a rerun gave the same ones."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, read_checksums, step_folders
+from llm.config import UserError
+from llm.files import RECORDS, read_json_lines
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "wandb")
+MEASURED = ("tokens_per_second",)  # what no two runs have in common
+
+
+def package_versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def machine() -> str:
+    """The operating system, the kind of processor, and how many cores there are."""
+    return f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"
+
+
+def git_commit() -> str | None:
+    """The commit of this code, or None outside a git checkout."""
+    return _git("rev-parse", "HEAD")
+
+
+def git_is_clean() -> bool | None:
+    """Whether no tracked file differs from that commit, or None outside a git checkout."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return None if changed is None else not changed
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def recorded_clock(run_dir: Path) -> list[float]:
+    """The seconds of training after each update of a run."""
+    return [line["seconds"] for line in read_json_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
+
+
+def compare_rerun(rerun: Path, original: Path) -> None:
+    """Say whether a rerun's numbers are those of the run it repeats, and what else differs between the two.
+
+    Raises:
+        UserError: they are not.
+    """
+    circumstances = "; ".join(other_circumstances(rerun, original))
+    if difference := first_difference(rerun, original):
+        raise UserError(
+            f"the rerun of {original} came out otherwise, first at {difference}"
+            + (f"; what differs: {circumstances}" if circumstances else "")
+        )
+    log.info("\nrerun       the same numbers as %s, to the bit", original)
+    if circumstances:
+        log.info("            although: %s", circumstances)
+
+
+def first_difference(rerun: Path, original: Path) -> str | None:
+    """Where a rerun's numbers first differ from the run's, or None if they are the same: every line of
+    metrics and samples, and the weights and the optimizer's state at the end. A run that did not finish is
+    compared as far as it came."""
+    finished = _summary(original)["status"] == "finished"
+    for name in RECORDS:
+        ours, theirs = _lines(rerun / name), _lines(original / name)
+        for one, other in zip(ours, theirs, strict=False):
+            for key in {**one, **other}:
+                if one.get(key) != other.get(key):
+                    return f"step {one.get('step')}: {key} {one.get(key)} (the run had {other.get(key)})"
+        if finished and len(ours) != len(theirs):
+            return f"{name} has {len(ours)} lines (the run's has {len(theirs)})"
+    if not finished:
+        return None
+    ours_sums, theirs_sums = (read_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
+    for name in (WEIGHTS, STATE_TENSORS):
+        if ours_sums.get(name) != theirs_sums.get(name):
+            return f"{name} at the end differs"
+    return None
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in line.items() if key not in MEASURED} for line in read_json_lines(file)
+    ]
+
+
+def other_circumstances(rerun: Path, original: Path) -> list[str]:
+    """What differs between two runs' summaries that may change numbers, a line each."""
+    ours, theirs = _summary(rerun), _summary(original)
+    lines = [
+        f"{name} {ours.get(name)} (the run: {theirs.get(name)})"
+        for name in ("git_commit", "device", "precision", "machine")
+        if ours.get(name) != theirs.get(name)
+    ]
+    lines += [
+        f"{name} {found} (the run: {theirs['versions'].get(name)})"
+        for name, found in ours["versions"].items()
+        if found != theirs["versions"].get(name)
+    ]
+    lines += [
+        f"{whose} code was not as committed"
+        for whose, summary in (("this run's", ours), ("the run's", theirs))
+        if summary["git_clean"] is False
+    ]
+    lines += [
+        f"the run was changed after {resumed['steps']} updates: {key}={now} (it was {was})"
+        for resumed in theirs["resumed"]
+        for key, (was, now) in resumed["changed"].items()
+    ]
+    return lines
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text("utf-8"))

@@ -1,0 +1,534 @@
+"""Weights in and out, against transformers, tokenizers and torch themselves; hostile files are refused."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from conftest import Script
+from safetensors.torch import load_file, save_file
+
+from llm.checkpoints.checkpoint import check_shapes, model_of_weights
+from llm.checkpoints.pretrained import export_book, export_checkpoint, export_huggingface, open_weights
+from llm.commands.evaluate import run_evaluation
+from llm.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TokenizerConfig,
+    UserError,
+)
+from llm.data.tokenizer import load_tokenizer
+from llm.model.gpt import GPTModel
+from llm.training.optimizers import build_optimizers
+from llm.training.start import with_sizes
+
+IDS = torch.tensor([[1, 5, 2, 90, 11, 3], [7, 7, 0, 98, 4, 60]])
+HARD_TEXT = (
+    "Hello  world\n\n\n  It's 12345 o'clock, ain't it?\tnaïve café — 日本語 🙂👩‍👩‍👧 \u00a0 x\r\n"
+    "<|endoftext|>  \n don't WE'LL we'll     \n\t end \ufffd\u200b١٢٣ "
+)
+
+
+def hugging_face_gpt2(**settings: Any) -> transformers.GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4, **settings}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for parameter in model.parameters():  # biases and LayerNorms too, which transformers begins at 0 and 1
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def our_model(folder: str | Path) -> GPTModel:
+    source = open_weights(str(folder))
+    return model_of_weights(source.model, source.weights, source.origin).eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"n_layer": 1, "n_head": 1},
+        {"tie_word_embeddings": False},
+        {"n_embd": 48, "activation_function": "gelu_pytorch_tanh"},
+    ],
+)
+@torch.no_grad()
+def test_weights_of_transformers_give_its_logits(tmp_path: Path, settings: dict[str, Any]) -> None:
+    theirs = hugging_face_gpt2(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = our_model(tmp_path)
+    assert ours.config.tie_weights == settings.get("tie_word_embeddings", True)
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_shards_half_precision_and_plain_names_load_too(tmp_path: Path) -> None:
+    theirs = hugging_face_gpt2()
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    torch.testing.assert_close(our_model(tmp_path / "shards")(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    # OpenAI's own on the hub: names without the prefix, and the causal mask among them
+    theirs.save_pretrained(tmp_path / "plain")
+    plain = theirs.transformer.state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    save_file({k: v.contiguous() for k, v in plain.items()}, tmp_path / "plain" / "model.safetensors")
+    torch.testing.assert_close(our_model(tmp_path / "plain")(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    theirs.half().save_pretrained(tmp_path / "half")
+    torch.testing.assert_close(our_model(tmp_path / "half")(IDS), theirs.float()(IDS).logits)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("tie_weights", [False, True])
+@torch.no_grad()
+def test_transformers_opens_an_export(tmp_path: Path, qkv_bias: bool, tie_weights: bool) -> None:
+    torch.manual_seed(1)
+    ours = GPTModel(ModelConfig(300, 16, 32, 4, 2, qkv_bias=qkv_bias, tie_weights=tie_weights)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    export_huggingface(ours, "bytes", tmp_path / "export")
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    theirs, report = opened
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(theirs(IDS).logits, ours(IDS), atol=1e-5, rtol=1e-5)
+    back = open_weights(str(tmp_path / "export"))
+    assert (back.tokenizer, back.model.tie_weights) == ("bytes", tie_weights)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back.weights[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_exported_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> None:
+    encoding = load_tokenizer(name)
+    export_huggingface(GPTModel(ModelConfig(encoding.n_vocab, 8, 8, 1, 1)), name, tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text in (HARD_TEXT, *HARD_TEXT.split("\n"), Path(__file__).read_text("utf-8")):
+        ids = encoding.encode(text, allowed_special="all")
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == encoding.eot_token
+
+
+class BooksAttention(torch.nn.Module):
+    """The parameters of the book's MultiHeadAttention, and its buffer, in its order."""
+
+    def __init__(self, width: int, context: int) -> None:
+        super().__init__()
+        for name in ("W_query", "W_key", "W_value"):
+            setattr(self, name, torch.nn.Linear(width, width, bias=False))
+        self.out_proj = torch.nn.Linear(width, width)
+        self.register_buffer("mask", torch.triu(torch.ones(context, context), diagonal=1))
+
+
+def books_model(config: ModelConfig) -> GPTModel:
+    """Ours with the buffers that the book's has; a head of its own."""
+    model = GPTModel(config)
+    for block in model.trf_blocks:
+        block.att = BooksAttention(config.emb_dim, config.context_length)
+    return model
+
+
+BOOK = ModelConfig(40, 8, 64, 1, 2, tie_weights=False)
+
+
+def train_one_step(model: GPTModel) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_the_books_two_files_load(tmp_path: Path) -> None:
+    book = books_model(BOOK)
+    optimizer = train_one_step(book)
+    torch.save(book.state_dict(), tmp_path / "model.pth")
+    both = {"model_state_dict": book.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+    torch.save(both, tmp_path / "model_and_optimizer.pth")
+    for name in ("model.pth", "model_and_optimizer.pth"):
+        source = open_weights(str(tmp_path / name))
+        assert source.model == ModelConfig(40, 8, 64, 1, 2, tie_weights=False)
+        check_shapes(GPTModel(BOOK), source.weights, name)
+        assert all(torch.equal(tensor, book.state_dict()[key]) for key, tensor in source.weights.items())
+    assert source.optimizer_state
+    for key, parameter in book.named_parameters():
+        assert torch.equal(source.optimizer_state[key]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+    ours = GPTModel(BOOK)
+    build_optimizers(ours, OptimizerConfig(name="adamw")).load_state(ours, source.optimizer_state, "here")
+
+
+def test_the_books_two_files_are_written(tmp_path: Path) -> None:
+    ours = GPTModel(BOOK)
+    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw", weight_decay=0.1))
+    ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    optimizers.step()
+    export_book(ours, tmp_path / "book", optimizers.state(ours), OptimizerConfig(name="adamw"))
+    book = books_model(BOOK)  # and so does the book read them
+    optimizer = torch.optim.AdamW(book.parameters(), lr=5e-4, weight_decay=0.1)
+    saved = torch.load(tmp_path / "book" / "model_and_optimizer.pth", weights_only=True)
+    assert list(saved["model_state_dict"]) == list(book.state_dict())
+    book.load_state_dict(saved["model_state_dict"])
+    optimizer.load_state_dict(saved["optimizer_state_dict"])
+    for name, parameter in book.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name))
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], optimizers.state(ours)[name]["exp_avg"])
+    plain = torch.load(tmp_path / "book" / "model.pth", weights_only=True)
+    assert all(torch.equal(tensor, saved["model_state_dict"][name]) for name, tensor in plain.items())
+
+
+def test_a_tied_model_goes_on_in_the_book(tmp_path: Path) -> None:
+    ours = GPTModel(ModelConfig(40, 8, 64, 1, 2, tie_weights=True))
+    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"))
+    ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    optimizers.step()
+    state = optimizers.state(ours)
+    export_book(ours, tmp_path / "book", state, OptimizerConfig(name="adamw"))
+    book = books_model(BOOK)
+    optimizer = torch.optim.AdamW(book.parameters(), lr=5e-4)
+    saved = torch.load(tmp_path / "book" / "model_and_optimizer.pth", weights_only=True)
+    book.load_state_dict(saved["model_state_dict"])
+    optimizer.load_state_dict(saved["optimizer_state_dict"])
+    embeddings, head = book.tok_emb.weight, book.head_weight
+    before = state["tok_emb.weight"]["exp_avg"]
+    assert torch.equal(optimizer.state[head]["exp_avg"], before)
+    head.grad = torch.ones_like(head)
+    optimizer.step()  # moves the head's averages, and the embeddings' not with them
+    assert torch.equal(optimizer.state[embeddings]["exp_avg"], before)
+    assert not torch.equal(optimizer.state[head]["exp_avg"], before)
+    assert [optimizer.state[weight]["step"].item() for weight in (embeddings, head)] == [1, 2]
+
+
+@pytest.mark.parametrize("room", [1000, 200_000])
+def test_a_disk_that_fills_up_leaves_no_export(tmp_path: Path, room: int) -> None:
+    model = GPTModel(ModelConfig(300, 16, 128, 2, 2))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (
+        lambda: export_huggingface(model, "bytes", tmp_path / "export"),
+        lambda: export_book(model, tmp_path / "export", None, OptimizerConfig()),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))  # no file can be longer
+        try:
+            with pytest.raises(UserError, match=r"^cannot write .*export: .*File too large.*$"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """A hub on this machine's own interface, with two repositories; gives its address."""
+    served = tmp_path / "served"
+    hugging_face_gpt2().save_pretrained(served / "someone" / "small")
+    hugging_face_gpt2().save_pretrained(served / "openai-community" / "gpt2")
+    commit = {
+        "someone": "a" * 40,
+        "openai-community": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    }
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            asked = re.fullmatch(r"/([\w-]+)/(\w+)/resolve/(\w+)/(\S+)", self.path)
+            owner, repository, revision, name = asked.groups() if asked else ("", "", "", "")
+            file = served / owner / repository / name
+            if revision not in ("main", commit.get(owner)) or not file.exists():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            content = file.read_bytes()
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", commit[owner])
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if with_body:
+                if (served / "cut").exists():
+                    self.wfile.write(content[:10])
+                    self.close_connection = True
+                    return
+                if name == "model.safetensors" and (served / "tamper").exists():
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+OpenFrom = Callable[[str | None, str], str]
+
+
+@pytest.fixture
+def open_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenFrom:
+    """What is said of a name at the hub of an address (None: one that nobody listens at), with a cache of the
+    test's own."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    def open_it(address: str | None, name: str) -> str:
+        endpoint = address or "http://127.0.0.1:9"
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # made of it at the import
+        try:
+            source = open_weights(name)
+        except UserError as error:
+            return f"error: {error}"
+        return f"{source.origin} {source.weights['tok_emb.weight'].sum().item()}"
+
+    return open_it
+
+
+def test_weights_come_from_the_hub_by_name_and_then_from_its_cache(hub: str, open_from: OpenFrom) -> None:
+    total = hugging_face_gpt2().transformer.wte.weight.sum().item()
+    for address in (hub, None):  # then with nothing to reach
+        for name in ("someone/small", f"someone/small@{'a' * 40}"):
+            assert open_from(address, name) == f"someone/small at revision {'a' * 40} {total}"
+    line = open_from(None, "someone/else")
+    assert line.startswith("error: someone/else is no file or folder here, and")
+    assert "cannot be reached: give a local folder" in line
+    assert "\n" not in line
+    assert open_from(hub, "someone/none").startswith("error: someone/none cannot be had")
+
+
+def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
+    # a file under OpenAI's name and revision that is not OpenAI's
+    assert "is not what the hub has (its SHA-256 differs)" in open_from(hub, "gpt2")
+    (tmp_path / "served" / "tamper").touch()  # what arrives is not what was announced
+    line = open_from(hub, "someone/small")
+    assert "is not what the hub has (its SHA-256 differs): delete it and try again" in line
+    (tmp_path / "served" / "tamper").unlink()
+    assert open_from(hub, "someone/small") == line
+    Path(line.removeprefix("error: ").partition(" is not")[0]).unlink()
+    assert open_from(hub, "someone/small").startswith("someone/small at revision")
+
+
+def test_a_connection_lost_on_the_way_is_one_line(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
+    (tmp_path / "served" / "cut").touch()
+    line = open_from(hub, "someone/small")
+    assert line.startswith("error: someone/small cannot be had from Hugging Face's hub: ")
+    assert "\n" not in line
+    (tmp_path / "served" / "cut").unlink()
+    assert open_from(hub, "someone/small").startswith("someone/small at revision")
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("bomb-went-off",)
+
+
+def refused(path: str | Path) -> str:
+    with pytest.raises(UserError) as error:
+        open_weights(str(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("model_type", "llama", "model_type=llama is not supported"),
+        ("activation_function", "relu", "activation_function=relu is not supported"),
+        ("n_inner", 7, "n_inner=7 is not supported"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True is not supported"),
+        ("reorder_and_upcast_attn", True, "reorder_and_upcast_attn=True is not supported"),
+        ("model_type", "a\nb\x1b[2J", "model_type=a\ufffdb\ufffd[2J is not supported"),
+        ("tiktoken_encoding", ["gpt2"], "tiktoken_encoding=['gpt2'] is not the name of an encoding"),
+        ("tiktoken_encoding", "a\nb", "tiktoken_encoding=a\ufffdb is not the name of an encoding"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-06 is not supported"),
+        ("n_layer", 10**9, "config.json says n_layer=1000000000, and the weights have 3"),
+        ("n_embd", 10**12, "wte.weight has shape (99, 32), and the config's model wants (99, 1000000000000)"),
+        ("n_head", 5, "model.emb_dim=32 does not divide into model.n_heads=5 heads"),
+        ("n_embd", "wide", "n_embd=wide is no whole number"),
+        ("n_layer", 0, "model.n_layers=0: must be at least 1"),
+        ("vocab_size", None, "vocab_size=None is no whole number"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, key: str, value: object, line: str) -> None:
+    hugging_face_gpt2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    assert line in refused(tmp_path)
+
+
+def test_hostile_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
+    hugging_face_gpt2().save_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (b"", weights[:1000], weights[:-1], b"\xff" * 8 + weights[8:], b"PK\x03\x04" * 100):
+        (folder / "model.safetensors").write_bytes(content)
+        assert "is damaged or of another format" in refused(folder)
+    torch.save(_Bomb(), folder / "model.safetensors")
+    assert "is damaged or of another format" in refused(folder)
+    for outside in ("../../etc/passwd", "/etc/passwd", "sub/x", ".."):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        index = {"weight_map": {"transformer.wte.weight": outside}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert f"names {outside}, which is not a file of its folder" in refused(folder)
+    for text in ('{"weight_map": [1]}', "[" * 200_000):
+        (folder / "model.safetensors.index.json").write_text(text)
+        assert "is damaged or of another format" in refused(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    torch.save(_Bomb(), folder / "pytorch_model.bin")
+    assert "holds its weights as a pickle, which can run code" in refused(folder)
+    (folder / "config.json").unlink()
+    assert "holds its weights as a pickle, which can run code" in refused(folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert "holds no model.safetensors; give a run or checkpoint folder, a folder in" in refused(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    for content in (b"", b"[1, 2]", b"{", b"\xff", b"[" * 200_000):
+        (folder / "config.json").write_bytes(content)
+        assert "config.json cannot be read" in refused(folder)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
+    hugging_face_gpt2().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "surprise has shape (1,), and the config's model wants nothing" in refused(tmp_path)
+    save_file({**tensors, "sur\nprise": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "sur\ufffdprise has shape (1,), and the config's model wants nothing" in refused(tmp_path)
+    name = "transformer.wte.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    assert "tok_emb.weight is of torch.int8, and not of floating-point numbers" in refused(tmp_path)
+    del tensors["transformer.ln_f.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "ln_f.bias has shape nothing, and the config's model wants (32,)" in refused(tmp_path)
+
+
+def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pth"
+    torch.save({"tok_emb.weight": _Bomb()}, path)
+    assert "holds more than tensors, which could run code" in refused(path)
+    torch.save({"tok_emb.weight": _Bomb()}, path, _use_new_zipfile_serialization=False)
+    assert "is a plain pickle, which can run code" in refused(path)
+    state = books_model(BOOK).state_dict()
+    torch.save({**state, "tok_emb.weight": torch.zeros(1).expand(10**9, 64)}, path)
+    assert "tok_emb.weight claims numbers that are not in the file" in refused(path)
+    torch.save({**state, "tok_emb.weight": torch.zeros(40, 64, device="meta")}, path)
+    assert "tok_emb.weight claims numbers that are not in the file" in refused(path)
+    torch.save({name: tensor for name, tensor in state.items() if "trf_blocks" not in name}, path)
+    assert "model.n_layers=0: must be at least 1" in refused(path)
+    expanded = torch.zeros(1).expand(state["tok_emb.weight"].shape)
+    for number, average in ((0, torch.zeros(1).expand(10**11)), (0, expanded), (-1, torch.tensor(1.0))):
+        averages = {"state": {number: {"exp_avg": average}}}
+        torch.save({"model_state_dict": state, "optimizer_state_dict": averages}, path)
+        assert "its optimizer_state_dict is not AdamW's for this model" in refused(path)
+    torch.save({**state, "pos_emb.weight": torch.zeros(8, 3)}, path)
+    assert "pos_emb.weight has shape (8, 3)" in refused(path)
+    torch.save([1, 2], path)
+    assert "is damaged, or no state dict" in refused(path)
+    torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is no .pth file" in refused(path)
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../../escaped", b"x")
+    assert "../../escaped leads out of the archive" in refused(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", b"\0" * 10**7)
+    assert "unpacks to 10000000 bytes, more than the file has" in refused(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", os.urandom(1000))
+    assert "model/data.pkl is compressed" in refused(path)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tmp_path: Path) -> None:
+    hugging_face_gpt2(vocab_size=257, n_positions=32).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "text.txt").write_text("99 bottles of beer on the wall\n" * 80, encoding="utf-8")
+    common = (
+        "data=text",
+        "data.path=text.txt",
+        "tokenizer=bytes",
+        "model.context_length=16",
+        "data.batch_size=2",
+        "training.max_minutes=null",
+        "optimizer=adamw",
+        "schedule=constant",
+        "optimizer.lr=1e-12",
+        "samples.max_new_tokens=3",
+        "tracking=disabled",
+    )
+    tuned = script("pretrain", *common, "init_from=theirs", "training.max_steps=2", "hydra.run.dir=tuned")
+    assert tuned.returncode == 0, tuned.stderr
+    resumed = script("pretrain", "resume=tuned", "training.max_steps=3")
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = open_weights(str(tmp_path / "tuned")), open_weights(str(tmp_path / "theirs"))
+    assert (ours.model.emb_dim, ours.model.context_length) == (32, 16)
+    for name, tensor in theirs.weights.items():
+        torch.testing.assert_close(
+            ours.weights[name], tensor[:16] if name == "pos_emb.weight" else tensor, atol=1e-6, rtol=0
+        )
+    exported = script("export", "checkpoint=tuned", "to=export")
+    assert exported.returncode == 0, exported.stderr
+    sampled = script("generate", "checkpoint=export", "max_new_tokens=8", "num_samples=2")
+    assert sampled.returncode == 0, sampled.stderr
+    assert "sample 2:" in sampled.stdout
+
+    with pytest.raises(UserError, match="export is there already: give the name of a new folder"):
+        export_checkpoint(ExportConfig(str(tmp_path / "tuned"), to=str(tmp_path / "export")), tmp_path)
+    folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path)
+    assert sorted(file.name for file in folder.iterdir()) == ["model.pth", "model_and_optimizer.pth"]
+    with pytest.raises(UserError, match=r"what .*export was trained on is not known"):
+        run_evaluation(EvaluateConfig(str(tmp_path / "export")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "line"),
+    [
+        (ModelConfig(emb_dim=64), "gpt2", "model.emb_dim=64: the weights of here have 32; leave it out"),
+        (
+            ModelConfig(context_length=64),
+            "gpt2",
+            "the weights of here have positions for 16; ask for no more",
+        ),
+        (
+            ModelConfig(context_length=8),
+            "p50k_base",
+            "tokenizer.name=p50k_base: the weights of here have bytes",
+        ),
+    ],
+)
+def test_other_sizes_than_the_weights_have_are_refused(model: ModelConfig, tokenizer: str, line: str) -> None:
+    config = PretrainConfig(model=model, tokenizer=TokenizerConfig(tokenizer))
+    source = ModelConfig(257, 16, 32, 2, 1), "bytes", "here"
+    with pytest.raises(UserError, match=re.escape(line)):
+        with_sizes(config, *source)
+    config = with_sizes(PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1)), *source)
+    assert config.model == ModelConfig(257, 8, 32, 2, 1, drop_rate=0.1)
+    assert config.tokenizer.name == "bytes"

@@ -1,0 +1,193 @@
+"""generate.py and evaluate.py as a user runs them, on one small model trained here."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Script
+
+from llm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from llm.config import ModelConfig, PretrainConfig
+from llm.files import read_json_lines
+from llm.model.gpt import GPTModel
+from llm.training.loop import pretrain
+
+TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles\n" for number in range(120))
+FP32 = ("runtime.precision=fp32", "runtime.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """A run folder: a model of bytes that knows the song a little."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    config = PretrainConfig(
+        model=ModelConfig(vocab_size=257, context_length=32, emb_dim=32, n_heads=2, n_layers=2)
+    )
+    config.data.source, config.data.path = "text", str(folder / "text.txt")
+    config.data.cache_dir = str(cache_dir)
+    config.tokenizer.name = "bytes"
+    config.training.max_minutes, config.training.max_steps = None, 60
+    config.training.eval_freq = None
+    config.samples.max_new_tokens = 5
+    config.tracking.mode = "disabled"
+    config.runtime.device, config.runtime.precision = "cpu", "fp32"
+    pretrain(config, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> GPTModel:
+    return load_checkpoint(find_checkpoint(str(run)))[0]
+
+
+def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Path, run: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    for name, text in (("a.txt", "7 bottles\n"), ("b.txt", "on the wall, 10")):
+        (tmp_path / "prompts" / name).write_text(text, encoding="utf-8")
+    common = [f"checkpoint={run}", "max_new_tokens=12", *FP32]
+    files = script("generate", *common, "prompt_file=prompts/*.txt", "num_samples=2", "hydra.run.dir=files")
+    assert files.returncode == 0, files.stderr
+    lines = read_json_lines(tmp_path / "files" / "samples.jsonl")
+    assert [(line["prompt"], line["prompt_index"], line["sample"]) for line in lines] == [
+        ("7 bottles", 0, 0),
+        ("7 bottles", 0, 1),
+        ("on the wall, 10", 1, 0),
+        ("on the wall, 10", 1, 1),
+    ]
+    for line in lines:
+        assert line["text"] in files.stdout
+        assert line["text"] == line["prompt"] + bytes(line["token_ids"]).decode(errors="ignore")
+    piped = script("generate", *common, "prompt_file=-", "hydra.run.dir=piped", stdin="7 bottles\n")
+    assert piped.returncode == 0, piped.stderr
+    [line] = read_json_lines(tmp_path / "piped" / "samples.jsonl")
+    assert line["token_ids"] == lines[0]["token_ids"]
+    assert lines[0]["text"] in piped.stdout
+    argument = script("generate", *common, "prompt=on the wall, 10", "hydra.run.dir=argument")
+    assert argument.returncode == 0, argument.stderr
+    [line] = read_json_lines(tmp_path / "argument" / "samples.jsonl")
+    assert line["prompt"] == "on the wall, 10"  # a comma, which Hydra alone would take for a sweep
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "line"),
+    [
+        ("generate", "prompt_file=missing", "prompt_file=missing: no such file"),
+        ("generate", "prompt=", "prompt is empty"),
+        ("generate", "sampling.top_p=2", "sampling.top_p=2.0: must be at least 0 and at most 1"),
+        ("generate", "checkpoint=missing", "missing is no file or folder here, and Hugging Face"),
+        ("evaluate", "path=missing", "path=missing: no such file"),
+        ("evaluate", "text=a", "text: 1 tokens are too few"),
+        ("evaluate", "split=test", "split=test: must be one of training, validation"),
+    ],
+)
+def test_errors_are_one_line(script: Script, run: Path, name: str, argument: str, line: str) -> None:
+    checkpoint = [] if argument.startswith("checkpoint") else [f"checkpoint={run}"]
+    result = script(name, *checkpoint, argument)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"error: {line}")
+
+
+def test_a_sampling_sweep_is_a_study(script: Script, tmp_path: Path, run: Path) -> None:
+    result = script(
+        "generate",
+        "-m",
+        f"checkpoint={run}",
+        *FP32,
+        "prompt=1",
+        "max_new_tokens=40",
+        "num_samples=4",
+        "sampling.temperature=0.5,1.5,-1",
+        "sampling.top_k=2,50",
+        "hydra.sweep.dir=sweep",
+    )
+    assert result.returncode == 1  # two of its jobs cannot run
+    assert result.stderr.count("): sampling.temperature=-1.0: must be at least 0") == 2
+    sweep = tmp_path / "sweep"
+    training_text = TEXT[: int(0.9 * len(TEXT))]
+    for job in "0123":
+        summary = json.loads((sweep / job / "summary.json").read_text("utf-8"))
+        lines = read_json_lines(sweep / job / "samples.jsonl")
+        assert (summary["status"], summary["num_samples"], len(lines)) == ("finished", 4, 4)
+        assert summary["new_tokens"] == sum(len(line["token_ids"]) for line in lines)
+        total = sum(line["log_probability"] for line in lines)
+        assert summary["perplexity"] == pytest.approx(math.exp(-total / summary["new_tokens"]))
+        copied = 0
+        for line in lines:
+            text = bytes(line["token_ids"]).decode("latin-1")
+            inside = {
+                start + offset
+                for start in range(len(text) - 7)
+                if text[start : start + 8] in training_text
+                for offset in range(8)
+            }
+            assert line["copied"] == pytest.approx(len(inside) / len(text))
+            copied += len(inside)
+        assert summary["copied"] == pytest.approx(copied / summary["new_tokens"])
+        start = summary["longest_copy_token"]
+        if start is not None:
+            assert summary["longest_copy_text"] == training_text[start : start + summary["longest_copy"]]
+            assert summary["longest_copy"] == max(line["longest_copy"] for line in lines)
+        assert len(list((sweep / job / "wandb").glob("offline-run-*"))) == 1
+    with (sweep / "report.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["job"] for row in rows] == list("012345")
+    assert (sweep / "report.html").exists()
+    assert (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((sweep / "wandb").glob("offline-run-*"))) == 1
+    assert "report.html" in result.stdout
+
+
+def test_a_split_evaluates_to_the_figures_of_its_run(script: Script, tmp_path: Path, run: Path) -> None:
+    result = script("evaluate", f"checkpoint={run}", *FP32, "batch_size=3", "hydra.run.dir=split")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "split" / "evaluation.json").read_text("utf-8"))
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    assert figures["loss"] == pytest.approx(summary["val_loss"], abs=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], abs=1e-5)
+
+
+def test_a_file_is_predicted_to_its_last_byte(
+    script: Script, tmp_path: Path, run: Path, model: GPTModel
+) -> None:
+    text = "12 bottles of béer on the wall, and what then? " * 3
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    result = script("evaluate", f"checkpoint={run}", *FP32, "path=text.txt", "hydra.run.dir=file")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "file" / "evaluation.json").read_text("utf-8"))
+    ids = torch.tensor([*text.encode()])
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = ids[start : start + 33]
+        with torch.no_grad():
+            nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
+    assert figures["tokens"] == len(ids) - 1
+    assert figures["loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(nats / (len(ids) - 1) / math.log(2), abs=1e-5)
+
+
+def test_a_text_is_shown_token_by_token(script: Script, tmp_path: Path, run: Path, model: GPTModel) -> None:
+    result = script(
+        "evaluate",
+        f"checkpoint={run}",
+        *FP32,
+        "text=7 bottles, é",
+        "sampling.top_p=0.9",
+        "hydra.run.dir=text",
+    )
+    assert result.returncode == 0, result.stderr
+    table = json.loads((tmp_path / "text" / "evaluation.json").read_text("utf-8"))["token_table"]
+    ids = torch.tensor([*"7 bottles, é".encode()])
+    with torch.no_grad():
+        probabilities = model(ids[None])[0].softmax(-1)
+    assert [row["token_id"] for row in table] == ids[1:].tolist()
+    for row, before in zip(table, probabilities[:-1], strict=True):
+        assert row["probability"] == pytest.approx(before[row["token_id"]].item(), rel=1e-4, abs=1e-9)
+        assert row["rank"] == 1 + sum(before > before[row["token_id"]])
+    assert (tmp_path / "text" / "next_token.png").read_bytes().startswith(b"\x89PNG")
+    assert result.stdout.count("' '") >= 1

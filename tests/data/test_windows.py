@@ -1,0 +1,180 @@
+"""Corpus, token files, windows and orders against the book's loops and plain Python."""
+
+import hashlib
+import multiprocessing
+import tracemalloc
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+from llm.config import DataConfig, PretrainConfig, UserError
+from llm.data import corpus
+from llm.data import token_file as token_file_module
+from llm.data.corpus import Corpus, Split, find_corpus, find_splits
+from llm.data.token_file import encode_pieces, token_file, token_files
+from llm.data.tokenizer import encode, load_tokenizer
+from llm.data.windows import TrainingBatches, Windows, load_windows, ordered_batches
+
+
+def test_shakespeare_is_the_38_plays() -> None:
+    training, validation = find_splits(DataConfig())
+    assert (training.end, validation.end) == (4_786_923, 5_318_804)  # nine tenths, rounded down
+    assert "".join(training.pieces()).startswith("# A Midsummer Night's Dream\n")
+
+
+def test_windows_are_the_books() -> None:
+    tokens = np.arange(100, 161, dtype=np.uint16)
+    windows = Windows(tokens, context_length=8, stride=5)
+    # chapter 2's loop
+    expected = [
+        (tokens[i : i + 8].tolist(), tokens[i + 1 : i + 9].tolist()) for i in range(0, len(tokens) - 8, 5)
+    ]
+    assert [(x.tolist(), y.tolist()) for x, y in (windows[i] for i in range(len(windows)))] == expected
+    inputs, targets = windows.batch(torch.tensor([3, 0]))
+    assert inputs.tolist() == [expected[3][0], expected[0][0]]
+    assert targets.tolist() == [expected[3][1], expected[0][1]]
+    assert len(Windows(tokens[:8], 8, 5)) == 0  # no target for the last token
+
+
+def with_slashes_after_newlines() -> tiktoken.Encoding:
+    """As in GPT-4o's encoding, which is not to be had here: `!`, a newline and a slash may be one token."""
+    vocabulary = [*(bytes([byte]) for byte in range(256)), b"th", b"!\n", b"!\n/", b" t", b" th"]
+    return tiktoken.Encoding(
+        "slashes",
+        pat_str=r" ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\p{N}|\s+(?!\S)|\s+",
+        mergeable_ranks={token: rank for rank, token in enumerate(vocabulary)},
+        special_tokens={"<|endoftext|>": 300},
+    )
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [load_tokenizer("gpt2"), load_tokenizer("bytes"), with_slashes_after_newlines()]
+)
+@pytest.mark.parametrize("size", [1, 10, 100, 1000])
+def test_pieces_encode_as_the_whole(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: tiktoken.Encoding, size: int
+) -> None:
+    text = (
+        "".join(find_corpus(DataConfig()).pieces())[:20_000]
+        + "\n\n\n  x\n\ty \n z!\n/the th<|endoftext|>" * 50
+    )
+    monkeypatch.setattr(token_file_module, "PIECE_CHARACTERS", size)
+    pieces = [text[start : start + 37] for start in range(0, len(text), 37)]  # cut anywhere
+    done, token_ids = zip(*encode_pieces(pieces, tokenizer), strict=True)
+    assert np.concatenate(token_ids).tolist() == encode(text, tokenizer)
+    assert done[-1] == len(text)
+    assert len(done) > len(text) / (size + 100)
+
+
+def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((corpus, "PIECE_BYTES"), (token_file_module, "PIECE_CHARACTERS")):
+        monkeypatch.setattr(module, name, 5_000)
+    text = "to be or not to be\n" * 100_000
+    (tmp_path / "text.txt").write_text(text)
+    config = DataConfig("text", str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"))
+    tracemalloc.start()
+    training, _ = token_files(config, load_tokenizer("bytes"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bytes(training.astype(np.uint8)) == text[:1_710_000].encode()
+    assert peak < 500_000
+
+
+def split_of(text: str, folder: Path) -> Split:
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return Split(Corpus([folder / "text.txt"]), 0, len(text), hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_token_file_is_kept_in_the_smallest_type(tmp_path: Path) -> None:
+    for name in ("bytes", "gpt2"):
+        tokenizer = load_tokenizer(name)
+        tokens = token_file(split_of("To be, or not to be", tmp_path), tokenizer, tmp_path, "test")
+        assert tokens.dtype == np.uint16  # 257 and 50,257 ids
+        assert isinstance(tokens, np.memmap)
+        assert tokens.tolist() == encode("To be, or not to be", tokenizer)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    token_file(split_of("To be, or not to be", tmp_path), load_tokenizer("gpt2"), tmp_path, "test")
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def _tokenise(cache: Path) -> int:
+    split = split_of("to be " * 5000, cache)
+    return int(token_file(split, load_tokenizer("bytes"), cache, "test").astype(int).sum())
+
+
+def test_several_processes_may_tokenise_at_once(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        sums = pool.map(_tokenise, [tmp_path] * 6)
+    assert sums == [sum(("to be " * 5000).encode())] * 6
+    assert len(list((tmp_path / "tokens").iterdir())) == 1  # no temporary file stays
+
+
+@pytest.mark.parametrize("order", ["shuffled", "book"])
+def test_an_epoch_has_each_window_once_and_resumes_anywhere(order: str) -> None:
+    windows = Windows(np.arange(201, dtype=np.uint16), context_length=4, stride=4)
+    config = DataConfig(batch_size=4, order=order)
+    torch.manual_seed(5)
+    batches = TrainingBatches(windows, config, seed=7)
+    per_epoch = len(batches)
+    assert per_epoch == 50 // 4
+    seen = []
+    states = []
+    for _ in range(2 * per_epoch):
+        states.append((batches.state(), torch.get_rng_state()))
+        seen.append(next(batches)[0][:, 0].tolist())
+    first, second = seen[:per_epoch], seen[per_epoch:]
+    assert len(set(chain.from_iterable(first))) == 4 * per_epoch
+    assert first != second
+    for position in (0, 1, per_epoch - 1, per_epoch, per_epoch + 3):
+        state, generator = states[position]
+        resumed = TrainingBatches(windows, config, seed=7)
+        torch.manual_seed(99)
+        resumed.load_state(*state)
+        torch.set_rng_state(generator)
+        rest = [next(resumed)[0][:, 0].tolist() for _ in range(2 * per_epoch - position)]
+        assert rest == seen[position:]
+
+
+def test_ordered_batches_cover_all() -> None:
+    windows = Windows(np.arange(30, dtype=np.uint16), context_length=4, stride=4)
+    starts = [start for inputs, _ in ordered_batches(windows, 4) for start in inputs[:, 0].tolist()]
+    assert starts == list(range(0, 28, 4))
+
+
+def test_folder_and_glob_are_joined_by_end_of_text(tmp_path: Path) -> None:
+    for name, text in (("b.txt", "second"), ("a.md", "first"), ("c.dat", "no")):
+        (tmp_path / name).write_text(text)
+    for path, text in ((tmp_path, "first<|endoftext|>second"), (tmp_path / "*.dat", "no")):
+        assert "".join(find_corpus(DataConfig("text", str(path))).pieces()) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "change", "message"),
+    [
+        (b"", {}, "is empty"),
+        (b"  \n ", {}, "is empty"),
+        (b"good \xff bad", {}, r"text\.txt is not UTF-8: byte 0xff at offset 5"),
+        (b"a short text", {}, "the training text is too short: its 3 tokens make 0 windows"),
+        (b"word " * 4000, {"train_ratio": 0.999}, "the validation text is too short"),
+        (
+            b"word " * 2000,
+            {"vocab_size": 100},
+            r"outside the model: model.vocab_size=100 must be at least 50257",
+        ),
+    ],
+)
+def test_bad_texts_are_one_line(
+    tmp_path: Path, content: bytes, change: dict[str, float], message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    config = PretrainConfig(data=DataConfig(source="text", path=str(path), cache_dir=str(tmp_path)))
+    config.data.train_ratio = change.get("train_ratio", 0.9)
+    config.model.vocab_size = int(change.get("vocab_size", 50257))
+    with pytest.raises(UserError, match=message) as error:
+        load_windows(config, load_tokenizer("gpt2"))
+    assert "\n" not in str(error.value)

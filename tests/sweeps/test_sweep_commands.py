@@ -1,0 +1,147 @@
+"""Sweeps as a user runs them: killed and gone on with, side by side, as submitit's jobs."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Begin, Script, numbers
+
+from llm.sweeps.jobs import read_jobs
+
+SWEEP = ("-m", *TINY, "data=text", "training.max_steps=40", "checkpoint.every_steps=2")
+
+
+def wait_for_checkpoint(process: "subprocess.Popen[str]", job: Path) -> None:
+    while process.poll() is None and not (job / "checkpoints" / "last").exists():
+        time.sleep(0.02)
+
+
+def kill_process_of(job: Path) -> None:
+    """Kill the process that trains in a folder, found by the lock that it holds."""
+    inode = (job / "run-id.txt").stat().st_ino
+    [line] = [line for line in Path("/proc/locks").read_text().splitlines() if f":{inode} " in line]
+    os.kill(int(line.split()[4]), signal.SIGKILL)
+
+
+def test_a_sweep_that_was_killed_goes_on_as_if_it_had_not_been(
+    begin: Begin, script: Script, tmp_path: Path, text: str
+) -> None:
+    values = (text, "optimizer.lr=4e-4,-1,5e-4", "tracking=disabled")
+    whole = script("pretrain", *SWEEP, *values, "hydra.sweep.dir=whole")
+    assert whole.returncode == 1
+    killed = begin(*SWEEP, *values, "hydra.sweep.dir=sweep")
+    wait_for_checkpoint(killed, tmp_path / "sweep" / "2")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["finished", "failed", "killed"]
+    refused = script("pretrain", "-m", "sweep.resume=sweep", "training.max_steps=50")
+    assert refused.stderr == (
+        "error: sweep.resume goes on with a sweep as it was begun: leave out training.max_steps=50\n"
+    )
+    resumed = script("pretrain", "-m", "sweep.resume=sweep")
+    assert resumed.returncode == 1
+    assert resumed.stderr.startswith("error: job 1 (lr=-1): optimizer.lr=-1.0: must be above 0 (learning")
+    assert len(resumed.stderr.splitlines()) == 1
+    assert "job 0" not in resumed.stdout[: resumed.stdout.index("job  set")]  # it was finished
+    summary = json.loads((tmp_path / "sweep" / "2" / "summary.json").read_text("utf-8"))
+    assert summary["resumed"][0]["steps"] > 0
+    for job in "02":
+        assert numbers(tmp_path / "sweep" / job) == numbers(tmp_path / "whole" / job) != []
+    for result, folder in ((whole, "whole"), (resumed, "sweep")):
+        table = result.stdout[result.stdout.index("job  set") :].splitlines()
+        assert [line.split()[:3] for line in table[1:4]] == [
+            ["0", "lr=4e-4", "finished"],
+            ["1", "lr=-1", "failed"],
+            ["2", "lr=5e-4", "finished"],
+        ]
+        assert table[-1] == f"go on       python experiments/pretrain.py -m sweep.resume={folder}"
+    config = json.loads(
+        (tmp_path / "sweep" / "2" / "checkpoints" / "last" / "config.json").read_text("utf-8")
+    )
+    assert (config["tracking"]["name"], config["tracking"]["group"]) == ("lr=5e-4", "sweep")
+
+
+def test_jobs_side_by_side_share_the_cores_and_one_that_is_killed_does_not_stop_the_others(
+    begin: Begin, environment: dict[str, str], tmp_path: Path, text: str
+) -> None:
+    del environment["OMP_NUM_THREADS"]  # the tests' own
+    side_by_side = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = begin(*SWEEP, *side_by_side, text, "seed=range(3)", "hydra.sweep.dir=sweep")
+    for job in "01":
+        wait_for_checkpoint(process, tmp_path / "sweep" / job)
+    kill_process_of(tmp_path / "sweep" / "1")
+    output, errors = process.communicate(timeout=240)
+    assert (process.returncode, errors) == (0, ""), output  # joblib breaks: both are gone on with
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    for each in read_jobs([tmp_path / "sweep"]):
+        assert each.state == "finished"
+        assert len([line for line in numbers(each.folder) if "train/loss" in line]) == 40
+        assert f", {threads} thread" in each.summary["device"]
+
+
+def test_jobs_side_by_side_save_and_end_when_their_sweep_is_killed(
+    begin: Begin, tmp_path: Path, text: str
+) -> None:
+    side_by_side = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    endless = ("training.max_steps=100000", "seed=range(3)")
+    process = begin(*SWEEP, *side_by_side, *endless, text, "hydra.sweep.dir=sweep")
+    for job in "01":
+        wait_for_checkpoint(process, tmp_path / "sweep" / job)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while processes_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["interrupted", "interrupted", "waiting"]
+    assert processes_in(tmp_path) == []
+
+
+def processes_in(folder: Path) -> list[str]:
+    """The processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if (process / "cwd").readlink() == folder:
+                found.append(process.name)
+    return found
+
+
+def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_go_on(
+    begin: Begin, tmp_path: Path, text: str
+) -> None:
+    process = begin(*SWEEP, "hydra/launcher=submitit_local", text, "seed=1,2", "hydra.sweep.dir=sweep")
+    wait_for_checkpoint(process, tmp_path / "sweep" / "0")
+    kill_process_of(tmp_path / "sweep" / "0")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert errors == "error: job 0 (seed=1): its process was killed; memory may have run out\n"
+    assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
+
+
+@pytest.mark.parametrize("asked", ["Ctrl-C", "Ctrl-C, side by side", "SIGTERM, side by side"])
+def test_a_sweep_that_is_asked_to_stop_saves_its_jobs(
+    begin: Begin, tmp_path: Path, text: str, asked: str
+) -> None:
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if "side by side" in asked else []
+    process = begin(
+        *SWEEP, *launcher, text, "training.max_steps=100000", "seed=1,2,3", "hydra.sweep.dir=sweep"
+    )
+    running = 2 if launcher else 1
+    for number in range(running):
+        wait_for_checkpoint(process, tmp_path / "sweep" / str(number))
+    if asked.startswith("SIGTERM"):
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, ""), output
+    jobs = read_jobs([tmp_path / "sweep"])
+    assert [job.state for job in jobs] == ["interrupted"] * running + ["waiting"] * (3 - running)
+    for job in jobs[:running]:
+        saved = (job.folder / "checkpoints" / "last").readlink().name
+        assert saved == f"step-{job.summary['steps']:08d}"
+    assert output.endswith("go on       python experiments/pretrain.py -m sweep.resume=sweep\n")

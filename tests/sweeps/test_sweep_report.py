@@ -1,0 +1,485 @@
+"""A sweep's page, table and picture, from folders as jobs leave them, whole or not; the page in a browser."""
+
+import csv
+import html
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Script
+
+from llm.config import ReportConfig, UserError
+from llm.files import RUN_ID, held
+from llm.sweeps.jobs import write_record
+from llm.sweeps.report import write_report
+from llm.sweeps.results import read_metrics, smoothed, thinned
+
+HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- $HOME \ufffd"
+
+
+class Page(HTMLParser):
+    """The tables as rows of texts, all other text, the code, the data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.data = self.text = ""
+        self.code: list[str] = []
+        self._table: list[list[str]] = []
+        self._open: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.jobs = json.loads(self.data)["jobs"]
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        if tag == "table":
+            self._table = self.tables[given.get("class") or "heatmap"] = []
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+        elif tag == "code":
+            self.code.append("")
+        if tag not in ("meta", "input", "br"):
+            self._open.append((tag, given))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        tags = [tag for tag, _ in self._open]
+        if tags[-1:] == ["script"] and self._open[-1][1].get("id") == "data":
+            self.data += data
+        elif "td" in tags or "th" in tags:
+            self._table[-1][-1] += data
+        elif "code" in tags:
+            self.code[-1] += data
+        elif not {"script", "style"} & set(tags):
+            self.text += data
+
+
+def write_job(
+    sweep: Path,
+    number: int,
+    setting: dict[str, str],
+    val_loss: float | None = None,
+    steps: int = 40,
+    **summary: Any,
+) -> Path:
+    """A job that finished with `val_loss`, or as `summary` says."""
+    job = sweep / str(number)
+    (job / ".hydra").mkdir(parents=True)
+    overrides = ["model=tiny", *(f"{key}={value}" for key, value in setting.items())]
+    (job / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides), encoding="utf-8")
+    (job / ".hydra" / "config.yaml").write_text("seed: 123\n", encoding="utf-8")
+    lines: list[dict[str, Any]] = []
+    for step in range(steps):
+        position = {"step": step, "tokens_seen": 64 * (step + 1), "epoch": step / 100, "seconds": step / 8}
+        lines.append({**position, "train/loss": 3 + 2 / (step + 1) + number / 10, "lr": 0.1})
+        if step % 10 == 0:
+            lines.append({**position, "eval/train_loss": 4.0, "val/loss": 3.5 + 1 / (step + 1)})
+    (job / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    figures = {
+        "run_dir": str(job),
+        "status": "finished",
+        "steps": steps,
+        "tokens_seen": 64 * steps,
+        "seconds": steps / 8,
+        "val_loss": val_loss,
+        "val_bits_per_byte": val_loss and val_loss / math.log(2),
+        "tokens_per_second": 512.0,
+        "parameters": 1000,
+        "seed": int(setting.get("seed", 123)),
+        "git_clean": True,
+        "error": None,
+    }
+    (job / "summary.json").write_text(json.dumps({**figures, **summary}), encoding="utf-8")
+    sample = {"prompt": "To be", "text": f"To be sample of {number} {HOSTILE}"}
+    (job / "samples.jsonl").write_text(json.dumps({"prompt": "", "text": "old"}) + "\n", encoding="utf-8")
+    with (job / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(sample) + '\n{"prompt": "cut o')
+    return job
+
+
+def report(folder: Path | list[Path], **config: Any) -> Page:
+    sweep = [str(each) for each in folder] if isinstance(folder, list) else str(folder)
+    return Page(write_report(ReportConfig(sweep, **config), Path("unused")).read_text("utf-8"))
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three learning rates, two with two seeds."""
+    losses = {
+        ("1e-3", "0"): 3.0,
+        ("1e-3", "1"): 3.2,
+        ("1e-2", "0"): 2.0,
+        ("1e-2", "1"): 2.3,
+        ("1e-1", "0"): 2.5,
+    }
+    for number, ((lr, seed), loss) in enumerate(losses.items()):
+        write_job(tmp_path, number, {"optimizer.lr": lr, "seed": seed}, loss)
+    return tmp_path
+
+
+def test_settings_are_ranked_over_their_seeds(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = report(sweep)
+    heads, *rows = page.tables["sortable settings"]
+    assert heads[:4] == ["rank", "lr", "n", "val loss"]
+    assert [row[:4] for row in rows] == [
+        ["1", "1e-2", "2", "2.150 ± 0.212"],  # sample standard deviation: |2.0 - 2.3| / √2
+        ["2", "1e-1", "1", "2.500"],  # of one seed there is none
+        ["3", "1e-3", "2", "3.100 ± 0.141"],
+    ]
+    assert "Least validation loss: 2.150 ± 0.212 with lr=1e-2, n = 2" in page.text
+    assert [row[0] for row in page.tables["sortable jobs"][1:]] == list("01234")
+    assert [job["group"] for job in page.jobs] == [2, 2, 0, 0, 1]
+    assert "5 jobs: 5 finished" in page.text
+    assert "optimizer.lr1e-3, 1e-2, 1e-1" in page.text  # what varied, in order
+    assert "overridesmodel=tiny" in page.text  # what was common
+    assert f"report      {sweep}/report.html" in capsys.readouterr().out
+    assert (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_nothing_but_itself(sweep: Path) -> None:
+    report(sweep)
+    text = (sweep / "report.html").read_text("utf-8")
+    assert not re.findall(r"(?:src|href)=|url\(|@import|https?://", text)
+    assert not re.findall(r"\$[a-z{]", text)  # all that the template leaves open is filled in
+
+
+def test_best_and_worst_samples_and_commands(sweep: Path) -> None:
+    write_job(sweep, 5, {"optimizer.lr": HOSTILE, "seed": "0"}, None, status="interrupted")
+    page = report(sweep)
+    assert f"The best, job 2: lr=1e-2 seed=0 validation loss 2.000To be sample of 2 {HOSTILE}" in page.text
+    assert f"The worst, job 1: lr=1e-3 seed=1 validation loss 3.200To be sample of 1 {HOSTILE}" in page.text
+    assert "old" not in page.text
+    assert page.code[:2] == [
+        "python experiments/pretrain.py model=tiny optimizer.lr=1e-3 seed=0",
+        f"python experiments/pretrain.py resume={sweep}/0",
+    ]
+    assert page.text.count("it is finished: add a higher limit") == 5
+    again = subprocess.run(["sh", "-c", "printf '%s\\n' " + page.code[10]], capture_output=True, text=True)
+    assert again.stdout.splitlines()[3] == f"optimizer.lr={HOSTILE}"  # as the shell reads it
+
+
+def test_table_of_figures(sweep: Path) -> None:
+    write_job(sweep, 5, {"optimizer.lr": "-1", "seed": "0"}, None, 0, status="failed", error=HOSTILE)
+    report(sweep)
+    rows = rows_of(sweep)
+    assert list(rows[0])[:4] == ["job", "optimizer.lr", "seed", "state"]
+    assert list(rows[0])[-2:] == ["error", "folder"]
+    assert [row["val_loss"] for row in rows] == ["3.0", "3.2", "2.0", "2.3", "2.5", ""]
+    assert (rows[5]["state"], rows[5]["error"]) == ("failed", HOSTILE)
+    assert rows[0]["tokens_per_second"] == "512.0"
+    assert "git_clean" not in rows[0]
+
+
+def test_half_written_jobs(tmp_path: Path) -> None:
+    """Of each kind one; all are shown, and only the first has a final loss."""
+    lrs = ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7"]
+    write_job(tmp_path, 0, {"optimizer.lr": lrs[0]}, 2.5)
+    running = write_job(tmp_path, 1, {"optimizer.lr": lrs[1]}, status="running", steps=15)
+    summary = json.loads((running / "summary.json").read_text()) | {
+        "steps": 0,
+        "tokens_seen": 0,
+        "seconds": 0,
+    }
+    (running / "summary.json").write_text(json.dumps(summary))
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "train/lo')
+    killed = write_job(tmp_path, 2, {"optimizer.lr": lrs[2]})
+    (killed / "summary.json").unlink()
+    (killed / "metrics.jsonl").unlink()
+    early = write_job(tmp_path, 3, {"optimizer.lr": lrs[3]}, status="interrupted", stopped_early="worse half")
+    text = re.sub(
+        r'"train/loss": [^,]*', '"train/loss": null', (early / "metrics.jsonl").read_text(), count=1
+    )
+    lines = text.splitlines(keepends=True)
+    (early / "metrics.jsonl").write_text("".join([*lines[:5], "\0\0\0\n", *lines[5:]]))
+    write_job(tmp_path, 4, {"optimizer.lr": lrs[4]}, status="failed", steps=0, error=f"no: {HOSTILE}\ud800")
+    diverged = write_job(tmp_path, 5, {"optimizer.lr": lrs[5]}, math.nan)
+    (diverged / "samples.jsonl").unlink()
+    jobs = [["model=tiny", f"optimizer.lr={lr}"] for lr in lrs]
+    write_record(tmp_path, "pretrain", [], ["optimizer.lr"], jobs)
+    with held(running / RUN_ID):
+        page = report(tmp_path)
+    states = [row[2] for row in page.tables["sortable jobs"][1:]]
+    assert states == ["finished", "running", "killed", "stopped", "failed", "finished", "waiting"]
+    assert [job["loss"] for job in page.jobs] == [2.5, pytest.approx(3.5909, abs=1e-4)] + [
+        pytest.approx(value) if value else None for value in (None, 3.5 + 1 / 31, None, 3.5 + 1 / 31, None)
+    ]
+    assert [job["final"] for job in page.jobs] == [True] + 6 * [False]
+    assert page.tables["sortable jobs"][2][7:9] == ["15", "960"]  # its summary says nothing of them yet
+    assert page.jobs[1]["training"][0] == list(range(15))
+    assert page.jobs[3]["training"][0] == list(range(40))
+    assert page.jobs[3]["training"][3][:2] == [None, 4.3]
+    assert "1 failedJob 4 (lr=0.5): no: " + HOSTILE + "?" in page.text
+    assert "1 stopped earlyJob 3 (lr=0.4): worse half" in page.text
+    assert "1 interrupted or killedJob 2 (lr=0.3): killed, or its machine went down" in page.text
+    assert "1 running: figures are those so farJob 1 (lr=0.2): 15 updates" in page.text
+    assert page.code[0] == f"python experiments/pretrain.py -m sweep.resume={tmp_path}"
+    assert f"python experiments/pretrain.py resume={tmp_path}/6" not in page.code  # it never began
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_has_finished(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, {"optimizer.lr": "0.1"}, status="failed", steps=0, error="no")
+    write_job(tmp_path, 1, {"optimizer.lr": "x"}, status="failed", steps=0, error="no")
+    page = report(tmp_path)
+    assert "No job has a final validation loss yet." in page.text
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_keys_make_a_heatmap(tmp_path: Path) -> None:
+    settings = [(lr, n, seed) for lr in ("0.1", "0.01", "1") for n in ("4", "2") for seed in ("0", "1")]
+    for number, (lr, n, seed) in enumerate(settings[:-2]):
+        setting = {"optimizer.lr": lr, "model.n_layers": n, "seed": seed}
+        write_job(tmp_path, number, setting, number + 1.0, steps=3)
+    page = report(tmp_path)
+    assert page.tables["heatmap"] == [
+        ["n_layers ↓lr →", "0.01", "0.1", "1"],
+        ["2", "7.500", "3.500", ""],
+        ["4", "5.500", "1.500", "9.500"],
+    ]
+    [lr, layers] = json.loads(page.data)["keys"]
+    assert (lr["name"], lr["values"], lr["numeric"], lr["log"]) == ("lr", [0.01, 0.1, 1], True, True)
+    assert lr["means"] == [[0.01, 6.5], [0.1, 2.5], [1, 9.5]]
+    assert (layers["values"], layers["log"]) == ([2, 4], False)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_drawn_at_random_have_means_of_parts(tmp_path: Path) -> None:
+    for number in range(50):
+        write_job(tmp_path, number, {"optimizer.lr": f"{(number + 1) / 1000}"}, float(number), steps=0)
+    [key] = json.loads(report(tmp_path).data)["keys"]
+    assert key["means"][:2] == [[pytest.approx(0.002), 1], [pytest.approx(0.005), 4]]  # of three each
+    assert len(key["means"]) == 17
+
+
+@pytest.mark.parametrize("keys", [0, 1, 3, 4])
+def test_any_number_of_swept_keys(tmp_path: Path, keys: int) -> None:
+    names = ["optimizer.name", "data.path", "model.n_layers", "optimizer.lr"][:keys]
+    for number in range(2**keys):
+        setting = {name: [r"$\no", "2"][number >> place & 1] for place, name in enumerate(names)}
+        write_job(tmp_path, number, setting, 2 + number / 10, steps=3)
+    page = report(tmp_path)
+    assert [len(job["values"]) for job in page.jobs] == 2**keys * [keys]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_seed_varies(tmp_path: Path) -> None:
+    for number in range(3):
+        write_job(tmp_path, number, {"seed": str(number)}, 2 + number / 10, steps=3)
+    page = report(tmp_path)
+    assert [row[1:3] for row in page.tables["sortable settings"][1:]] == [["3", "2.100 ± 0.100"]]
+    assert [key["name"] for key in json.loads(page.data)["keys"]] == ["seed"]
+
+
+def test_one_run_and_several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = write_job(Path("a"), 0, {"optimizer.lr": "0.1"}, 2.0)
+    write_job(Path("b"), 0, {"optimizer.lr": "0.2"}, 1.5)
+    write_job(Path("b"), 1, {"optimizer.lr": "0.3"}, 1.8)
+    assert "Nothing: it is one run." in report(run).text
+    assert (run / "report.png").exists()
+    page = report([Path("a"), Path("b")], to="both")
+    assert [row["job"] for row in rows_of(Path("both"))] == ["a/0", "b/0", "b/1"]
+    assert page.tables["sortable settings"][1][:4] == ["1", "0.2", "1", "1.500"]
+    with pytest.raises(UserError, match="nowhere holds neither a sweep nor a run"):
+        report(Path("nowhere"))
+
+
+def test_a_study_has_its_own_report(tmp_path: Path) -> None:
+    job = tmp_path / "0"
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text("[checkpoint=run, sampling.top_k=5]")
+    about = {"status": "finished", "sampling": {}, "precision": "fp32", "seed": 1, "new_tokens": 3}
+    (job / "summary.json").write_text(json.dumps(about | {"checkpoint": "run", "step": 7}))
+    text = write_report(ReportConfig(str(tmp_path)), tmp_path / "unused").read_text("utf-8")
+    assert "Sampling study" in text
+    (job / "summary.json").unlink()
+    write_record(tmp_path, "generate", [], [], [["checkpoint=run"]])
+    assert "Sampling study" in write_report(ReportConfig(str(tmp_path)), tmp_path).read_text("utf-8")
+
+
+def test_the_script_leaves_no_empty_folder(script: Script, sweep: Path) -> None:
+    done = script("report", f"sweep={sweep}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{name:<11} {sweep}/report.{ending}"
+        for name, ending in (("report", "html"), ("table", "csv"), ("picture", "png"))
+    ]
+    missing = script("report", "sweep=nowhere")
+    assert (missing.returncode, missing.stderr) == (1, "error: nowhere holds neither a sweep nor a run\n")
+    assert not (sweep / "outputs").exists()
+    both = script("report", f"sweep=[{sweep},{sweep}/0]")
+    assert both.returncode == 0, both.stderr
+    assert len(list(sweep.glob("outputs/report/*/*/report.html"))) == 1
+
+
+# Curves
+
+
+def test_metrics_are_read_as_json_reads_them(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, {}, 1.0, steps=25)
+    file = tmp_path / "0" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    training, evaluations = read_metrics(file)
+    for rows, loss in ((training, "train/loss"), (evaluations, "val/loss")):
+        names = ("step", "tokens_seen", "seconds", loss)
+        assert rows.T.tolist() == [[line[name] for name in names] for line in lines if loss in line]
+
+
+def test_thinning_keeps_the_least_and_the_greatest_of_every_part() -> None:
+    rng = random.Random(1)
+    for count in (0, 1, 2, 21, 22, 23, 100, 101, 999):
+        values = np.array([rng.gauss(0, 1) if rng.random() < 0.95 else math.nan for _ in range(count)])
+        values[30:60] = math.nan  # some parts have nothing else
+        kept = thinned(values, 10).tolist()
+        assert kept == sorted(set(kept))
+        assert len(kept) <= 2 * 10 + 2
+        if count:
+            assert (kept[0], kept[-1]) == (0, count - 1)
+        length = math.ceil(count / 10) or 1
+        for start in range(0, count, length):
+            part = [each for each in range(start, min(start + length, count)) if not math.isnan(values[each])]
+            if part:
+                assert min(part, key=lambda each: values[each]) in kept
+                assert max(part, key=lambda each: values[each]) in kept
+            else:
+                assert any(start <= each < start + length for each in kept)
+
+
+def test_smoothing_is_a_weighted_mean_of_all_values_so_far() -> None:
+    values = np.array([math.nan, 4.0, 2.0, math.nan, 7.0, 1.0])
+    keep = 1 - 2 / (5 + 1)
+    expected = [math.nan, 4.0]
+    for seen in ([4.0, 2.0], [4.0, 2.0], [4.0, 2.0, 7.0], [4.0, 2.0, 7.0, 1.0]):
+        weights = [keep**age for age in range(len(seen))][::-1]
+        expected.append(sum(map(float.__mul__, weights, seen)) / sum(weights))
+    np.testing.assert_allclose(smoothed(values, 5), expected)
+
+
+def test_curves_are_thinned_and_keep_their_spike(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 0, {}, 1.0, steps=5000)
+    lines = (job / "metrics.jsonl").read_text().splitlines()
+    spike = json.loads(lines[3000]) | {"train/loss": 77.0}
+    (job / "metrics.jsonl").write_text("\n".join([*lines[:3000], json.dumps(spike), *lines[3001:]]) + "\n")
+    [job_data] = report(job).jobs
+    steps, *_, losses, averages = job_data["training"]
+    assert len(steps) <= 2002
+    assert losses[steps.index(spike["step"])] == 77.0
+    assert max(averages) < 10
+
+
+def test_several_processes_read_what_one_reads(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = report(sweep)
+    monkeypatch.setattr("llm.sweeps.results.MUCH", 0)
+    assert report(sweep).jobs == alone.jobs
+
+
+# The page in a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+CLICKS = """
+const found = { errors };
+const column = (table, number, kind = "") =>
+  [...document.querySelectorAll(table + " tbody tr" + kind)].map(row => row.cells[number].textContent);
+const pixels = () => document.querySelector("#curves canvas:nth-child(2)").toDataURL();
+found.before = column(".jobs", 4);
+const head = document.querySelector(".jobs th:nth-child(5)");
+head.querySelector("button").click();
+found.rising = column(".jobs", 4);
+found.sorted = head.getAttribute("aria-sort");
+head.querySelector("button").click();
+found.falling = column(".jobs", 4);
+const overTokens = pixels();
+document.querySelector("[name=x][value=seconds]").click();
+found.overTime = view.x;
+found.redrawn = pixels() != overTokens;
+const chart = document.getElementById("curves");
+for (const key of ["ArrowDown", "ArrowDown", "ArrowRight"])
+  chart.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+found.readout = document.querySelector(".readout").textContent;
+found.chosen = column(".jobs", 0, ".chosen");
+chart.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+const box = chart.getBoundingClientRect();
+chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 60, clientY: box.bottom - 60 }));
+found.pointedAt = chosen.length;
+document.querySelector(".settings td button").click();
+found.group = column(".jobs", 0, ".chosen").sort();
+document.body.style.maxWidth = "360px";  // a window cannot be so narrow
+redraw();
+found.width = document.body.scrollWidth;
+document.body.innerHTML = "<pre id=found></pre>";
+document.getElementById("found").textContent = JSON.stringify(found);
+"""
+
+
+def in_browser(page: Path, *flags: str) -> dict[str, Any]:
+    """What CLICKS finds in a copy of a page, among it what the console would show as errors."""
+    assert BROWSER
+    watch = (
+        "<script>const errors = []; addEventListener('error', event => errors.push(event.message));"
+        "console.error = (...what) => errors.push(what.join(' '));</script>"
+    )
+    text = page.read_text("utf-8").replace("<style>", watch + "<style>", 1)
+    copy = page.with_name("clicks.html")
+    copy.write_text(text.replace("</html>", f"<script>{CLICKS}</script></html>"), encoding="utf-8")
+    done = subprocess.run(
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={page.parent / 'browser'}",
+            *flags,
+            "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    result = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert result, done.stderr
+    return json.loads(html.unescape(result[1]))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_in_a_browser(sweep: Path) -> None:
+    write_job(sweep, 5, {"optimizer.lr": HOSTILE, "seed": "0"}, None, 0, status="failed", error=HOSTILE)
+    report(sweep)
+    found = in_browser(sweep / "report.html", "--window-size=1200,900")
+    assert found["errors"] == []
+    assert found["before"] == ["3.000", "3.200", "2.000", "2.300", "2.500", "–"]
+    assert found["rising"] == ["2.000", "2.300", "2.500", "3.000", "3.200", "–"]
+    assert found["sorted"] == "ascending"
+    assert found["falling"] == ["3.200", "3.000", "2.500", "2.300", "2.000", "–"]
+    assert (found["overTime"], found["redrawn"]) == ("seconds", True)
+    assert found["readout"].startswith(
+        "job 3: lr=1e-2 seed=1 · finished, final loss 2.300 · near step 0 (64 tokens"
+    )
+    assert found["chosen"] == ["3"]
+    assert found["pointedAt"] == 1
+    assert found["group"] == ["2", "3"]
+    assert found["width"] == 360

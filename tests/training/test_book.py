@@ -1,0 +1,79 @@
+"""The book's chapter 5 code, run on a small model, gave the fixture's figures; ours must be the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from llm.config import DataConfig, ModelConfig, PretrainConfig
+from llm.data.corpus import find_corpus
+from llm.files import read_json_lines
+from llm.model.gpt import GPTModel
+from llm.training.loop import pretrain
+
+FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "book_small.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("book")
+    text = folder / "text.txt"
+    text.write_text(
+        "".join(find_corpus(DataConfig()).pieces())[:20_000], encoding="utf-8"
+    )  # the first play, cut off
+    config = PretrainConfig(model=ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch"))
+    config.seed = FIXTURE["seed"]
+    config.data = DataConfig(
+        source="text",
+        path=str(text),
+        batch_size=FIXTURE["batch_size"],
+        stride=FIXTURE["stride"],
+        order="book",
+        cache_dir=str(cache_dir),
+    )
+    config.optimizer.name, config.optimizer.lr = "adamw", FIXTURE["lr"]
+    config.optimizer.betas, config.optimizer.decay_all = [0.9, 0.999], True
+    config.optimizer.weight_decay = FIXTURE["weight_decay"]
+    config.schedule.name, config.schedule.warmup = "constant", 0.0
+    config.training.max_epochs, config.training.max_minutes = FIXTURE["epochs"], None
+    config.training.eval_freq, config.training.eval_iter = FIXTURE["eval_freq"], FIXTURE["eval_iter"]
+    config.training.grad_clip = None
+    config.sampling.temperature, config.sampling.top_k = 0.0, None
+    config.samples.prompt, config.samples.max_new_tokens = "Every effort moves you", 5
+    config.samples.every_epoch = True
+    config.runtime.device, config.runtime.precision = "cpu", "fp32"
+    config.tracking.mode = "disabled"
+    pretrain(config, folder / "run")
+    return folder / "run"
+
+
+def test_initial_parameters_are_the_books() -> None:
+    torch.manual_seed(FIXTURE["seed"])
+    parameters = dict(
+        GPTModel(ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch")).named_parameters()
+    )
+    for name, expected in FIXTURE["initial_parameter_sums"].items():
+        assert parameters[name].double().sum().item() == pytest.approx(expected, abs=1e-6), name
+
+
+def test_every_step_and_evaluation_is_the_books(run_dir: Path) -> None:
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    evaluations = [(line["eval/train_loss"], line["val/loss"]) for line in lines if "val/loss" in line]
+    tokens = [line["tokens_seen"] for line in lines if "val/loss" in line]
+    assert losses == pytest.approx(FIXTURE["train_loss_each_step"], abs=2e-5)
+    assert [train for train, _ in evaluations] == pytest.approx(
+        [train for train, _ in FIXTURE["evaluations_train_val"]], abs=2e-5
+    )
+    assert [validation for _, validation in evaluations] == pytest.approx(
+        [validation for _, validation in FIXTURE["evaluations_train_val"]], abs=2e-5
+    )
+    assert tokens == FIXTURE["tokens_seen"]
+
+
+def test_final_weights_are_the_books(run_dir: Path) -> None:
+    model, _ = load_checkpoint(find_checkpoint(str(run_dir)))
+    total = sum(parameter.double().square().sum().item() for parameter in model.parameters())
+    assert total == pytest.approx(FIXTURE["final_parameter_sum_of_squares"], rel=1e-7)

@@ -1,0 +1,262 @@
+"""Going on with a run, repeating it, and what may change on the way; through `pretrain` in this process."""
+
+import fcntl
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import numbers
+from drill import TEXT, outcome
+from settings import changed, settings
+
+from llm.checkpoints.checkpoint import step_folders
+from llm.config import PretrainConfig, ScheduleConfig, UserError
+from llm.files import read_json_lines
+from llm.runtime import device_errors_in_one_line
+from llm.training.loop import pretrain, watch
+from llm.training.plots import plot_losses
+from llm.training.run import Counters
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"model__emb_dim": 32}, "model.emb_dim=32 (it is 16) cannot change within a run"),
+        (
+            {"tokenizer__name": "gpt2", "model__vocab_size": 50257},
+            "model.vocab_size=50257 (it is 257), token",
+        ),
+        ({"data__batch_size": 4, "seed": 7}, "data.batch_size=4 (it is 2), seed=7 (it is 123) cannot change"),
+        ({"optimizer__name": "adamw"}, "optimizer.name=adamw (it is muon) cannot change"),
+        ({"training__accumulate": 2}, "training.accumulate=2 (it is 1) cannot change"),
+    ],
+)
+def test_what_cannot_change_is_refused_by_name(tmp_path: Path, values: dict[str, Any], line: str) -> None:
+    config = settings(tmp_path, max_steps=2)
+    pretrain(config, tmp_path / "run")
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    before = outcome(tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        pretrain(changed(config, resume=str(tmp_path / "run"), training__max_steps=4, **values))
+    assert line in str(error.value)
+    assert "init_from=" in str(error.value)
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+    assert outcome(tmp_path / "run") == before
+
+
+def test_another_text_is_refused_wherever_it_lies(tmp_path: Path) -> None:
+    config = settings(tmp_path, max_steps=2)
+    pretrain(config, tmp_path / "run")
+    again = changed(config, resume=str(tmp_path / "run"), training__max_steps=4)
+    (tmp_path / "moved.txt").write_text(TEXT, encoding="utf-8")
+    pretrain(changed(again, data__path=str(tmp_path / "moved.txt")))
+    (tmp_path / "moved.txt").write_text(TEXT.replace("beer", "wine"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"the text is not the one that .* was trained on"):
+        pretrain(changed(again, data__path=str(tmp_path / "moved.txt"), training__max_steps=6))
+
+
+def test_what_may_change_is_shown_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = settings(tmp_path)
+    pretrain(config, tmp_path / "run")
+    again = changed(config, resume=str(tmp_path / "run"), training__max_steps=14, optimizer__lr=0.03125)
+    summary = pretrain(again)
+    assert "changed    optimizer.lr=0.03125 (it was 0.01)" in caplog.text
+    change = {"training.max_steps": [12, 14], "optimizer.lr": [0.01, 0.03125]}
+    assert [(each["steps"], each["changed"]) for each in summary.resumed] == [(12, change)]
+    with pytest.raises(UserError, match=r"is finished: training\.max_steps=14 is spent; to go on, raise it"):
+        pretrain(again)
+
+
+def test_a_run_killed_after_its_last_update_is_concluded(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    pretrain(config, tmp_path / "whole")
+    pretrain(config, tmp_path / "run")
+    summary_file = tmp_path / "run" / "summary.json"
+    finished = json.loads(summary_file.read_text())
+    summary_file.write_text(json.dumps({**finished, "status": "running", "val_loss": None}))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "tra')  # and this too was cut off
+    summary = pretrain(changed(config, resume=str(tmp_path / "run")))
+    assert (summary.status, summary.val_loss) == ("finished", finished["val_loss"])
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_an_earlier_checkpoint_can_be_gone_back_to(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    pretrain(config, tmp_path / "whole")
+    pretrain(config, tmp_path / "run")
+    newest, earlier = step_folders(tmp_path / "run")
+    assert (newest.name, earlier.name) == ("step-00000012", "step-00000010")
+    pretrain(changed(config, resume=str(earlier)))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    (earlier / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot be gone on from: config\.json does not match its checksum"):
+        pretrain(changed(config, resume=str(earlier)))
+
+
+def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
+    config = settings(tmp_path, max_steps=2)
+    pretrain(config, tmp_path / "run")
+    with (tmp_path / "run" / "run-id.txt").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a process that trains there
+        with pytest.raises(UserError, match="is being trained by another process"):
+            pretrain(changed(config, resume=str(tmp_path / "run"), training__max_steps=4))
+    with pytest.raises(UserError, match="holds a run already: go on with resume="):
+        pretrain(config, tmp_path / "run")
+
+
+def test_a_run_limited_by_the_clock_comes_out_the_same_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = changed(settings(tmp_path, max_steps=None, max_minutes=0.02), seed=5)
+    first = pretrain(config, tmp_path / "run")
+    assert first.steps > 1
+    again = pretrain(
+        changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled"), tmp_path / "again"
+    )
+    assert (again.steps, again.seconds, again.seed) == (first.steps, first.seconds, 5)
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
+    assert "the same numbers as" in caplog.text
+
+
+def test_a_rerun_that_comes_out_otherwise_says_where_and_what_differs(tmp_path: Path) -> None:
+    pretrain(settings(tmp_path), tmp_path / "run")
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    step = next(number for number, line in enumerate(lines) if line["step"] == 7)
+    lines[step]["grad_norm"] += 1e-9
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["versions"]["torch"] = "1.0"
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError) as error:
+        pretrain(
+            changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled"),
+            tmp_path / "again",
+        )
+    assert "came out otherwise, first at step 7: grad_norm " in str(error.value)
+    assert f"torch {torch.__version__} (the run: 1.0)" in str(error.value)
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = torch.nn.Module.__call__
+    losses = []
+
+    def some_are_nan(module: torch.nn.Module, *arguments: Any) -> Any:
+        result = forward(module, *arguments)
+        if type(module).__name__ == "GPTModel" and module.training and len(arguments) == 2:
+            losses.append(result)
+            return result * math.nan if len(losses) in (4, 5) else result
+        return result
+
+    config = settings(tmp_path, max_skipped=2)
+    monkeypatch.setattr(torch.nn.Module, "__call__", some_are_nan)
+    summary = pretrain(config, tmp_path / "run")
+    assert (summary.status, summary.steps, summary.skipped) == ("finished", 12, 2)
+    steps = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+    assert [line["train/loss"] is None for line in steps] == [number in (3, 4) for number in range(12)]
+    assert [line.get("skipped") for line in steps[2:6]] == [None, 1, 2, None]
+    assert plot_losses(tmp_path / "run").exists()
+    losses.clear()
+    with pytest.raises(UserError, match=r"step 4: loss nan with gradient norm nan is not finite"):
+        pretrain(changed(config, training__max_skipped=1), tmp_path / "stopped")
+
+
+def test_the_last_good_checkpoint_is_from_before_the_weights_went_astray(tmp_path: Path) -> None:
+    config = settings(tmp_path, max_steps=5, grad_clip=None)
+    config = changed(config, optimizer__name="adamw", optimizer__lr=0.001, schedule__name="constant")
+    config.schedule.warmup = 0
+    config.checkpoint.every_steps = 1
+    pretrain(config, tmp_path / "run")
+    # update 5 ruins the weights, so that no later loss is finite; those of update 6 are saved all the same
+    astray = changed(config, resume=str(tmp_path / "run"), optimizer__lr=1e30, training__max_steps=12)
+    for skipped, step in ((0, 6), (2, 8)):
+        with pytest.raises(UserError) as error:
+            pretrain(changed(astray, training__max_skipped=skipped))
+        assert f"step {step}: loss nan" in str(error.value)
+        assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step-00000005;" in str(error.value)
+    good = tmp_path / "run" / "checkpoints" / "step-00000005"
+    summary = pretrain(changed(config, resume=str(good), training__max_steps=8))
+    assert (summary.status, summary.steps, summary.skipped) == ("finished", 8, 0)
+    losses = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+    assert [line["step"] for line in losses] == list(range(8))
+    assert all(line["train/loss"] < 6 for line in losses)
+
+
+def test_gradient_norm_spikes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Stub:
+        config = PretrainConfig()
+        counters = Counters()
+
+    run: Any = Stub()
+    for step in range(40):
+        run.counters.steps = step
+        watch(run, True, 2.0, 5.0 if step in (10, 30) else 1.0 + 0.1 * (step % 3))
+    assert run.counters.grad_norm_spikes == 1  # at step 10 the norm's mean says little yet
+    assert "step 30: gradient norm 5, " in caplog.text
+
+
+def test_out_of_memory_is_one_line_with_the_sizes(tmp_path: Path) -> None:
+    """In a process with little room to address; CPUs have no other way to run out."""
+    (tmp_path / "text.txt").write_text(TEXT * 40, encoding="utf-8")
+    code = (
+        "import resource, sys; from llm.config import *; from llm.training.loop import pretrain\n"
+        "config = PretrainConfig(); config.data.path = 'text.txt'; config.data.cache_dir = 'cache'\n"
+        "config.data.batch_size = 1000; config.tokenizer.name = 'bytes'; config.model.vocab_size = 257\n"
+        "config.tracking.mode = 'disabled'; config.runtime.device = 'cpu'\n"
+        "room = int(open('/proc/self/statm').read().split()[0]) * 4096 + 600_000_000\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
+        "try: pretrain(config, 'run')\n"
+        "except UserError as error: print(error, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("out of memory (")
+    assert "1000 windows of 128 tokens; lower data.batch_size=1000" in line
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["error"] == line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total …"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate 20.00 MiB on …"),
+    ],
+)
+def test_out_of_memory_of_accelerators_is_known(error: RuntimeError) -> None:
+    line = r"out of memory \(20\.00 MiB more were asked for\): the sizes"
+    with pytest.raises(UserError, match=line), device_errors_in_one_line(lambda: "the sizes"):
+        raise error
+    with pytest.raises(RuntimeError, match="another bug"), device_errors_in_one_line(lambda: "the sizes"):
+        raise RuntimeError("another bug")
+
+
+def test_a_compiled_run_has_the_losses_of_a_plain_one_and_goes_on_exactly(tmp_path: Path) -> None:
+    plain = settings(tmp_path)
+    plain.model.drop_rate = 0.0  # whose random draws are the compiler's own
+    plain.schedule = ScheduleConfig("constant", warmup=0)  # the same rates in a shorter run
+    compiled = changed(plain, runtime__compile=True)
+    pretrain(plain, tmp_path / "plain")
+    pretrain(compiled, tmp_path / "whole")
+    pretrain(changed(compiled, training__max_steps=7), tmp_path / "run")
+    pretrain(changed(compiled, resume=str(tmp_path / "run")))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert numbers(tmp_path / "whole") != numbers(tmp_path / "plain")  # it was compiled
+    for line, expected in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "plain"), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4)
+
+
+def test_evaluation_and_samples_do_not_move_training(tmp_path: Path) -> None:
+    config = changed(settings(tmp_path, max_steps=30), data__train_ratio=0.05)  # of 11 updates an epoch
+    pretrain(changed(config, training__eval_freq=1, samples__every_epoch=True), tmp_path / "watched")
+    pretrain(changed(config, training__eval_freq=None), tmp_path / "unwatched")
+    watched = [line for line in numbers(tmp_path / "watched") if "train/loss" in line]
+    assert watched == numbers(tmp_path / "unwatched")
+    assert len(read_json_lines(tmp_path / "watched" / "samples.jsonl")) == 3
