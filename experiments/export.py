@@ -9,7 +9,7 @@ from llm.config import ExportConfig
 
 def run(config: ExportConfig, run_dir: Path) -> None:
     """Export."""
-    from llm.checkpoints.pretrained import export_checkpoint  # imports torch, which --help need not wait for
+    from llm.commands.export import export_checkpoint  # imports torch, which --help need not wait for
 
     export_checkpoint(config, run_dir)
 

@@ -24,17 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from slurm import configure_slurm
 
-from llm.config import UserError
-from llm.files import (
-    as_typed,
-    holds_run,
-    modified,
-    read_summary,
-    refuse_to_overwrite,
-    remove,
-    write_json,
-    write_text,
-)
+from llm.errors import UserError
+from llm.files import as_typed, modified, remove, write_json, write_text
+from llm.run_folder import holds_run, read_summary, refuse_to_overwrite
 from llm.sweeps.jobs import RECORD, STOP, find_sweep, read_record, setting_of, settings_of, title_of
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from launch import Interrupted, launch, torchrun_rank
 
-from llm.config import PretrainConfig, UserError
+from llm.config import PretrainConfig
+from llm.errors import UserError
 
 # Flags of Hydra's that show something in place of a run, which the processes beside would wait for.
 SHOWN = {

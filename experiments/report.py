@@ -11,7 +11,7 @@ from llm.config import ReportConfig
 
 def run(config: ReportConfig, run_dir: Path) -> None:
     """Report."""
-    from llm.sweeps.report import write_report  # imports numpy, which --help need not wait for
+    from llm.commands.report import write_report  # imports numpy, which --help need not wait for
 
     try:
         write_report(config, run_dir)

@@ -8,14 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-
-class UserError(Exception):
-    """Something that the user can put right. Shown as its message alone, with exit status 1."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough to be part of a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+from llm.errors import UserError
 
 
 def key(

@@ -12,11 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from llm.config import UserError
+from llm.errors import UserError
 from llm.progress import format_count
 
-RECORDS = ("metrics.jsonl", "samples.jsonl")  # that a run folder grows line by line
-RUN_ID = "run-id.txt"  # of a run folder; the process that trains the run holds it
 LOCK_SECONDS = 1.0  # for which a lock is asked for, as somebody may just be looking whether it is held
 
 
@@ -84,23 +82,6 @@ def modified(path: Path) -> float:
         return path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return 0.0
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run has been begun in a folder, so far that there is something of it."""
-    return any((folder / name).exists() for name in (*RECORDS, "checkpoints"))
-
-
-def refuse_to_overwrite(run_dir: Path) -> None:
-    """
-    Raises:
-        UserError: the folder holds a run.
-    """
-    if holds_run(run_dir):
-        raise UserError(
-            f"{run_dir} holds a run already: go on with resume={run_dir}, or write to another folder "
-            f"(hydra.run.dir=FOLDER)"
-        )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -183,15 +164,6 @@ def _lock(file: IO[str], kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """A run folder's `summary.json`; empty if there is none yet, or it is damaged."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def as_typed(path: Path) -> Path:

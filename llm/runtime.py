@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from llm.config import RuntimeConfig, UserError, first_line
+from llm.config import RuntimeConfig
+from llm.errors import UserError, first_line
 
 ERROR = "error.txt"  # what another process than the main one could not do
 BEGUN = ".begun"  # after its rank, once it has

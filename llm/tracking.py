@@ -11,7 +11,8 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from llm.config import TrackingConfig, UserError, first_line
+from llm.config import TrackingConfig
+from llm.errors import UserError, first_line
 from llm.files import append_json_lines, as_typed, read_json_lines, remove
 
 log = logging.getLogger(__name__)

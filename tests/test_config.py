@@ -8,15 +8,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llm.config import (
-    BenchmarkConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PretrainConfig,
-    UserError,
-    from_dict,
-    validate,
-)
+from llm.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, PretrainConfig, from_dict, validate
+from llm.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
 SCHEMAS = {

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import python_in
 
-from llm.config import RuntimeConfig, UserError
+from llm.config import RuntimeConfig
+from llm.errors import UserError
 from llm.runtime import Runtime, processes
 
 TWO = RuntimeConfig(device="cpu", precision="fp32", processes=2)

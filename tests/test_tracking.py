@@ -19,7 +19,8 @@ from wandb_server import KEY, ArrivedRun, WandbServer
 from llm import tracking
 from llm.checkpoints.checkpoint import run_id
 from llm.commands.workspace import CURVES, save_workspace
-from llm.config import ModelConfig, PretrainConfig, TrackingConfig, UserError, WorkspaceConfig
+from llm.config import ModelConfig, PretrainConfig, TrackingConfig, WorkspaceConfig
+from llm.errors import UserError
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
 from llm.training import loop as training

@@ -27,7 +27,7 @@ from launch import one_line, quoted
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from llm.config import UserError, first_line
+from llm.errors import UserError, first_line
 from llm.files import held, modified, remove, write_json
 from llm.sweeps.jobs import (
     DONE,

@@ -33,9 +33,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm.config import ModelConfig, PretrainConfig, UserError, first_line, from_dict, validate
-from llm.files import RECORDS, RUN_ID, as_json, replacing, sha256, write_text
+from llm.config import ModelConfig, PretrainConfig, from_dict, validate
+from llm.errors import UserError, first_line
+from llm.files import as_json, replacing, sha256, write_text
 from llm.model.gpt import GPTModel
+from llm.run_folder import CHECKPOINT_NAME, CHECKPOINTS, RECORDS, RUN_ID, find_run, step_folders, steps_of
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
 STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
@@ -113,7 +115,7 @@ def write_step(run_dir: Path, snapshot: Snapshot) -> None:
         UserError: it cannot be written; the checkpoints there are untouched.
     """
     _write_folder(
-        run_dir / "checkpoints" / _name("step", snapshot.steps),
+        run_dir / CHECKPOINTS / _name("step", snapshot.steps),
         tensors={WEIGHTS: snapshot.weights, STATE_TENSORS: snapshot.state_tensors},
         values={CONFIG: asdict(snapshot.config), STATE: snapshot.state},
         records={run_dir / name: size for name, size in snapshot.record_sizes.items()},
@@ -127,7 +129,7 @@ def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: Pr
     Raises:
         UserError: they cannot be written; the checkpoints there are untouched.
     """
-    folder = run_dir / "checkpoints" / _name("best", steps)
+    folder = run_dir / CHECKPOINTS / _name("best", steps)
     _write_folder(
         folder, tensors={WEIGHTS: weights}, values={CONFIG: asdict(config)}, records={}, link="best"
     )
@@ -192,8 +194,8 @@ def prune(run_dir: Path, steps: int, keep: int) -> None:
     """
     kept = [folder for folder in step_folders(run_dir) if steps_of(folder) <= steps][:keep]
     names = {folder.name for folder in kept} | {_best_of(folder) for folder in kept}
-    for folder in (run_dir / "checkpoints").iterdir():
-        if _NUMBERED.fullmatch(folder.name) and folder.name not in names:
+    for folder in (run_dir / CHECKPOINTS).iterdir():
+        if CHECKPOINT_NAME.fullmatch(folder.name) and folder.name not in names:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -208,24 +210,6 @@ def _best_of(folder: Path) -> str | None:
 
 def _name(kind: str, steps: int) -> str:
     return f"{kind}-{steps:08d}"
-
-
-_NUMBERED = re.compile(r"(step|best)-\d{8,}")
-
-
-def steps_of(folder: Path) -> int:
-    """The updates done by a checkpoint of ours."""
-    return int(folder.name.partition("-")[2])
-
-
-def step_folders(run_dir: Path) -> list[Path]:
-    """The step checkpoints of a run, the newest first."""
-    folders = [
-        folder
-        for folder in (run_dir / "checkpoints").glob("step-*")
-        if _NUMBERED.fullmatch(folder.name) and folder.is_dir()
-    ]
-    return sorted(folders, key=steps_of, reverse=True)
 
 
 def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
@@ -380,45 +364,6 @@ def compare_shapes(
             )
 
 
-_ID = re.compile("[A-Za-z0-9_-]{1,64}")
-
-
-def run_id(run_dir: Path) -> str:
-    """Which run a folder is of, as W&B knows it too: the id that an agent of a W&B sweep has given, or 8
-    hexadecimal digits made at the first call."""
-    file = run_dir / RUN_ID
-    if file.exists() and _ID.fullmatch(content := file.read_text("utf-8", "replace")):
-        return content
-    folders = [folder for folder in step_folders(run_dir) if not damage(folder)]
-    given = os.environ.get("WANDB_RUN_ID", "")
-    new = given if _ID.fullmatch(given) else secrets.token_hex(4)
-    made = read_state(folders[0])["run_id"] if folders else new
-    write_text(file, made)
-    return made
-
-
-def find_run(name: str, root: Path = Path("outputs"), with_checkpoint: bool = True) -> Path:
-    """The run folder that a name means: a path to it or to one of its checkpoints, or `latest`, the one under
-    `root` that was begun or saved last.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name == "latest":
-        marks = [*root.glob("**/checkpoints/last"), *([] if with_checkpoint else root.glob(f"**/{RUN_ID}"))]
-        if not marks:
-            what = "run with a checkpoint" if with_checkpoint else "run"
-            raise UserError(f"latest: there is no {what} under {root}/; run experiments/pretrain.py first")
-        newest = max(marks, key=lambda mark: mark.lstat().st_mtime_ns)
-        return newest.parent if newest.name == RUN_ID else newest.parent.parent
-    folder = Path(name)
-    if folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
-    if not step_folders(folder) and (with_checkpoint or not (folder / RUN_ID).exists()):
-        raise UserError(f"{name} is no run folder{' with a checkpoint' if with_checkpoint else ''}")
-    return folder
-
-
 def find_checkpoint(name: str) -> Path:
     """The checkpoint folder that a name means: one itself, or the newest whole one of a run.
 
@@ -432,4 +377,21 @@ def find_checkpoint(name: str) -> Path:
 
 def step_of(folder: Path) -> int | None:
     """The step, counted from 0, after which one of our checkpoint folders was saved."""
-    return steps_of(folder) - 1 if _NUMBERED.fullmatch(folder.name) else None
+    return steps_of(folder) - 1 if CHECKPOINT_NAME.fullmatch(folder.name) else None
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of the run in a folder, which is also its id in W&B: the one that an agent of a W&B sweep gave,
+    or 8 hexadecimal digits made at the first call. If the file is lost, the newest checkpoint still knows."""
+    file = run_dir / RUN_ID
+    if file.exists() and _ID.fullmatch(content := file.read_text("utf-8", "replace")):
+        return content
+    folders = [folder for folder in step_folders(run_dir) if not damage(folder)]
+    given = os.environ.get("WANDB_RUN_ID", "")
+    new = given if _ID.fullmatch(given) else secrets.token_hex(4)
+    made = read_state(folders[0])["run_id"] if folders else new
+    write_text(file, made)
+    return made
+
+
+_ID = re.compile("[A-Za-z0-9_-]{1,64}")

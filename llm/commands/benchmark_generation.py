@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from llm.commands.benchmark_training import transformers_gpt2
-from llm.config import BenchmarkConfig, UserError, validate
+from llm.config import BenchmarkConfig, validate
 from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError
 from llm.files import write_json
 from llm.generation.inference import for_inference
 from llm.generation.sampling import draw_from, next_token

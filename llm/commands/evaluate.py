@@ -13,11 +13,12 @@ import torch
 
 from llm.checkpoints.checkpoint import step_of
 from llm.checkpoints.pretrained import resolve
-from llm.config import EvaluateConfig, SamplingConfig, UserError, validate
+from llm.config import EvaluateConfig, SamplingConfig, validate
 from llm.data.corpus import Corpus, find_files
 from llm.data.token_file import encode_pieces
 from llm.data.tokenizer import bytes_of, bytes_of_tokens
 from llm.data.windows import Batch, load_windows, ordered_batches, whole_batches
+from llm.errors import UserError
 from llm.files import write_json
 from llm.generation.inference import load_for_inference
 from llm.generation.sampling import next_distribution, penalise_repetition

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from llm.checkpoints.checkpoint import step_of
 from llm.checkpoints.pretrained import resolve
-from llm.config import GenerateConfig, TrackingConfig, UserError, validate
+from llm.config import GenerateConfig, TrackingConfig, validate
 from llm.data.corpus import find_files, find_splits, read_text
 from llm.data.token_file import token_file
+from llm.errors import UserError
 from llm.files import append_json_lines, cache_folder, remove, write_json
 from llm.generation.copying import NgramIndex, load_ngram_index
 from llm.generation.inference import load_for_inference

@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from llm.config import UserError, WorkspaceConfig, first_line, validate
+from llm.config import WorkspaceConfig, validate
+from llm.errors import UserError, first_line
 
 CURVES = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens_per_second")
 VARIED = ("optimizer.lr", "seed", "model.emb_dim", "model.n_layers", "model.n_heads", "model.context_length")

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.config import DataConfig, UserError
+from llm.config import DataConfig
 from llm.data.tokenizer import END_OF_TEXT
+from llm.errors import UserError
 from llm.files import cache_folder, replacing, write_json
 from llm.progress import Progress, format_count
 

@@ -11,7 +11,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from llm.config import UserError
+from llm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 

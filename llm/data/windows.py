@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llm.config import DataConfig, PretrainConfig, UserError
+from llm.config import DataConfig, PretrainConfig
 from llm.data.token_file import token_files
+from llm.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llm.checkpoints.checkpoint import model_of_weights, read_config
 from llm.checkpoints.pretrained import is_ours, open_weights, resolve
-from llm.config import PretrainConfig, UserError
+from llm.config import PretrainConfig
 from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.runtime import Runtime
 

@@ -9,8 +9,9 @@ import numpy as np
 import tiktoken
 import torch
 
-from llm.config import SamplingConfig, UserError
+from llm.config import SamplingConfig
 from llm.data.tokenizer import bytes_of, encode
+from llm.errors import UserError
 from llm.generation.decoding import Decoding
 from llm.generation.sampling import draw_at, next_distribution, penalise_repetition, uniform_stream
 from llm.model.gpt import GPTModel

@@ -12,8 +12,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from llm.config import UserError
-from llm.files import RUN_ID, is_held, modified, read_summary, write_json
+from llm.errors import UserError
+from llm.files import is_held, modified, write_json
+from llm.run_folder import is_claimed, read_summary
 
 RECORD = "sweep.json"  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
@@ -48,7 +49,7 @@ class Job:
             return str(status)
         if not (self.folder / ".hydra").exists():
             return "waiting"
-        if is_held(self.folder / RUN_ID) or is_held(self.folder.parent / LOCK):
+        if is_claimed(self.folder) or is_held(self.folder.parent / LOCK):
             return "running"
         return "killed"
 

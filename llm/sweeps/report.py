@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from llm.config import ReportConfig, UserError
 from llm.files import as_typed, write_text
 from llm.progress import format_count, format_seconds
 from llm.sweeps.jobs import (
@@ -23,9 +22,6 @@ from llm.sweeps.jobs import (
     RECORD,
     Job,
     compact,
-    find_sweep,
-    read_jobs,
-    read_record,
     short_key,
     title_of,
 )
@@ -47,39 +43,9 @@ from llm.sweeps.results import (
     wants_log,
     writable,
 )
-from llm.sweeps.study_report import as_study, is_study, study_report
 
 SHOWN_VALUES = 12
 LONG_VALUE = 40  # characters, in a table
-
-
-def write_report(config: ReportConfig, run_dir: Path) -> Path:
-    """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png`: into the folder of
-    the sweep or run, for several into `run_dir`, or where `config.to` says.
-
-    Returns the page.
-
-    Raises:
-        UserError: there is no such sweep or run, it has no jobs, or the files cannot be written.
-    """
-    names = config.sweep if isinstance(config.sweep, list) else [config.sweep]
-    folders = [find_sweep(str(name)) for name in names]
-    jobs = read_jobs(folders)
-    if not jobs:
-        raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
-    target = Path(config.to) if config.to else folders[0] if len(folders) == 1 else run_dir
-    if _is_study(folders, jobs):
-        page = study_report(as_study(jobs), target)
-    else:
-        page = sweep_report(jobs, folders, target)
-    print(f"report      {page}\ntable       {target / 'report.csv'}\npicture     {target / 'report.png'}")
-    return page
-
-
-def _is_study(folders: list[Path], jobs: list[Job]) -> bool:
-    """Whether the jobs measured samples, or will."""
-    scripts = {read_record(folder)["script"] for folder in folders if (folder / RECORD).exists()}
-    return is_study(jobs) or scripts == {"generate"}
 
 
 def sweep_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:

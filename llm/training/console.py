@@ -4,10 +4,10 @@ import logging
 
 import torch
 
-from llm.checkpoints.checkpoint import step_folders, steps_of
 from llm.config import PretrainConfig
 from llm.model.gpt import GPTModel, parameter_count, training_flops_per_token
 from llm.progress import format_count, format_figure, format_seconds, format_value
+from llm.run_folder import step_folders, steps_of
 from llm.runtime import device_name
 from llm.tracking import sync_command
 from llm.training.evaluation import Evaluation

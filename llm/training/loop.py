@@ -16,15 +16,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm.checkpoints.checkpoint import copy_weights
-from llm.config import PretrainConfig, UserError, validate
+from llm.checkpoints.checkpoint import copy_weights, run_id
+from llm.config import PretrainConfig, validate
 from llm.data import windows as dataset
 from llm.data.windows import Windows
+from llm.errors import UserError
 from llm.files import write_json
 from llm.generation.inference import for_inference
 from llm.generation.texts import generate_texts
 from llm.model.gpt import parameter_count, training_flops_per_token
 from llm.progress import Progress
+from llm.run_folder import claimed
 from llm.runtime import (
     Runtime,
     device_errors_in_one_line,
@@ -41,7 +43,7 @@ from llm.training.evaluation import Evaluation, evaluate
 from llm.training.record import compare_rerun
 from llm.training.run import Run, Summary, build_run, compile_blocks, finish_saving, save
 from llm.training.schedules import lr_factor
-from llm.training.start import Start, alone, find_start, run_folder
+from llm.training.start import Start, find_start, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +68,16 @@ def pretrain(config: PretrainConfig, run_dir: str | Path | None = None) -> Summa
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     begin = time.perf_counter()
     run_dir = run_folder(config, run_dir)
-    with alone(run_dir) as run_id:
+    with claimed(run_dir):
+        identity = run_id(run_dir)
         summary = Summary(str(run_dir), seed=config.seed)
         try:
             validate(config)
             start = find_start(config, run_dir)
             validate(start.config)
             summary.seed, summary.init_from = start.config.seed, start.config.init_from
-            with processes(start.config.runtime, _pretrain, start, run_id, summary) as runtime:
-                run = _pretrain(start, run_id, summary, runtime)
+            with processes(start.config.runtime, _pretrain, start, identity, summary) as runtime:
+                run = _pretrain(start, identity, summary, runtime)
         except BaseException as error:
             summary.status = _status_after(error)
             summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -98,11 +101,11 @@ def take_part() -> None:
     follow(_pretrain)
 
 
-def _pretrain(start: Start, run_id: str, summary: Summary, runtime: Runtime) -> Run:
+def _pretrain(start: Start, identity: str, summary: Summary, runtime: Runtime) -> Run:
     """What each process of a run does; the main one fills in the summary."""
     config, run_dir = start.config, start.run_dir
     with device_errors_in_one_line(lambda: console.sizes(config)):
-        run = build_run(start, run_id, runtime)
+        run = build_run(start, identity, runtime)
         try:
             summary.device, summary.precision = device_name(runtime.device), runtime.precision
             summary.parameters, summary.resumed = parameter_count(run.model), run.resumed

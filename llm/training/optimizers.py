@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from llm.config import OptimizerConfig, UserError
+from llm.config import OptimizerConfig
+from llm.errors import UserError
 
 
 class Optimizers:

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, read_checksums, step_folders
-from llm.config import UserError
-from llm.files import RECORDS, read_json_lines
+from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, read_checksums
+from llm.errors import UserError
+from llm.files import read_json_lines
+from llm.run_folder import RECORDS, step_folders
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ from llm.checkpoints.checkpoint import (
     read_tensors,
 )
 from llm.checkpoints.pretrained import open_weights
-from llm.config import PretrainConfig, UserError
+from llm.config import PretrainConfig
 from llm.data.tokenizer import bytes_of_tokens, load_tokenizer
 from llm.data.windows import TrainingBatches, Windows, load_windows, path_of
+from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.progress import format_seconds, format_value
 from llm.runtime import Runtime

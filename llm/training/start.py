@@ -1,34 +1,17 @@
 """Where a run begins: anew, from given weights, at one of its checkpoints, or again from another's record."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoints.checkpoint import (
-    STEP_FILES,
-    damage,
-    find_run,
-    newest_whole,
-    read_config,
-    run_id,
-    step_folders,
-)
+from llm.checkpoints.checkpoint import STEP_FILES, damage, newest_whole, read_config, run_id
 from llm.checkpoints.pretrained import open_weights
-from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, UserError, differences
-from llm.files import (
-    RECORDS,
-    RUN_ID,
-    held,
-    read_summary,
-    refuse_to_overwrite,
-    remove,
-    remove_leftovers,
-    replacing,
-)
+from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences
+from llm.errors import UserError
+from llm.files import remove, remove_leftovers, replacing
+from llm.run_folder import RECORDS, find_run, read_summary, refuse_to_overwrite, step_folders
 
 log = logging.getLogger(__name__)
 
@@ -153,21 +136,6 @@ def with_sizes(
         init=config.model.init,
     )
     return replace(config, model=sizes, tokenizer=TokenizerConfig(tokenizer))
-
-
-@contextmanager
-def alone(run_dir: Path) -> Iterator[str]:
-    """Hold a run folder for this process, and give the run's id.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    identity = run_id(run_dir)
-    with held(run_dir / RUN_ID) as ours:
-        if not ours:
-            raise UserError(f"{run_dir} is being trained by another process: wait for it, or stop it")
-        yield identity
 
 
 def rewind(start: Start) -> None:

@@ -28,7 +28,8 @@ from llm.checkpoints.checkpoint import (
     newest_whole,
     read_state,
 )
-from llm.config import ModelConfig, OptimizerConfig, PretrainConfig, UserError
+from llm.config import ModelConfig, OptimizerConfig, PretrainConfig
+from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.training.optimizers import build_optimizers
 

@@ -20,8 +20,9 @@ from conftest import Script
 from safetensors.torch import load_file, save_file
 
 from llm.checkpoints.checkpoint import check_shapes, model_of_weights
-from llm.checkpoints.pretrained import export_book, export_checkpoint, export_huggingface, open_weights
+from llm.checkpoints.pretrained import export_book, export_huggingface, open_weights
 from llm.commands.evaluate import run_evaluation
+from llm.commands.export import export_checkpoint
 from llm.config import (
     EvaluateConfig,
     ExportConfig,
@@ -29,9 +30,9 @@ from llm.config import (
     OptimizerConfig,
     PretrainConfig,
     TokenizerConfig,
-    UserError,
 )
 from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.training.optimizers import build_optimizers
 from llm.training.start import with_sizes

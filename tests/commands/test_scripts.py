@@ -81,7 +81,7 @@ def test_a_change_that_is_refused_is_forgotten(script: Script, tmp_path: Path, t
     begun = script("pretrain", *TINY, "data=text", text, "training.max_steps=3", "hydra.run.dir=run")
     assert begun.returncode == 0, begun.stderr
     refused = script("pretrain", *TINY, "tokenizer=gpt2", "hydra.run.dir=run")
-    assert refused.stderr.startswith("error: run holds a run already: go on with resume=run, or write to")
+    assert refused.stderr.startswith("error: run already holds a run: continue it with resume=run, or write")
     refused = script("pretrain", "resume=run", "model.emb_dim=128", "training.max_steps=5")
     assert refused.stderr.startswith("error: resume=run: model.emb_dim=128 (it is 64) cannot change")
     resumed = script("pretrain", "resume=run", "training.max_steps=4")
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
         (["data.train_ratio=1.5"], "data.train_ratio=1.5: must be above 0 and below 1"),
         (["data=text", "data.path=missing"], "data.path=missing: no such file"),
         (["data=the_verdict"], "could not download"),
-        (["resume=nowhere"], "nowhere is no run folder"),
+        (["resume=nowhere"], "nowhere is not a run folder"),
         (["resume=latest"], "there is no run under outputs/"),
         (["tracking=online"], "tracking=online: Weights & Biases did not start"),
         (["hydra.run.dir=/proc/nothing"], "/proc/nothing"),

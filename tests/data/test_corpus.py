@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import DataConfig, UserError
+from llm.config import DataConfig
 from llm.data import corpus
 from llm.data.corpus import Corpus, find_corpus, find_splits, read_text
+from llm.errors import UserError
 
 TEXT = b"I HAD always thought Jack Gisburn rather a cheap genius"
 

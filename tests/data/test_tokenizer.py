@@ -8,8 +8,8 @@ import pytest
 import tiktoken
 import torch
 
-from llm.config import UserError
 from llm.data.tokenizer import bytes_of_tokens, load_tokenizer, text_to_token_ids, token_ids_to_text
+from llm.errors import UserError
 
 
 @pytest.fixture(scope="module")

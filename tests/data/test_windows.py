@@ -11,13 +11,14 @@ import pytest
 import tiktoken
 import torch
 
-from llm.config import DataConfig, PretrainConfig, UserError
+from llm.config import DataConfig, PretrainConfig
 from llm.data import corpus
 from llm.data import token_file as token_file_module
 from llm.data.corpus import Corpus, Split, find_corpus, find_splits
 from llm.data.token_file import encode_pieces, token_file, token_files
 from llm.data.tokenizer import encode, load_tokenizer
 from llm.data.windows import TrainingBatches, Windows, load_windows, ordered_batches
+from llm.errors import UserError
 
 
 def test_shakespeare_is_the_38_plays() -> None:

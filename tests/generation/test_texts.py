@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from llm.config import ModelConfig, RuntimeConfig, SamplingConfig, UserError
+from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
 from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError
 from llm.generation.inference import for_inference
 from llm.generation.sampling import filter_logits
 from llm.generation.texts import Sample, _Row, generate_texts

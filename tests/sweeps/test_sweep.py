@@ -26,8 +26,10 @@ from launch import one_line, with_recorded_sweep
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from llm.config import PretrainConfig, UserError
-from llm.files import RUN_ID, held, write_json
+from llm.config import PretrainConfig
+from llm.errors import UserError
+from llm.files import held, write_json
+from llm.run_folder import RUN_ID
 from llm.sweeps.jobs import (
     Job,
     compact,

@@ -23,7 +23,7 @@ def wait_for_checkpoint(process: "subprocess.Popen[str]", job: Path) -> None:
 
 def kill_process_of(job: Path) -> None:
     """Kill the process that trains in a folder, found by the lock that it holds."""
-    inode = (job / "run-id.txt").stat().st_ino
+    inode = (job / ".run.lock").stat().st_ino
     [line] = [line for line in Path("/proc/locks").read_text().splitlines() if f":{inode} " in line]
     os.kill(int(line.split()[4]), signal.SIGKILL)
 

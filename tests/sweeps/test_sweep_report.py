@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from conftest import Script
 
-from llm.config import ReportConfig, UserError
-from llm.files import RUN_ID, held
+from llm.commands.report import write_report
+from llm.config import ReportConfig
+from llm.errors import UserError
+from llm.files import held
+from llm.run_folder import RUN_ID
 from llm.sweeps.jobs import write_record
-from llm.sweeps.report import write_report
 from llm.sweeps.results import read_metrics, smoothed, thinned
 
 HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- $HOME \ufffd"

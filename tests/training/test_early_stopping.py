@@ -16,7 +16,8 @@ from conftest import ROOT
 from drill import outcome
 from settings import changed, settings
 
-from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, UserError, validate
+from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, validate
+from llm.errors import UserError
 from llm.files import append_json_lines, read_json_lines
 from llm.training.early_stopping import (
     Curve,

@@ -14,9 +14,10 @@ from conftest import numbers
 from drill import TEXT, outcome
 from settings import changed, settings
 
-from llm.checkpoints.checkpoint import step_folders
-from llm.config import PretrainConfig, ScheduleConfig, UserError
+from llm.config import PretrainConfig, ScheduleConfig
+from llm.errors import UserError
 from llm.files import read_json_lines
+from llm.run_folder import step_folders
 from llm.runtime import device_errors_in_one_line
 from llm.training.loop import pretrain, watch
 from llm.training.plots import plot_losses
@@ -102,11 +103,11 @@ def test_an_earlier_checkpoint_can_be_gone_back_to(tmp_path: Path) -> None:
 def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
     config = settings(tmp_path, max_steps=2)
     pretrain(config, tmp_path / "run")
-    with (tmp_path / "run" / "run-id.txt").open("r+") as file:
+    with (tmp_path / "run" / ".run.lock").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process that trains there
         with pytest.raises(UserError, match="is being trained by another process"):
             pretrain(changed(config, resume=str(tmp_path / "run"), training__max_steps=4))
-    with pytest.raises(UserError, match="holds a run already: go on with resume="):
+    with pytest.raises(UserError, match="already holds a run: continue it with resume="):
         pretrain(config, tmp_path / "run")
 
 
