@@ -1,8 +1,8 @@
-"""How much of a generated text stands word for word in the training tokens.
+"""How much of a generated text is copied word for word from the training tokens.
 
-Each n-gram of the training tokens has an entry in a sorted table, which is searched by hash; what is found is
-compared with the tokens themselves, so the answers are exact. 8-grams are what the GPT-2 paper counts
-(Radford et al. 2019, section 4), with Bloom filters, which cannot tell where a run stands or how long it is.
+Each n-gram of the training tokens has an entry in a sorted table, which is searched by hash. Every match is
+verified against the tokens themselves, so the answers are exact. The GPT-2 paper counts 8-grams too (Radford
+et al. 2019, section 4), with Bloom filters, which can tell neither where a match is nor how long it runs.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ PART_NGRAMS = 1 << 25  # sorted at a time, in a few seconds
 
 @dataclass(frozen=True)
 class NgramIndex:
-    """Where each n-gram of the training tokens stands.
+    """Where each n-gram of the training tokens occurs.
 
-    `tokens` is (tokens,) of integers. `table` is (tokens - n + 1,) uint64, ascending: an entry's low bits are
-    an n-gram's position, as many bits as `len(tokens)` has, and its high bits are those of the n-gram's hash.
-    So equal n-grams lie side by side, in the order of the text.
+    `tokens` is (tokens,) of integers. `table` is (tokens - n + 1,) uint64, ascending. The low bits of an
+    entry are an n-gram's position, in as many bits as `len(tokens)` takes; the high bits are those of its
+    hash. Equal n-grams are therefore adjacent, in the order of the text.
     """
 
     tokens: np.ndarray
@@ -34,7 +34,7 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class Run:
-    """`length` tokens from `start` of a sample that stand in the training tokens, first at `position`."""
+    """`length` tokens from `start` of a sample that occur in the training tokens, first at `position`."""
 
     start: int
     length: int
@@ -42,14 +42,14 @@ class Run:
 
 
 def load_ngram_index(tokens: np.ndarray, cache: Path, n: int = 8) -> NgramIndex:
-    """The index over training tokens, memory-mapped from the cache; built if it is not there.
+    """The index of the training tokens, memory-mapped from the cache; built first if it is not cached.
 
-    `tokens` is (tokens,), memory-mapped from a file whose name stands for its content, as `token_file` gives
-    it. The index takes 8 bytes a token, on disk for good and in memory while it is built.
+    `tokens` is (tokens,), memory-mapped from a file whose name identifies its content, as `token_file`
+    returns it. The index takes 8 bytes per token, on disk permanently and in memory while it is built.
     """
     assert isinstance(tokens, np.memmap)
     path = cache / "ngrams" / f"{Path(str(tokens.filename)).stem}-{n}.npy"
-    plain = np.asarray(tokens)  # the same map, without what np.memmap adds to the cost of each look
+    plain = np.asarray(tokens)  # the same mapping, without np.memmap's overhead on every access
     if not path.exists():
         table = _sorted_ngrams(plain, n)
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -79,9 +79,9 @@ def _sorted_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
 
 
 def _ascending_parts(table: np.ndarray) -> Iterator[np.ndarray]:
-    """Order `table` in place so far that no entry of a part is above one of a later part; give the parts.
+    """Partition `table` in place so that no entry of a part exceeds one of a later part; yield the parts.
 
-    One sort of it all would need no more memory and a tenth less time, but could show no progress.
+    A single sort would need no more memory and a tenth less time, but could not report its progress.
     """
     if len(table) <= PART_NGRAMS:
         yield table
@@ -93,10 +93,10 @@ def _ascending_parts(table: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _hash_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """64-bit hashes of all n-grams of (tokens,) integers: (tokens - n + 1,) uint64, the high bits the best.
+    """64-bit hashes of all n-grams of (tokens,) integers: (tokens - n + 1,) uint64. The high bits mix best.
 
-    FNV-1a (Fowler, Noll and Vo) over tokens in place of bytes, with a multiplier of full width: 2^64 over the
-    golden ratio. Saved indexes hold these hashes: whoever changes them changes the name of the index file.
+    FNV-1a (Fowler, Noll and Vo) over tokens instead of bytes, with a full-width multiplier: 2^64 over the
+    golden ratio. Cached indexes hold these hashes: if you change the hash, change the index file's name too.
     """
     hashes = np.zeros(len(tokens) - n + 1, dtype=np.uint64)
     for offset in range(n):
@@ -110,9 +110,9 @@ def _position_mask(tokens: np.ndarray) -> np.uint64:
 
 
 def copied_runs(index: NgramIndex, sample: list[int] | np.ndarray) -> list[Run]:
-    """The maximal runs of a sample, of n tokens or more, that stand in the training tokens, by start.
+    """The maximal runs of a sample, of n tokens or more, that occur in the training tokens, sorted by start.
 
-    No run can be made longer to either side. None contains another, though two may overlap.
+    No run can be extended to either side. None contains another, though two may overlap.
     """
     sample = np.asarray(sample, dtype=np.int64)
     if len(sample) < index.n:
@@ -128,8 +128,8 @@ def copied_runs(index: NgramIndex, sample: list[int] | np.ndarray) -> list[Run]:
     for start in range(len(hashes)):
         if end == len(sample):
             break
-        # A run from here that the last one does not contain holds the token at `beyond`, and every n-gram up
-        # to there. The rarest of these leaves the fewest places to look at, and often none.
+        # A run from here that the last one does not contain includes the token at `beyond`, and every n-gram
+        # up to it. The rarest of these n-grams leaves the fewest places to compare, and often none.
         beyond = max(start, end)
         rarest = start + int(counts[start : max(start, beyond + 1 - index.n) + 1].argmin())
         entries = index.table[first[rarest] : last[rarest]]
@@ -143,7 +143,7 @@ def copied_runs(index: NgramIndex, sample: list[int] | np.ndarray) -> list[Run]:
 
 
 def _follow(tokens: np.ndarray, places: np.ndarray, wanted: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many tokens of `wanted` stand at one of the ascending `places` at best, and at which of them."""
+    """The longest prefix of `wanted` found at any of the ascending `places`: its length, and those places."""
     for length, token in enumerate(wanted):
         agreeing = _agreeing(tokens, places, length, token)
         if not len(agreeing):
@@ -153,7 +153,7 @@ def _follow(tokens: np.ndarray, places: np.ndarray, wanted: np.ndarray) -> tuple
 
 
 def _agreeing(tokens: np.ndarray, places: np.ndarray, offset: int, token: int) -> np.ndarray:
-    """Those of the ascending `places` that have `token` at `offset` after them."""
+    """Those of the ascending `places` with `token` at `offset` from them."""
     places = places[: np.searchsorted(places, len(tokens) - offset)]
     return places[tokens[places + offset] == token]
 
@@ -161,7 +161,7 @@ def _agreeing(tokens: np.ndarray, places: np.ndarray, offset: int, token: int) -
 def copied_share(runs: list[Run], sample_length: int) -> float:
     """The share (0 to 1) of a sample's tokens that lie in one of its runs; 0 for an empty sample."""
     copied, end = 0, 0
-    for run in runs:  # by start, and so by end, as none contains another
+    for run in runs:  # sorted by start, and so by end, as none contains another
         copied += run.start + run.length - max(run.start, end)
         end = run.start + run.length
     return copied / sample_length if sample_length else 0.0

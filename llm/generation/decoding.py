@@ -21,13 +21,13 @@ def generate(
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Go on from prompts idx (batch, time) for up to max_new_tokens: (batch, time + new).
+    """Continue prompts idx (batch, time) by up to max_new_tokens: (batch, time + new).
 
     The book's call and semantics: the model sees the last context_size tokens, temperature 0 takes the
-    likeliest token, top_k filters, and generation ends at eos_id, which is not part of the result. A row
-    that ends before others is filled with eos_id.
+    likeliest token (greedy decoding), top_k filters, and generation stops at eos_id, which is not part of
+    the result. A row that stops before the others is padded with eos_id.
 
-    Draws from `generator`, or from torch's global stream as in the book if there is none.
+    Draws from `generator`; without one, from torch's global random stream, as in the book.
     """
     config, draw = SamplingConfig(temperature=temperature, top_k=top_k), draw_from(generator)
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
@@ -46,18 +46,19 @@ def generate(
 
 
 class Decoding:
-    """Rows of token ids that grow a token at a time, and the logits of what may come next.
+    """Rows of token ids that grow a token at a time, and the logits of their next tokens.
 
         while decoding.rows:
             tokens = next_token(decoding.logits(), …).tolist()
             decoding.append(tokens)
             decoding.end(those of decoding.rows that are done)
 
-    The logits are those of the model over the last `context_size` tokens of a row. While a row is not
-    longer than that, a step computes one new token. Past it every position shifts with each token, and as
-    GPT-2's positions are absolute, nothing kept is right any more: the whole window is computed again at
-    every step, as in the book. `past_context="half"` goes on with the later half of a full window instead, so
-    that a step is cheap again and the model sees between half of the context and all of it.
+    The logits are those of the model over the last `context_size` tokens of a row. While a row fits into
+    that, the KV cache reduces a step to the work of one token. Beyond it the window slides, and with each
+    token all positions in it shift by one. GPT-2's positions are absolute and part of every cached key and
+    value, so the cache is stale and the whole window is recomputed at every step, as in the book.
+    `past_context="half"` instead drops the earlier half of a full window: steps are cheap again until the
+    next time it is full, and the model sees between half of the context and all of it.
     """
 
     @torch.no_grad()
@@ -69,44 +70,46 @@ class Decoding:
         context_size: int,
         past_context: str = "exact",
     ) -> None:
-        """`prompts` may differ in length, and none is empty; equal ones are computed once. The model is one
-        without dropout, as in evaluation mode."""
+        """`prompts` may differ in length, but none may be empty; equal ones are computed once. The model
+        must be in evaluation mode."""
         self.model = model
         self.token_ids = [list(prompt) for prompt in prompts]
-        self.rows = list(range(len(prompts)))  # those that go on, in the order of the logits
+        self.rows = list(range(len(prompts)))  # those not ended yet, in the order of the logits
         self._window = context_size
         self._jump = max(1, context_size // 2) if past_context == "half" else 1
         longest = min(context_size, max(map(len, prompts)) + max_new_tokens)
         if model.compiled_features:
-            longest = context_size  # one shape, whatever the prompts: each other one is compiled anew
+            longest = context_size  # one shape whatever the prompts, as each new shape is compiled again
         self._device = model.tok_emb.weight.device
         self._cache = KVCache(model.config, len(prompts), longest, self._device, model.cache_dtype)
-        if model.compiled_features:  # for CUDA graphs, which else leave out a step that writes to its inputs
+        if model.compiled_features:  # else CUDA graphs are skipped, as a step writes to its inputs
             for kept in (*self._cache.keys, *self._cache.values):
                 torch._dynamo.mark_static_address(kept)
-        self._starts = [-1] * len(prompts)  # where each cached window starts in its row; -1: nowhere yet
+        self._starts = [-1] * len(prompts)  # where each cached window starts in its row; -1: nothing cached
 
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits of the next token of each of `rows`: (rows, vocab_size), fp32."""
         starts = [self._start(len(self.token_ids[row])) for row in self.rows]
+        # Where the window has moved, what is cached was computed for other positions.
         stale = [slot for slot, start in enumerate(starts) if start != self._starts[slot]]
         if len(stale) < len(starts):
-            features = self._extend(starts, stale)
+            features = self._extend(starts)
             if stale:
                 features[stale] = self._fill(starts, stale)
         else:
             features = self._fill(starts, stale)
         self._starts = starts
+        # fp32 from here on: a softmax and cumulative sums over 50,257 tokens are beyond bf16's 8 bits.
         return self.model.logits(features).float()
 
     def append(self, tokens: list[int]) -> None:
-        """Add a token to each of `rows`."""
+        """Append a token to each of `rows`."""
         for row, token in zip(self.rows, tokens, strict=True):
             self.token_ids[row].append(token)
 
     def end(self, rows: list[int]) -> None:
-        """Take rows out of the batch. The last one takes the place of each, so `rows` changes its order."""
+        """Remove rows from the batch. The last row takes the slot of each, so the order of `rows` changes."""
         for row in rows:
             slot = self.rows.index(row)
             self.rows[slot], self._starts[slot] = self.rows[-1], self._starts[-1]
@@ -115,14 +118,14 @@ class Decoding:
             del self.rows[-1], self._starts[-1]
 
     def _start(self, length: int) -> int:
-        """Where the window that the model sees starts in a row of so many tokens."""
+        """Where the window that the model sees starts in a row of `length` tokens."""
         return -(-max(0, length - self._window) // self._jump) * self._jump
 
     def _fill(self, starts: list[int], slots: list[int]) -> Tensor:
-        """Compute whole windows and keep them: features of their last tokens (slots, emb_dim)."""
+        """Compute whole windows and cache them: features of their last tokens (slots, emb_dim)."""
         windows = [tuple(self.token_ids[self.rows[slot]][starts[slot] :]) for slot in slots]
         distinct = list(dict.fromkeys(windows))
-        # Shorter windows are filled up at their end, where no real token sees it.
+        # Shorter windows are padded at their end, where the causal mask hides the padding from real tokens.
         longest = max(map(len, distinct))
         idx = torch.tensor([[*window, *[0] * (longest - len(window))] for window in distinct])
         source = torch.tensor([distinct.index(window) for window in windows], device=self._device)
@@ -131,16 +134,16 @@ class Decoding:
         last = torch.tensor([len(window) - 1 for window in windows], device=self._device)
         return features[source, last]
 
-    def _extend(self, starts: list[int], stale: list[int]) -> Tensor:
-        """Compute the last token of each row over what is kept of it: (rows, emb_dim), to be overwritten
-        for the slots in `stale`."""
+    def _extend(self, starts: list[int]) -> Tensor:
+        """Compute the last token of each row over its cached ones: features (rows, emb_dim), meaningless
+        where the cache is stale."""
         tokens = [self.token_ids[row][-1] for row in self.rows]
         positions = [
             len(self.token_ids[row]) - 1 - start for row, start in zip(self.rows, starts, strict=True)
         ]
         features, end = self.model.features, max(positions) + 1
         if self.model.compiled_features:
-            # It knows one shape: room for the whole context, and rows that have ended are computed too.
+            # Compiled for one shape: it attends to the whole context, and computes rows that have ended too.
             features, end = self.model.compiled_features, self._cache.length
             ended = [0] * (self._cache.rows - len(tokens))
             tokens, positions = tokens + ended, positions + ended

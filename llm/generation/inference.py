@@ -1,4 +1,4 @@
-"""A model made ready for generation and evaluation: its linear layers in the precision and the memory layout
+"""A model prepared for generation and evaluation: its linear layers in the precision and the memory layout
 that multiply a few rows fastest."""
 
 import copy
@@ -19,17 +19,19 @@ from llm.model.gpt import GPTModel
 from llm.runtime import Runtime
 
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
-INT8_KERNEL_INPUTS = 16  # the kernel reads so many at once, and past the end of what does not divide
+INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past the end if they are no multiple
 
 
 def load_for_inference(
     checkpoint: str | Path, runtime: Runtime
 ) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
-    """The model of a run, a checkpoint or foreign weights (see `open_weights`), ready; the config of its run,
-    if it is of ours; its tokenizer.
+    """Load the model of a run, a checkpoint or foreign weights (see `open_weights`), ready for inference.
+
+    Returns:
+        The model; the config of its run, None for foreign weights; its tokenizer.
 
     Raises:
-        UserError: there are no such weights, they are damaged, or their tokenizer is not known.
+        UserError: the weights are missing or damaged, or their tokenizer is unknown.
     """
     return _load(resolve(str(checkpoint)), runtime)
 
@@ -48,20 +50,20 @@ def _load(name: str, runtime: Runtime) -> tuple[GPTModel, PretrainConfig | None,
 
 
 def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
-    """A copy of a model that shares all weights but those of its linear layers, in evaluation mode.
+    """A copy of a model in evaluation mode that shares all weights but those of its linear layers.
 
     Embeddings, LayerNorms and the residual stream stay in fp32; matrix products are in the precision of
     `runtime`, as under autocast in training.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    ready = copy.deepcopy(model, shared).eval()  # the memo: what is not copied
+    ready = copy.deepcopy(model, shared).eval()  # what is in the memo counts as copied already
     for module in list(ready.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, InferenceLinear(child.weight, child.bias, runtime))
-    if ready.out_head is None:
+    if ready.out_head is None:  # tied: the embedding stays in fp32, so the head needs weights of its own
         ready.out_head = InferenceLinear(ready.tok_emb.weight, None, runtime)  # type: ignore[assignment]
-    # Attention over a cache is many small products, in which CPUs are several times as slow in bf16.
+    # Attention over a cache is many small products, in which CPUs are several times slower in bf16.
     ready.cache_dtype = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
     if runtime.compile:
         mode = "reduce-overhead" if runtime.device.type == "cuda" else None  # that is, CUDA graphs
@@ -70,7 +72,7 @@ def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
 
 
 class InferenceLinear(nn.Module):
-    """`F.linear` with a weight (out, in) that will not change: (…, in) to (…, out)."""
+    """`F.linear` with a weight (out, in) that is never updated: (…, in) to (…, out)."""
 
     weight: Tensor
     scales: Tensor | None
@@ -90,7 +92,7 @@ class InferenceLinear(nn.Module):
             self.packed = _packs(runtime)
             if self.packed:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        # Buffers, so that a CUDA graph reads them where they are and does not copy them at each step.
+        # Buffers, so that a CUDA graph reads them in place and does not copy them at each step.
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(self.dtype), persistent=False)
@@ -112,16 +114,16 @@ class InferenceLinear(nn.Module):
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (out, in) as int8 and a bf16 scale for each output (out,): weight ≈ int8 · scale.
 
-    Rounded to nearest, the largest of each row at 127; LLM.int8() (Dettmers et al. 2022), section 2, with
-    activations left as they are.
+    Rounded to nearest, with the largest magnitude of each row at 127; LLM.int8() (Dettmers et al. 2022),
+    section 2, without quantising the activations.
     """
     scales = (weight.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
     return (weight / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def _packs(runtime: Runtime) -> bool:
-    """Whether oneDNN can lay out weights in blocks. A product of a few rows then runs at the speed of
-    memory, where `F.linear` over plain weights reaches a half (one row) to a quarter (eight) of it."""
+    """Whether oneDNN can repack weights into blocks. A product of a few rows is then as fast as memory can
+    be read, where `F.linear` over plain weights reaches a half (one row) to a quarter (eight) of that."""
     if runtime.device.type != "cpu" or runtime.compile or not torch.backends.mkldnn.is_available():
         return False  # torch.compile cannot trace such weights
     return runtime.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

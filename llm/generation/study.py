@@ -1,4 +1,4 @@
-"""What sets the samples of one setting apart from another's: figures over many samples."""
+"""Figures over many samples, by which sampling settings can be compared."""
 
 import math
 from collections import Counter
@@ -13,14 +13,15 @@ from llm.data.tokenizer import token_ids_to_text
 from llm.generation.copying import NgramIndex, copied_runs, copied_share, longest_run
 from llm.generation.texts import Sample
 
-REPEATED_NGRAM = 4  # tokens; as the repetition rate of Welleck et al. 2020 (seq-rep-4)
+REPEATED_NGRAM = 4  # tokens, as in the repetition rate of Welleck et al. 2020 (seq-rep-4)
 
 
 def sample_metrics(samples: list[Sample]) -> dict[str, float | None]:
-    """Figures over all new tokens of samples; one is None if no sample is long enough for it.
+    """Figures over all new tokens of the samples; a figure is None if no sample is long enough for it.
 
-    Losses and entropies are in nats a token. `distinct_n` is the share of distinct n-grams among all (Li et
-    al. 2016), which falls as samples grow in number and length: compare settings with as many of both.
+    Log probabilities and entropies are in nats per token. `distinct_n` is the share of distinct n-grams
+    among all (Li et al. 2016). It falls as samples grow in number and length: compare settings only with
+    equal numbers of samples of equal length.
     """
     log_probability = _mean(list(chain.from_iterable(sample.log_probabilities for sample in samples)))
     token_ids = [sample.token_ids for sample in samples]
@@ -35,13 +36,13 @@ def sample_metrics(samples: list[Sample]) -> dict[str, float | None]:
 
 
 def distinct_share(samples: list[list[int]], n: int) -> float | None:
-    """Distinct n-grams over n-grams, those of all samples together; None if there is none."""
+    """Distinct n-grams over all n-grams, pooled over the samples; None if there are none."""
     ngrams = [ngram for sample in samples for ngram in _ngrams(sample, n)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def repeated_share(samples: list[list[int]], n: int) -> float | None:
-    """The share of n-grams that stood before in their own sample; None if there is none."""
+    """The share of n-grams that occurred earlier in their own sample; None if there are none."""
     counts = [Counter(_ngrams(sample, n)) for sample in samples]
     total = sum(count.total() for count in counts)
     return 1 - sum(map(len, counts)) / total if total else None
@@ -50,8 +51,8 @@ def repeated_share(samples: list[list[int]], n: int) -> float | None:
 def copying_of(sample: Sample, index: NgramIndex, tokenizer: tiktoken.Encoding) -> dict[str, Any]:
     """What a sample copied word for word from the training text.
 
-    `copied` is the share of its new tokens in runs of the index's n or more; `longest_copy` the tokens of the
-    longest, which stands in the training split from token `longest_copy_token` on.
+    `copied` is the share of its new tokens that lie in copied runs of at least the index's n tokens;
+    `longest_copy` is the length of the longest run, found in the training split at `longest_copy_token`.
     """
     runs = copied_runs(index, sample.token_ids)
     longest = longest_run(runs)
@@ -68,7 +69,7 @@ def copying_of(sample: Sample, index: NgramIndex, tokenizer: tiktoken.Encoding) 
 
 
 def copying_metrics(samples: list[Sample], copying: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same over all samples, from what `copying_of` says of each."""
+    """The same over all samples, from the figures of `copying_of` for each."""
     lengths = [len(sample.token_ids) for sample in samples]
     copied = sum(each["copied"] * length for each, length in zip(copying, lengths, strict=True))
     longest = max(copying, key=lambda each: each["longest_copy"])

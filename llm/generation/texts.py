@@ -1,4 +1,4 @@
-"""Prompts to texts: many rows side by side, each on a random stream of its own, each ended for a reason."""
+"""Prompts to texts: many rows side by side, each with its own random stream and its own reason to stop."""
 
 import codecs
 from collections.abc import Callable, Iterator
@@ -20,18 +20,17 @@ from llm.progress import Progress
 
 @dataclass
 class Sample:
-    """A text that was generated, and what is known of each of its tokens."""
+    """A generated text, with figures for each of its tokens."""
 
     prompt: str
     prompt_index: int
     index: int  # among the samples of this prompt
     seed: int
-    continuation: str = ""  # without what ended it
-    token_ids: list[int] = field(
-        default_factory=list
-    )  # new ones, a stop text's included, the end of text not
+    continuation: str = ""  # without the stop text
+    # New tokens only; those of a stop text are included, the end-of-text token is not.
+    token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)  # of each under the model itself, nats
-    entropies: list[float] = field(default_factory=list)  # of what each was drawn from, nats
+    entropies: list[float] = field(default_factory=list)  # of the distribution each was drawn from, nats
     stop_reason: str = ""  # length, eos or stop
 
     @property
@@ -39,7 +38,7 @@ class Sample:
         return self.prompt + self.continuation
 
     def line(self) -> dict[str, Any]:
-        """For `samples.jsonl`; `log_probability` is the whole continuation's, in nats."""
+        """The sample as a line of `samples.jsonl`; `log_probability` is the whole continuation's, in nats."""
         return {
             "prompt": self.prompt,
             "text": self.text,
@@ -66,20 +65,20 @@ def generate_texts(
     past_context: str = "exact",
     show: Callable[[str], None] | None = None,
 ) -> Iterator[Sample]:
-    """`num_samples` texts that go on from each prompt, all of the first prompt first.
+    """Generate `num_samples` continuations of each prompt, all of the first prompt's first.
 
     Sample i of prompt p draws from the random stream (seed, p, i), so it does not depend on what else is
-    generated; torch's global stream is left alone.
+    generated; torch's global random stream is not touched.
 
     Args:
         max_new_tokens: for all prompts, or a number for each.
         stop: texts that end a sample when they appear, and are not part of it.
         eos: whether the end-of-text token ends a sample.
         past_context: see `llm.generation.decoding.Decoding`.
-        show: called with each piece of text as it comes, prompts included; for a batch size of 1.
+        show: called with each piece of text as it is generated, prompts included; for a batch size of 1.
 
     Raises:
-        UserError: a prompt is empty, or holds a token id that the model does not know.
+        UserError: a prompt is empty, or contains a token id outside the model's vocabulary.
     """
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     prompt_ids = [_prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in prompts]
@@ -99,7 +98,7 @@ def generate_texts(
             else:
                 samples = f"samples {start + 1} to {start + len(batch)} of {len(rows)}"
                 progress.update((start + share * len(batch)) / len(rows), samples)
-        if not show:  # which has left the cursor behind a text that must stay
+        if not show:  # what was shown must stay on the terminal
             progress.clear()
         yield from (row.sample for row in batch)
 
@@ -108,10 +107,10 @@ def _prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int) -> l
     token_ids = encode(prompt, tokenizer)
     if not token_ids:
         raise UserError(
-            "prompt is empty: give some text to go on from, or prompt='<|endoftext|>' for a fresh start"
+            "prompt is empty: give some text to continue, or prompt='<|endoftext|>' to begin a new text"
         )
     if (largest := max(token_ids)) >= vocab_size:
-        raise UserError(f"prompt holds token id {largest}, and the model knows {vocab_size} tokens")
+        raise UserError(f"prompt contains token id {largest}, but the model knows {vocab_size} tokens")
     return token_ids
 
 
@@ -119,8 +118,8 @@ def _prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int) -> l
 def _generate_batch(
     model: GPTModel, rows: list["_Row"], sampling: SamplingConfig, past_context: str
 ) -> Iterator[tuple[float, str]]:
-    """Fill in the samples of rows. After each step: the share that is done at most, and the new text of
-    the rows that go on."""
+    """Generate the samples of `rows`. Yields after each step: the share of the longest row's token limit
+    that is spent, and the new text."""
     device, longest = model.tok_emb.weight.device, max(row.limit for row in rows)
     prompts = [row.prompt_ids for row in rows]
     decoding = Decoding(model, prompts, longest, model.config.context_length, past_context)
@@ -134,7 +133,7 @@ def _generate_batch(
         for number, prompt in enumerate(prompts):
             seen[number, prompt] = True
     for step in range(longest):
-        going = torch.tensor(decoding.rows, device=device)  # waits for a GPU, so before it has work
+        going = torch.tensor(decoding.rows, device=device)  # waits for the GPU, so it comes before its work
         logits = decoding.logits()
         wanted = logits
         if seen is not None:
@@ -146,7 +145,7 @@ def _generate_batch(
         chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
         log_probabilities = chosen - logits.logsumexp(dim=-1)
         entropies = torch.special.entr(probabilities).sum(dim=-1)
-        # All at once, for each transfer waits for a GPU; fp32 holds a token id exactly.
+        # One transfer for all, as each one waits for the GPU; fp32 represents token ids exactly.
         ids, *figures = torch.stack([tokens.float(), log_probabilities, entropies]).tolist()
         new = [int(token) for token in ids]
         decoding.append(new)
@@ -158,7 +157,7 @@ def _generate_batch(
 
 
 class _Row:
-    """A sample in the making."""
+    """A sample being generated."""
 
     def __init__(
         self,
@@ -175,12 +174,14 @@ class _Row:
         self._tokenizer = tokenizer
         self._stop = stop
         self._eos_id = tokenizer.eot_token if eos else None
-        # Holds back the bytes of a character that is not whole yet; at the end they are dropped.
+        # A token may end inside a UTF-8 character: its bytes are held back until it is complete, and dropped
+        # if it never is.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown = 0
 
     def add(self, token: int, log_probability: float, entropy: float) -> str:
-        """Take a token, and decide whether it is the last. Returns the text that is certain only now."""
+        """Add a token and decide whether it is the last. Returns the new text that can no longer turn out
+        to be part of a stop text."""
         sample = self.sample
         if token == self._eos_id:
             sample.stop_reason = "eos"
@@ -204,7 +205,7 @@ class _Row:
         return piece
 
     def _perhaps_stop(self) -> int:
-        """How many characters at the end may be the start of a stop text."""
+        """How many characters at the end may be the beginning of a stop text."""
         text = self.sample.continuation
         return max(
             (length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])),

@@ -1,4 +1,4 @@
-"""Keys and values of tokens already seen, so that a new token costs one token's work."""
+"""Cached keys and values of the tokens so far, so that a new token costs one token's work."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,9 @@ from llm.config import ModelConfig
 class KVCache:
     """Room for rows of different lengths, allocated once.
 
-    A row is written by `fill`, from its first token on, and then grows by a token a step through `extend`
-    or `extend_together`. Each is handed to the model as a function of (layer, keys, values), both (rows,
-    heads, time, head_dim), that returns the keys and values to attend to, and a mask where causality alone
-    does not do.
+    `fill` writes a row from its first token on; then `extend` or `extend_together` adds a token per step.
+    Each is handed to the model as a function of (layer, keys, values), both (rows, heads, time, head_dim),
+    that returns the keys and values to attend to, and a mask where a causal one is not enough.
     """
 
     def __init__(
@@ -26,17 +25,18 @@ class KVCache:
         self._lengths = torch.arange(length, device=device)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor, source: Tensor) -> "Attended":
-        """Write the first tokens of `rows`: row rows[i] gets what was computed for prompt source[i]."""
+        """Write the first tokens of `rows`: row rows[i] gets the keys and values of prompt source[i]."""
         time = keys.shape[2]
         self.keys[layer][rows, :, :time] = keys[source].to(self.keys[layer].dtype)
         self.values[layer][rows, :, :time] = values[source].to(self.values[layer].dtype)
         return keys, values, None
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, where: Tensor, end: int) -> "Attended":
-        """Add a token to each of the first rows, at its position in `where`, (rows,), below `end`."""
+        """Append a token to each of the first rows, at its position in `where`, (rows,), below `end`."""
         rows = len(where)
         self.keys[layer][self._rows[:rows], :, where] = keys[:, :, 0].to(self.keys[layer].dtype)
         self.values[layer][self._rows[:rows], :, where] = values[:, :, 0].to(self.values[layer].dtype)
+        # Rows differ in length: beyond a row's new token its slot is unwritten or stale.
         mask = (self._lengths[:end] <= where[:, None])[:, None, None]  # (rows, 1, 1, end)
         return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end], mask
 

@@ -1,8 +1,9 @@
 """Cross-entropy of a linear output head, without holding the logits of all tokens at once.
 
-With GPT-2's 50,257 tokens the head is most of a small model's work and memory. Here the softmax of
-one chunk at a time becomes its own gradient in place, and the gradients of hidden states and weights follow
-at once; the backward pass only scales them.
+With GPT-2's 50,257 tokens the output head is most of a small model's work, and its logits most of the memory.
+So the softmax is taken over one chunk of tokens at a time and turned into its own gradient in place, from
+which the gradients of hidden states and weights follow at once. The chunk's logits are then no longer needed,
+and the backward pass only scales the gradients.
 """
 
 from typing import Any
@@ -12,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_TOKENS = 1024  # logits of so many tokens are held at once: 206 MB in fp32 with GPT-2's vocabulary
-ALIGNED = 64  # matrix products are fastest with sides that this divides; GPT-2's 50,257 is odd
+CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2's vocabulary
+ALIGNED = 64  # matrix products are fastest when their sides are multiples of this; GPT-2's 50,257 is odd
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of `F.cross_entropy(hidden @ weight.T, targets)`, a scalar in nats, for training.
 
-    Under autocast the products are of its type and the loss is summed in fp32.
+    Under autocast the products are computed in its type, and the loss is summed in fp32.
 
     Args:
         hidden: (tokens, emb_dim). weight: (vocab, emb_dim). targets: (tokens,), int64.
@@ -41,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
         ):
             logits = rows @ matrix.T
-            logits[:, vocab_size:] = -torch.inf
+            logits[:, vocab_size:] = -torch.inf  # the padding gets probability 0
             nats += _softmax_minus_one_hot(logits, wanted)
             hidden_gradients.append(logits @ matrix)
             weight_gradient += (logits.T @ rows)[:vocab_size]
@@ -53,13 +54,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = scale / len(hidden_gradient)
+        scale = scale / len(hidden_gradient)  # the loss is the mean, the gradients are those of the sum
         return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None
 
 
 def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> Tensor:
-    """Turn logits (tokens, vocab) in place into the gradient of their summed cross-entropy, which is
-    returned, in nats. A probability below fp32's smallest counts as that, so a token as 87 nats at most."""
+    """Turn logits (tokens, vocab) in place into the gradient of their summed cross-entropy: the softmax, less
+    1 at the target. Returns that sum, in nats. Probabilities are clamped to fp32's smallest normal number,
+    so a token's loss is at most 87 nats."""
     probabilities = torch.softmax(logits, dim=-1, out=logits)
     wanted = torch.arange(len(targets), device=targets.device), targets
     nats = -probabilities[wanted].float().clamp_min(torch.finfo(torch.float32).tiny).log().sum()
