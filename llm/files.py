@@ -1,4 +1,5 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, then renamed."""
+"""Atomic file writes: a file is written under a temporary name, flushed to disk and renamed, so that it
+appears whole or not at all. Also JSON lines, file locks and the cache folder."""
 
 import fcntl
 import hashlib
@@ -15,7 +16,7 @@ from typing import IO, Any
 from llm.errors import UserError
 from llm.progress import format_count
 
-LOCK_SECONDS = 1.0  # for which a lock is asked for, as somebody may just be looking whether it is held
+LOCK_SECONDS = 1.0  # to keep trying for a lock, as `is_held` takes it for a moment too
 
 
 @contextmanager
@@ -23,10 +24,10 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary name beside `path`, for a file or a folder; on success it takes `path`'s place.
 
     Args:
-        size: the bytes that will be written, where they are many; a disk with less room is not begun with.
+        size: the bytes that will be written, if many: with less free space, nothing is written at all.
 
     Raises:
-        UserError: the disk is full, or the place cannot be written; nothing half written stays.
+        UserError: the disk is full, or `path` cannot be written; nothing is left half written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -38,10 +39,10 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
         if not temporary.is_symlink():
             for file in [*temporary.rglob("*"), temporary] if is_folder else [temporary]:
                 _flush(file)
-        if is_folder and path.exists():  # a folder cannot be renamed over a full one
+        if is_folder and path.exists():  # a folder cannot be renamed over one that is not empty
             shutil.rmtree(path)
         temporary.replace(path)
-        _flush(path.parent)
+        _flush(path.parent)  # the rename itself is on disk only once the folder is
     except OSError as error:
         reason = f"{error.strerror or error}{_room_wanted(path, size)}"
         raise UserError(f"cannot write {path}: {reason}") from error
@@ -68,7 +69,7 @@ def _flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link, or a folder with all in it, if it is there."""
+    """Delete a file, a link, or a folder and its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -77,7 +78,7 @@ def remove(path: Path) -> None:
 
 
 def modified(path: Path) -> float:
-    """When a file was last written, in seconds since the epoch; 0 if it is not there."""
+    """When a file was last written, in seconds since the epoch; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
@@ -85,7 +86,7 @@ def modified(path: Path) -> float:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what `replacing` left in a folder when its process was killed."""
+    """Delete the temporary files that `replacing` left in a folder when its process was killed."""
     for leftover in folder.glob(".*.tmp"):
         remove(leftover)
 
@@ -110,10 +111,10 @@ def as_json(value: Any) -> str:
 
 
 def append_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    """Add JSON objects as lines, all of them or none.
+    """Append JSON objects as lines, all of them or none.
 
     Raises:
-        UserError: they cannot be written; the file is as it was.
+        UserError: they cannot be written; the file is unchanged.
     """
     content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
     try:
@@ -130,7 +131,7 @@ def append_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file; a last line cut off by a crash is passed over."""
+    """All complete lines of a JSON-lines file; a last line cut off by a crash is skipped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -139,8 +140,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
-    """Hold a file for this process, and say whether that was possible within so many seconds. The system lets
-    go of it when the process ends, however it does."""
+    """Lock a file for this process; yields whether that succeeded within `seconds`. The operating system
+    releases the lock when the process ends, however it ends."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         deadline = time.monotonic() + seconds
@@ -150,7 +151,7 @@ def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds a file."""
+    """Whether a process holds the lock on a file."""
     try:
         with lock.open() as file:
             return not _lock(file, fcntl.LOCK_SH)
@@ -167,13 +168,13 @@ def _lock(file: IO[str], kind: int) -> bool:
 
 
 def as_typed(path: Path) -> Path:
-    """A path as a user would type it here: relative, if it lies below the working folder."""
+    """A path as a user would type it here: relative, if it is below the working directory."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def cache_folder(configured: str | None) -> Path:
-    """Where token files and downloads lie: as configured, or the user's cache folder (XDG)."""
+    """The folder for token files and downloads: as configured, or the user's cache folder (XDG)."""
     if configured:
         return Path(configured).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a live bar on a terminal, otherwise a plain log line every few seconds."""
 
 import logging
 import shutil
@@ -13,16 +13,16 @@ BAR_WIDTH = 24
 
 
 class Progress:
-    """Shows what is done, how far, how fast, and how long still.
+    """Shows how much of some work is done, its status, and the time left.
 
-    The time left comes from the fraction done and the time since the start, so that a run ended by
-    steps, epochs or minutes is shown in one way.
+    The time left is estimated from the fraction done and the time since the start, so that runs limited by
+    steps, epochs or minutes are shown alike.
     """
 
     def __init__(self, what: str, start: float = 0.0) -> None:
         """`start` is the fraction already done, as in a resumed run."""
         self.what = what
-        # A job of a sweep has no log on the terminal: there the sweep shows all its jobs.
+        # A job of a sweep does not log to the terminal, where the sweep shows all of its jobs.
         self.live = sys.stderr.isatty() and any(
             type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers
         )
@@ -30,7 +30,7 @@ class Progress:
         self._start = start
 
     def update(self, fraction: float, status: str) -> None:
-        """Show `fraction` (0 to 1) and a status such as "step 40 · loss 3.2", if it is time to."""
+        """Show `fraction` (0 to 1) and a status such as "step 40 · loss 3.2", unless just shown."""
         now = time.monotonic()
         if now - self._shown < (LIVE_LINE_SECONDS if self.live else PLAIN_LINE_SECONDS):
             return
@@ -39,32 +39,32 @@ class Progress:
         left = format_seconds((now - self._started) * (1 - fraction) / advanced)
         if self.live:
             line = f"{self.what} {format_bar(fraction)} {fraction:4.0%} {status} · {left} left"
-            width = shutil.get_terminal_size().columns - 1  # a longer one would leave its first half behind
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
             print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr)
             sys.stderr.flush()
         else:
             log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)
 
     def clear(self) -> None:
-        """Take the live bar off the screen, so that a line can be printed."""
+        """Erase the live bar, so that a line can be printed."""
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr)
             sys.stderr.flush()
 
 
 def format_bar(fraction: float) -> str:
-    """How much is done, as a bar."""
+    """A fraction (0 to 1) as a bar."""
     filled = round(min(fraction, 1.0) * BAR_WIDTH)
     return "━" * filled + "╌" * (BAR_WIDTH - filled)
 
 
 def format_figure(value: float | None, form: str, missing: str = "–") -> str:
-    """A number in a form such as `{:.3f}`, or what stands for one that is not there."""
+    """A number in a form such as `{:.3f}`, or a placeholder where there is none."""
     return missing if value is None else form.format(value)
 
 
 def format_value(value: float) -> str:
-    """A number as an override takes it: `2.5`, `400`, and not `1e+06` for a whole one."""
+    """A number as an override takes it: `2.5`, `400`, and for a whole one never `1e+06`."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -87,8 +87,8 @@ def format_count(count: float) -> str:
 
 
 def format_table(cells: list[list[str]], left: set[int]) -> str:
-    """Rows of cells as lines, the first row a heading; columns in `left` start at the left, the others end at
-    the right."""
+    """Rows of cells as lines, the first row being the heading; columns in `left` are aligned left, the others
+    right."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(

@@ -17,10 +17,10 @@ from llm.files import append_json_lines, as_typed, read_json_lines, remove
 
 log = logging.getLogger(__name__)
 
-# Seconds that a run waits for W&B at most: to begin, for a sign of life at the end, to deliver the rest.
+# Timeouts in seconds: to start a W&B run, to hear whether the server answers at all, to upload the rest.
 BEGIN, ANSWER, DELIVER = 30, 3, 20
 
-# How the client's own log says what it gave up to deliver; what it only tries again is not among these.
+# How messages begin in the client's own log where it gave up an upload, and of what; retries log others.
 GIVEN_UP = {
     "filestream: fatal error": "metrics",
     "runupserter: failed": "config",
@@ -29,13 +29,13 @@ GIVEN_UP = {
 
 
 class Tracker:
-    """Records one run. W&B is imported only if it is wanted, and a run of it is always ended.
+    """Records one run. W&B is imported only if it is enabled, and its run is always finished.
 
-    W&B's own process writes all to the run's folder and delivers it from there, so that neither the loop nor
-    the record depends on the server.
+    W&B's own process writes everything to the run folder and uploads it from there, so that neither the
+    training loop nor the record depends on the server.
     """
 
-    passed_over = False  # whether W&B did not take a run of this process, of which there may be many
+    passed_over = False  # whether W&B failed to start an earlier run of this process, as of a sweep's job
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class Tracker:
     ) -> None:
         """
         Args:
-            run_id: a run with this id goes on in W&B, if it is there already.
+            run_id: if W&B has a run with this id already, it is resumed.
 
         Raises:
-            UserError: W&B is to be online, and no key is set up, or one that cannot be a key.
+            UserError: W&B is to be online, and no API key is set up, or a malformed one.
         """
         self.run_dir = run_dir
         self.metrics = run_dir / "metrics.jsonl"
         self.samples = run_dir / "samples.jsonl"
-        self.wandb_folder: Path | None = None  # with what W&B has not got, for `wandb sync` and `wandb leet`
+        self.wandb_folder: Path | None = None  # with what is not uploaded, for `wandb sync` and `wandb leet`
         self._pending: dict[Path, list[dict[str, Any]]] = {self.metrics: [], self.samples: []}
         self._wandb_run = None
         if config.mode != "disabled":
             self._wandb_run = self._start_wandb(config, run_config, job_type, run_id)
-            # Tokens are an axis that runs of different batch sizes share; `step` may be chosen too. W&B's own
-            # step counts log calls and means nothing here.
+            # Runs of different batch sizes compare over tokens seen; `step` can be chosen as the axis too.
+            # W&B's own step counts calls of `log`, which mean nothing here.
             self._wandb_run.define_metric("step")
             self._wandb_run.define_metric("tokens_seen")
             self._wandb_run.define_metric("*", step_metric="tokens_seen")
@@ -70,7 +70,7 @@ class Tracker:
     def _start_wandb(
         self, config: TrackingConfig, run_config: dict[str, Any], job_type: str, run_id: str | None
     ) -> Any:
-        os.environ.setdefault("WANDB_SILENT", "true")  # what it says at its end, the run says itself
+        os.environ.setdefault("WANDB_SILENT", "true")  # the run's own summary says what W&B would print
         # Its telemetry would wait for the server at the end, and log its own failures among the run's lines.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -103,7 +103,7 @@ class Tracker:
         folders = self.run_dir / "wandb"
         there = set(folders.glob("run-*"))
         try:
-            with _announced_wait("begin", BEGIN):
+            with _announced_wait("start", BEGIN):
                 run = start(config.mode)
         except (wandb.errors.Error, OSError) as error:
             if config.mode == "offline" or isinstance(error, wandb.errors.UsageError):
@@ -111,36 +111,37 @@ class Tracker:
                     f"tracking={config.mode}: Weights & Biases did not start ({first_line(error)}); "
                     f"log in with `wandb login`, or use tracking=offline and `wandb sync` later"
                 ) from error
-            log.warning("W&B does not take this run now (%s): it is recorded offline", _short(str(error)))
-            wandb.teardown()  # else its process holds the run's id
+            log.warning("W&B cannot start this run now (%s): it is recorded offline", _short(str(error)))
+            wandb.teardown()  # else its process keeps the run's id
             for folder in set(folders.glob("run-*")) - there:
-                remove(folder)  # of the run that did not begin
+                remove(folder)  # of the run that did not start
             Tracker.passed_over = True
             run = start("offline")
         return run
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of the update `step`, counted from 0. What is not finite is null in the file."""
+        """Record metrics of the update `step`, counted from 0. JSON has no NaN or infinity: in the file,
+        values that are not finite become null."""
         written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(self.metrics, {"step": step, **written})
         if self._wandb_run:
             self._wandb_run.log({"step": step, **metrics})
 
     def log_sample(self, line: dict[str, Any]) -> None:
-        """Keep a sample in `samples.jsonl`; `finish` gives all of them to W&B."""
+        """Append a sample to `samples.jsonl`; `finish` logs all of them to W&B as one table."""
         self._append(self.samples, line)
 
     def _append(self, file: Path, line: dict[str, Any]) -> None:
-        """Add a line; if the disk is full, keep it in memory and try again with the next one."""
+        """Append a line; if the disk is full, keep it in memory and try again with the next one."""
         self._pending[file].append(line)
         try:
             self.flush()
         except UserError as error:
             if len(self._pending[file]) == 1:
-                log.warning("%s; its lines are kept in memory and tried again", error)
+                log.warning("%s; its lines stay in memory until it can be written", error)
 
     def flush(self) -> None:
-        """Write the lines that are kept in memory.
+        """Write the lines still in memory.
 
         Raises:
             UserError: they still cannot be written.
@@ -151,7 +152,7 @@ class Tracker:
                 lines.clear()
 
     def record_sizes(self) -> dict[str, int]:
-        """The sizes of `metrics.jsonl` and `samples.jsonl` in bytes, with all lines so far in them.
+        """The sizes of `metrics.jsonl` and `samples.jsonl` in bytes, with all lines so far written.
 
         Raises:
             UserError: a line cannot be written.
@@ -160,7 +161,7 @@ class Tracker:
         return {file.name: file.stat().st_size if file.exists() else 0 for file in self._pending}
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Show rows in W&B as a table, which it can plot; what is no plain value is left out."""
+        """Log rows to W&B as a table, which it can plot; columns of lists or dicts are skipped."""
         if self._wandb_run and rows:
             import wandb
 
@@ -168,20 +169,20 @@ class Tracker:
             data = [[row[column] for column in columns] for row in rows]
             table = wandb.Table(columns=columns, data=data)
             if not self._wandb_run.offline and not _answers():
-                # Online the client asks the server about a table, for long, and raises when there is no
-                # answer. One that is bound to the run already is not asked about, and kept as a file alone.
+                # Online, the client asks the server about a table, waits long for an answer and raises
+                # without one. A table already bound to the run is only kept as a file.
                 table.bind_to_run(self._wandb_run, name, self._wandb_run.step)
             self._wandb_run.log({name: table})
 
     def log_picture(self, name: str, path: Path) -> None:
-        """Show a picture in W&B."""
+        """Log a picture to W&B, if it exists."""
         if self._wandb_run and path.exists():
             import wandb
 
             self._wandb_run.log({name: wandb.Image(str(path))})
 
     def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
-        """Give W&B the samples as a table, and the summary, and end its run; say what it did not get."""
+        """Log the samples and the summary to W&B and finish its run; warn of what was not uploaded."""
         if not self._wandb_run:
             return
         self.log_table("samples", read_json_lines(self.samples))
@@ -189,33 +190,35 @@ class Tracker:
         run.summary.update(summary)
         lost = None
         try:
-            with _announced_wait("take the rest of the run", DELIVER):
+            with _announced_wait("receive the rest of the run", DELIVER):
                 run.finish(exit_code=int(failed))
         except TimeoutError:
-            lost = f"what it had not taken after {DELIVER} seconds"
+            lost = f"the rest of the run within {DELIVER} seconds"
         if run.offline:
             return
         assert self.wandb_folder
         if lost := lost or _given_up(self.wandb_folder):
             log.warning(
-                "W&B did not get %s; all of the run is kept here: %s", lost, sync_command(self.wandb_folder)
+                "W&B did not receive %s; the whole run is on disk: %s",
+                lost,
+                sync_command(self.wandb_folder),
             )
         else:
             self.wandb_folder = None
-            log.info("W&B has this run: %s", run.url)
+            log.info("synced to W&B: %s", run.url)
 
 
 def sync_command(folder: Path) -> str:
-    """What gives W&B a run that it has not got, or not all of it. The client passes over runs that were
-    online, unless it is told not to."""
+    """The command that uploads a run W&B does not have, or has only in part. Without an option, the client
+    skips runs that were online."""
     option = "" if folder.name.startswith("offline-") else "--include-online "
     return f"wandb sync {option}{folder}"
 
 
 @contextmanager
 def _announced_wait(what: str, seconds: int) -> Iterator[None]:
-    """Say what is waited for, if it takes long enough for one to wonder."""
-    timer = Timer(3, log.info, [f"waiting for W&B to {what}, for {seconds} seconds at most"])
+    """Say what the run is waiting for, once it takes long enough to make one wonder."""
+    timer = Timer(3, log.info, [f"waiting up to {seconds} seconds for W&B to {what}"])
     timer.daemon = True
     timer.start()
     try:
@@ -225,7 +228,7 @@ def _announced_wait(what: str, seconds: int) -> Iterator[None]:
 
 
 def _answers() -> bool:
-    """Whether the W&B server answers, and takes the key."""
+    """Whether the W&B server answers and accepts the key."""
     import wandb
 
     try:
@@ -236,7 +239,7 @@ def _answers() -> bool:
 
 
 def _given_up(folder: Path) -> str:
-    """What the client gave up to deliver of the run in a W&B folder, with the reason, by its own log."""
+    """What of the run in a W&B folder the client gave up uploading, and why, according to its own log."""
     lost: dict[str, str] = {}
     client_log = folder / "logs" / "debug-internal.log"
     lines = client_log.read_text("utf-8", "replace").splitlines() if client_log.exists() else []
@@ -251,5 +254,5 @@ def _given_up(folder: Path) -> str:
 
 
 def _short(reason: str) -> str:
-    """What went wrong, without the server's whole answer."""
+    """The reason for a failure, without the server's whole response."""
     return re.split(r" url=|: \{|\n", reason.rpartition("while retrying: ")[2])[0].strip(" :")

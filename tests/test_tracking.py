@@ -165,7 +165,9 @@ def test_an_outage_costs_nothing_but_a_sync(
     summary = pretrain(config, tmp_path / "run")
     assert summary.status == "finished"
     [folder] = (tmp_path / "run" / "wandb").glob("run-*")
-    [line] = [record.getMessage() for record in caplog.records if "W&B did not get" in record.getMessage()]
+    [line] = [
+        record.getMessage() for record in caplog.records if "W&B did not receive" in record.getMessage()
+    ]
     assert line.endswith(f"wandb sync --include-online {as_typed(folder)}")
     assert server.runs[run_id(tmp_path / "run")].exit_code is None
     healthy = server

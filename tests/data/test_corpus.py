@@ -112,5 +112,5 @@ def test_a_line_of_json_is_a_document(tmp_path: Path) -> None:
     assert text_of(DataConfig("text", f"{tmp_path}/*.jsonl")) == "<|endoftext|>".join(documents)
     for bad in ("no json", "[1]", '{"content": "one"}', '{"text": 1}', '{"text": "\\ud800"}', ""):
         (tmp_path / "a.jsonl").write_text(f"{lines[0]}\n{bad}\n", encoding="utf-8")
-        with pytest.raises(UserError, match=r"a\.jsonl, line 2: each line has to be a JSON object"):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 2: each line must be a JSON object"):
             text_of(DataConfig("text", str(tmp_path / "a.jsonl")))
