@@ -1,7 +1,7 @@
 """Every configuration key, with its default, unit and range: the schema of `conf/`.
 
-Knows nothing of Hydra or torch. The defaults are those of `conf/`, so `PretrainConfig()` in Python
-is what `python experiments/pretrain.py` runs.
+Independent of Hydra and torch. The defaults are those of `conf/`, so `PretrainConfig()` in Python is what
+`python experiments/pretrain.py` runs.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -21,8 +21,8 @@ def key(
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with its meaning and its range, which `validate` checks. None is always allowed
-    where the type allows it."""
+    """A dataclass field with its meaning, shown in errors, and its range, checked by `validate`. None is
+    always in range where the type allows it."""
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
         "meaning": meaning,
@@ -35,21 +35,21 @@ def key(
 
 
 WEIGHTS_MEANING = (
-    "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 layout, a name on its hub, "
+    "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 format, a name on its hub, "
     "or the book's .pth file"
 )
 
 
 @dataclass
 class ModelConfig:
-    vocab_size: int = key(50257, "token ids that the model knows", at_least=1)
-    context_length: int = key(128, "positions that the model sees at once, in tokens", at_least=1)
+    vocab_size: int = key(50257, "size of the vocabulary, in token ids", at_least=1)
+    context_length: int = key(128, "tokens that the model sees at once", at_least=1)
     emb_dim: int = key(128, "width of the embeddings and the residual stream", at_least=1)
-    n_heads: int = key(4, "attention heads; they divide emb_dim", at_least=1)
+    n_heads: int = key(4, "attention heads; must divide emb_dim evenly", at_least=1)
     n_layers: int = key(4, "transformer blocks", at_least=1)
     drop_rate: float = key(0.0, "dropout probability", at_least=0, below=1)
     qkv_bias: bool = key(False, "whether query, key and value projections have a bias")
-    tie_weights: bool = key(True, "whether the output head is the token embedding")
+    tie_weights: bool = key(True, "whether the output head shares the token embedding's weights")
     init: str = key(
         "gpt2",
         "torch: torch's own defaults, as in the book; gpt2: normal with standard deviation 0.02",
@@ -63,10 +63,10 @@ class DataConfig:
         "shakespeare", "where the text comes from", choices=("shakespeare", "the_verdict", "text")
     )
     path: str | None = key(
-        None, "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: a document a line"
+        None, "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: one document per line"
     )
-    train_ratio: float = key(0.9, "share of the text, in characters, that is trained on", above=0, below=1)
-    batch_size: int = key(16, "windows in a batch, over all processes", at_least=1)
+    train_ratio: float = key(0.9, "share of the text, in characters, to train on", above=0, below=1)
+    batch_size: int = key(16, "windows per batch, over all processes", at_least=1)
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
     order: str = key(
         "shuffled",
@@ -86,38 +86,41 @@ class OptimizerConfig:
     name: str = key(
         "muon", "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
     )
-    lr: float = key(0.01, "learning rate at the top of the schedule", above=0)
+    lr: float = key(0.01, "peak learning rate", above=0)
     weight_decay: float = key(0.1, "decoupled weight decay", at_least=0)
-    decay_all: bool = key(False, "decay every parameter, as the book does, not the matrices alone")
-    betas: list[float] = key([0.9, 0.95], "AdamW's two averaging rates", at_least=0, below=1)
+    decay_all: bool = key(False, "decay all parameters, as the book does, not only matrices")
+    betas: list[float] = key(
+        [0.9, 0.95],
+        "AdamW's decay rates for the averages of gradients and their squares",
+        at_least=0,
+        below=1,
+    )
     eps: float = key(1e-8, "added to AdamW's denominator", above=0)
     momentum: float = key(0.95, "Muon's Nesterov momentum", at_least=0, below=1)
 
 
 @dataclass
 class ScheduleConfig:
-    name: str = key("wsd", "shape of the learning rate over the run", choices=("constant", "cosine", "wsd"))
-    warmup: float = key(0.02, "share of the run over which the rate rises from 0", at_least=0, at_most=1)
-    decay: float = key(
-        0.5, "wsd: share of the run, at its end, over which the rate falls", at_least=0, at_most=1
-    )
-    final: float = key(0.0, "rate at the end, as a share of lr", at_least=0, at_most=1)
+    name: str = key("wsd", "shape of the learning-rate schedule", choices=("constant", "cosine", "wsd"))
+    warmup: float = key(0.02, "share of the run for linear warmup from 0", at_least=0, at_most=1)
+    decay: float = key(0.5, "wsd: share of the run, at its end, for linear decay", at_least=0, at_most=1)
+    final: float = key(0.0, "learning rate at the end, as a share of lr", at_least=0, at_most=1)
 
 
 @dataclass
 class TrainingConfig:
     max_epochs: float | None = key(None, "passes over the training split", above=0)
-    max_steps: int | None = key(None, "updates", at_least=1)
-    max_minutes: float | None = key(2.5, "minutes of training, evaluation and saving not counted", above=0)
+    max_steps: int | None = key(None, "updates (optimizer steps)", at_least=1)
+    max_minutes: float | None = key(2.5, "minutes of training, without evaluation and saving", above=0)
     eval_freq: int | None = key(
-        25, "updates from one evaluation to the next; null: at the end alone", at_least=1
+        25, "updates from one evaluation to the next; null: only at the end", at_least=1
     )
-    eval_iter: int = key(5, "batches of either split in an evaluation", at_least=1)
-    grad_clip: float | None = key(1.0, "largest global gradient norm", above=0)
-    accumulate: int = key(1, "batches whose gradients make one update", at_least=1)
+    eval_iter: int = key(5, "batches of each split per evaluation", at_least=1)
+    grad_clip: float | None = key(1.0, "gradient clipping: largest global norm; null: none", above=0)
+    accumulate: int = key(1, "micro-batches per optimizer step (gradient accumulation)", at_least=1)
     max_skipped: int = key(
         0,
-        "updates in a row whose loss or gradient is not finite that are left out; one more stops the run",
+        "updates in a row to skip when loss or gradient is not finite; one more stops the run",
         at_least=0,
     )
 
@@ -126,42 +129,41 @@ class TrainingConfig:
 class CheckpointConfig:
     every_steps: int | None = key(None, "updates from one checkpoint to the next", at_least=1)
     every_minutes: float | None = key(1.0, "minutes of training from one checkpoint to the next", above=0)
-    keep: int = key(2, "checkpoints that are kept, besides the best", at_least=1)
+    keep: int = key(2, "checkpoints to keep, newest first, besides the best", at_least=1)
 
 
 @dataclass
 class EarlyStoppingConfig:
     rule: str = key(
         "none",
-        "in a sweep, which jobs stop early; median: those whose best validation loss is above the median of "
-        "the others'; halving: all but the best 1/reduction, at each share 1/reduction, 1/reduction², … of "
-        "the run",
+        "which jobs of a sweep stop early; median: those whose best validation loss is above the median of "
+        "the others'; halving: all but the best 1/reduction, at 1/reduction, 1/reduction², … of the run",
         choices=("none", "median", "halving"),
     )
-    from_progress: float = key(0.1, "share of the run before which no job stops", above=0, below=1)
-    min_jobs: int = key(3, "median: other jobs that have come as far, at least", at_least=1)
-    reduction: int = key(3, "halving: of so many jobs, one goes on", at_least=2)
+    from_progress: float = key(0.1, "share of the run before which no job is stopped", above=0, below=1)
+    min_jobs: int = key(3, "median: how many other jobs must have got as far", at_least=1)
+    reduction: int = key(3, "halving: one in this many jobs continues", at_least=2)
 
 
 @dataclass
 class SamplingConfig:
-    temperature: float = key(0.8, "divides the logits; 0 takes the likeliest token", at_least=0)
+    temperature: float = key(0.8, "divides the logits; 0: greedy, the likeliest token", at_least=0)
     top_k: int | None = key(50, "draw from the k likeliest tokens", at_least=1)
     top_p: float | None = key(
-        None, "draw from the likeliest tokens that hold this probability", at_least=0, at_most=1
+        None, "draw from the likeliest tokens that together hold this probability", at_least=0, at_most=1
     )
     min_p: float | None = key(
-        None, "draw from tokens at least this share as likely as the likeliest", at_least=0, at_most=1
+        None, "draw from tokens at least this fraction as likely as the likeliest", at_least=0, at_most=1
     )
     repetition_penalty: float = key(
-        1.0, "lowers the logits of tokens that were there before, prompt included; 1: not at all", above=0
+        1.0, "lowers the logits of tokens that occurred before, prompt included; 1: off", above=0
     )
 
 
 @dataclass
 class SamplesConfig:
-    prompt: str = key("**HAMLET**  \n", "text that training's own samples go on from")
-    max_new_tokens: int = key(200, "tokens in a sample", at_least=1)
+    prompt: str = key("**HAMLET**  \n", "prompt of the samples drawn during training")
+    max_new_tokens: int = key(200, "new tokens per sample", at_least=1)
     every_epoch: bool = key(False, "sample after each epoch too, not only at the end")
 
 
@@ -169,13 +171,13 @@ class SamplesConfig:
 class TrackingConfig:
     mode: str = key(
         "offline",
-        "Weights & Biases: offline keeps the run in its folder for `wandb sync`",
+        "Weights & Biases; offline: the run stays in its folder until `wandb sync`",
         choices=("offline", "online", "disabled"),
     )
     project: str = key("gpt-experiment-runner", "W&B project")
     entity: str | None = key(None, "W&B user or team; null: your default")
     group: str | None = key(None, "W&B group; null: the sweep's folder")
-    name: str | None = key(None, "W&B run name; null: what was overridden")
+    name: str | None = key(None, "W&B run name; null: the overrides")
     tags: list[str] = key([], "W&B tags")
 
 
@@ -186,14 +188,14 @@ class RuntimeConfig:
     )
     precision: str = key(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32; int8: weights alone, to generate on a CPU",
+        "auto: bf16 where the device computes in it, else fp32; int8: weights only, to generate on a CPU",
         choices=("auto", "fp32", "bf16", "int8"),
     )
-    threads: int | None = key(None, "CPU threads a process; null: torch's choice", at_least=1)
-    processes: int = key(1, "processes that share each batch, one a GPU", at_least=1)
+    threads: int | None = key(None, "CPU threads per process; null: torch's choice", at_least=1)
+    processes: int = key(1, "processes that share each batch, one per GPU", at_least=1)
     compile: bool = key(
         False,
-        "for GPUs: compile the blocks to train, or the step to generate (as a CUDA graph); slow to start",
+        "for GPUs: compile the blocks (training) or the decode step, as a CUDA graph; slow to start",
     )
 
 
@@ -212,41 +214,41 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = key(123, "all randomness derives from it", at_least=0)
-    init_from: str | None = key(None, f"weights to begin with: {WEIGHTS_MEANING}")
-    resume: str | None = key(None, "run or checkpoint folder to go on with, or latest")
-    rerun: str | None = key(None, "run folder to repeat from its own record and compare with, or latest")
+    init_from: str | None = key(None, f"initial weights: {WEIGHTS_MEANING}")
+    resume: str | None = key(None, "run or checkpoint folder to resume, or latest")
+    rerun: str | None = key(None, "run folder to repeat from its record and compare with, or latest")
 
 
 @dataclass
 class GenerateConfig:
     checkpoint: str = key("latest", WEIGHTS_MEANING)
-    prompt: str = key("Every effort moves you", "text to go on from")
+    prompt: str = key("Every effort moves you", "text to continue")
     prompt_file: str | None = key(
-        None, "instead of prompt: a file, a folder or a glob, a prompt a file; -: standard input"
+        None, "instead of prompt: a file, a folder or a glob, one prompt per file; -: standard input"
     )
-    max_new_tokens: int = key(100, "tokens to generate", at_least=1)
-    num_samples: int | None = key(None, "samples of each prompt; null: 1, or 32 in a study", at_least=1)
+    max_new_tokens: int = key(100, "new tokens per sample", at_least=1)
+    num_samples: int | None = key(None, "samples per prompt; null: 1, or 32 in a study", at_least=1)
     batch_size: int = key(32, "samples generated side by side", at_least=1)
     stop: list[str] = key([], "texts that end a sample and are not part of it")
     eos: bool = key(True, "whether the end-of-text token ends a sample")
     past_context: str = key(
         "exact",
-        "exact: the last context_length tokens are computed anew for each token, as in the book; "
-        "half: go on from the later half of a full context, many times faster",
+        "exact: recompute the last context_length tokens for each new token, as in the book; "
+        "half: continue from the later half of a full context, many times faster",
         choices=("exact", "half"),
     )
-    study: bool | None = key(None, "measure the samples, as for a report; null: in a sweep alone")
+    study: bool | None = key(None, "measure the samples, for a report; null: only in a sweep")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    seed: int = key(123, "sample i of prompt p draws from a stream of its own: (seed, p, i)", at_least=0)
+    seed: int = key(123, "sample i of prompt p has its own random stream (seed, p, i)", at_least=0)
 
 
 @dataclass
 class EvaluateConfig:
     checkpoint: str = key("latest", WEIGHTS_MEANING)
-    text: str | None = key(None, "show what the model makes of this text, token by token, and what is next")
-    path: str | None = key(None, "instead of a split: UTF-8, as for data.path")
+    text: str | None = key(None, "evaluate this text token by token, and show what may come next")
+    path: str | None = key(None, "evaluate these files instead of a split; as data.path")
     split: str = key(
         "validation", "of the text that the model was trained on", choices=("training", "validation")
     )
@@ -260,7 +262,7 @@ class ExportConfig:
     checkpoint: str = key("latest", WEIGHTS_MEANING)
     format: str = key(
         "huggingface",
-        "huggingface: a folder that transformers opens; "
+        "huggingface: a folder that transformers can load; "
         "book: the book's model.pth and model_and_optimizer.pth",
         choices=("huggingface", "book"),
     )
@@ -269,8 +271,8 @@ class ExportConfig:
 
 @dataclass
 class GenerationBenchmarkConfig:
-    prompt_tokens: int = key(4, "tokens in a prompt", at_least=1)
-    new_tokens: int = key(200, "tokens generated in each row", at_least=1)
+    prompt_tokens: int = key(4, "tokens per prompt", at_least=1)
+    new_tokens: int = key(200, "tokens generated per row", at_least=1)
     batch_sizes: list[int] = key([1, 8, 32], "rows generated side by side", at_least=1)
     rounds: int = key(3, "timed generations of each variant", at_least=1)
 
@@ -285,7 +287,7 @@ class BenchmarkConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     batch_size: int = key(16, "windows in a batch", at_least=1)
     steps: int = key(10, "timed updates of each variant", at_least=1)
-    seed: int = key(123, "seed of weights and tokens", at_least=0)
+    seed: int = key(123, "seed for weights and tokens", at_least=0)
 
 
 @dataclass
@@ -296,7 +298,7 @@ class WorkspaceConfig:
 
 @dataclass
 class ReportConfig:
-    sweep: Any = key("latest", "a sweep's folder, a run's, a list of such, or latest: the newest sweep")
+    sweep: Any = key("latest", "a sweep's folder, a run's, a list of these, or latest: the newest sweep")
     to: str | None = key(None, "folder for the report; null: the sweep's own, or for a list this script's")
 
 
@@ -304,7 +306,7 @@ def validate(config: Any, prefix: str = "") -> None:
     """Check every value against its range.
 
     Raises:
-        UserError: names the first bad key, its value and its range.
+        UserError: names the first key out of range, its value and its range.
     """
     for item in fields(config):
         value, name = getattr(config, item.name), prefix + item.name
@@ -316,13 +318,13 @@ def validate(config: Any, prefix: str = "") -> None:
     match config:
         case ModelConfig(emb_dim=width, n_heads=heads) if width % heads:
             raise UserError(
-                f"{prefix}emb_dim={width} does not divide into {prefix}n_heads={heads} heads: "
+                f"{prefix}emb_dim={width} cannot be divided evenly among {prefix}n_heads={heads} heads: "
                 f"make emb_dim a multiple of {heads}"
             )
         case OptimizerConfig(betas=betas) if len(betas) != 2:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
         case DataConfig(source="text", path=None) | DataConfig(path=""):
-            raise UserError(f"{prefix}path is not given: data=text needs data.path=FILE, FOLDER or GLOB")
+            raise UserError(f"{prefix}path is not set: data=text needs data.path=FILE, FOLDER or GLOB")
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):
             raise UserError(
                 f"{prefix}max_epochs, max_steps and max_minutes are all null: set one to end the run"
@@ -332,24 +334,24 @@ def validate(config: Any, prefix: str = "") -> None:
         ):
             raise UserError(
                 f"{prefix}from_progress={start}: with {prefix}reduction={reduction}, halving stops jobs at "
-                f"1/{reduction} of the run and before; make it at most that"
+                f"1/{reduction} of the run or earlier; make it at most 1/{reduction}"
             )
         case PretrainConfig(training=TrainingConfig(eval_freq=None), early_stopping=stopping) if (
             stopping.rule != "none"
         ):
             raise UserError(
-                f"early_stopping.rule={stopping.rule} compares evaluations along the way: "
+                f"early_stopping.rule={stopping.rule} compares evaluations during the run: "
                 f"set training.eval_freq"
             )
         case PretrainConfig(data=data, runtime=runtime) if data.batch_size % runtime.processes:
             raise UserError(
-                f"data.batch_size={data.batch_size} does not divide among "
-                f"runtime.processes={runtime.processes}: make it a multiple"
+                f"data.batch_size={data.batch_size} cannot be divided evenly among "
+                f"runtime.processes={runtime.processes}: make it a multiple of {runtime.processes}"
             )
         case PretrainConfig(runtime=RuntimeConfig(precision="int8")):
             raise UserError("runtime.precision=int8 is for generation: train in auto, bf16 or fp32")
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:
-            raise UserError("data.order=book draws from one generator: it needs runtime.processes=1")
+            raise UserError("data.order=book draws from one generator, so it needs runtime.processes=1")
 
 
 _OUT_OF_BOUNDS = {
@@ -357,7 +359,7 @@ _OUT_OF_BOUNDS = {
     "at least": lambda value, bound: not value >= bound,
     "below": lambda value, bound: not value < bound,
     "at most": lambda value, bound: not value <= bound,
-}  # written as `not …`, so that NaN is out of every bound
+}  # written as `not …`, so that NaN is out of all bounds
 
 
 def _check_range(name: str, value: Any, metadata: Any) -> None:
@@ -375,7 +377,7 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
     """The inverse of `dataclasses.asdict`: nested plain values to a `schema` dataclass.
 
     Raises:
-        TypeError, KeyError: a value is of another type, or its key is unknown.
+        TypeError, KeyError: a value has the wrong type, or its key is unknown.
     """
     types: dict[str, Any] = {item.name: item.type for item in fields(schema)}
     read = {}
@@ -390,7 +392,7 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 
 
 def _plain_types(annotation: Any) -> set[type]:
-    """What JSON may hold for `int | None`, `list[str]`, and the like."""
+    """The Python types that JSON may give for `int | None`, `list[str]`, and the like."""
     alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     found = {get_origin(each) or each for each in alternatives}
     return found | {int} if float in found else found

@@ -63,7 +63,7 @@ def test_gpt2_sizes_are_the_papers(name: str, sizes: tuple[int, int, int]) -> No
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("model.n_heads=7", "model.emb_dim=.* does not divide into model.n_heads=7 heads"),
+        ("model.n_heads=7", "model.emb_dim=.* cannot be divided evenly among model.n_heads=7 heads"),
         ("data.train_ratio=1.5", r"data.train_ratio=1.5: must be above 0 and below 1 \("),
         ("data.train_ratio=nan", r"data.train_ratio=nan: must be above 0 and below 1 \("),
         ("sampling.temperature=-1", r"sampling.temperature=-1.0: must be at least 0 \("),
@@ -73,10 +73,10 @@ def test_gpt2_sizes_are_the_papers(name: str, sizes: tuple[int, int, int]) -> No
         ("optimizer.betas=[0.9]", r"optimizer.betas=\[0.9\]: two numbers are needed"),
         ("optimizer.betas=[0.9,1.0]", r"optimizer.betas=1.0: must be at least 0 and below 1"),
         ("training.max_minutes=null", "max_epochs, max_steps and max_minutes are all null"),
-        ("data=text", r"data.path is not given: data=text needs data.path="),
+        ("data=text", r"data.path is not set: data=text needs data.path="),
         ("sampling.repetition_penalty=0", r"sampling.repetition_penalty=0.0: must be above 0 \("),
         ("runtime.precision=int8", "runtime.precision=int8 is for generation"),
-        ("runtime.processes=3", "data.batch_size=.* does not divide among runtime.processes=3"),
+        ("runtime.processes=3", "data.batch_size=.* cannot be divided evenly among runtime.processes=3"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_one_line(override: str, line: str) -> None:

@@ -226,7 +226,7 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path: Path, monkeypatch: pytest.Monke
         ("emb_dim", 10**9, "holds another model: emb_dim=16, not 1000000000"),
         ("vocab_size", 32, "holds another model: vocab_size=31, not 32"),
         ("context_length", 9, "pos_emb.weight has shape (8, 16), and the config's model wants (9, 16)"),
-        ("n_heads", 3, "config.json is damaged or of another version: model.emb_dim=16 does not divide"),
+        ("n_heads", 3, "config.json is damaged or of another version: model.emb_dim=16 cannot be divided"),
         ("tie_weights", False, "out_head.weight has shape nothing, and the config's model wants (31, 16)"),
         ("surprise", 1, "surprise"),
         ("emb_dim", "wide", "config.json is damaged or of another format"),

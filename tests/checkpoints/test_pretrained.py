@@ -369,7 +369,7 @@ def refused(path: str | Path) -> str:
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-06 is not supported"),
         ("n_layer", 10**9, "config.json says n_layer=1000000000, and the weights have 3"),
         ("n_embd", 10**12, "wte.weight has shape (99, 32), and the config's model wants (99, 1000000000000)"),
-        ("n_head", 5, "model.emb_dim=32 does not divide into model.n_heads=5 heads"),
+        ("n_head", 5, "model.emb_dim=32 cannot be divided evenly among model.n_heads=5 heads"),
         ("n_embd", "wide", "n_embd=wide is no whole number"),
         ("n_layer", 0, "model.n_layers=0: must be at least 1"),
         ("vocab_size", None, "vocab_size=None is no whole number"),
@@ -505,7 +505,7 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
         export_checkpoint(ExportConfig(str(tmp_path / "tuned"), to=str(tmp_path / "export")), tmp_path)
     folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path)
     assert sorted(file.name for file in folder.iterdir()) == ["model.pth", "model_and_optimizer.pth"]
-    with pytest.raises(UserError, match=r"what .*export was trained on is not known"):
+    with pytest.raises(UserError, match=r"the training data of .*export is unknown"):
         run_evaluation(EvaluateConfig(str(tmp_path / "export")), tmp_path)
 
 
