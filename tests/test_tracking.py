@@ -273,7 +273,7 @@ def test_a_workspace_needs_its_package_and_a_server(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.status = 401
-    with pytest.raises(UserError, match=r"is not saved in gpt-experiment-runner .*401"):
+    with pytest.raises(UserError, match=r"could not save workspace .* in gpt-experiment-runner .*401"):
         save_workspace(WorkspaceConfig())
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[workspace\]'"):

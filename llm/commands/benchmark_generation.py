@@ -1,4 +1,4 @@
-"""Speed of generation, variants in turn in one process, beside the book's loop and transformers."""
+"""Speed of generation. Variants take turns in one process, next to the book's loop and transformers."""
 
 import importlib.util
 import logging
@@ -26,19 +26,21 @@ from llm.runtime import computes_in_bf16, device_name, start_runtime
 
 log = logging.getLogger(__name__)
 
-PRECISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # a weight
+PRECISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
 
 
 def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
-    """New tokens a second of each variant at each batch size, as a table and in `run_dir/benchmark.json`.
+    """Measure the new tokens per second of each variant at each batch size; print a table and write
+    `run_dir/benchmark.json`.
 
-    Ours is what `generate.py` does, in each precision that the device has, and with `runtime.compile` that
-    too. The book's loop, which keeps nothing and computes the whole text for each token, takes minutes: it
-    is timed once, for one row.
-    Where transformers is installed, `generate` of its GPT-2 of the same size takes part.
+    Our variants do what `generate.py` does, in each precision that the device supports, and with
+    `runtime.compile` compiled too. The book's loop, which has no cache and recomputes the whole text for
+    each token, takes minutes: it is timed once, for one row. If transformers is installed, `generate` of its
+    GPT-2 of the same size is timed too.
 
-    `bound` is, for one row, the share of the speed at which memory would deliver the weights. How fast that
-    is is measured in each round, as other machines on the same host take their part of it.
+    `bound` is, for one row, the share of the speed that reading the weights from memory would allow, as each
+    token has to read them all. Memory bandwidth is measured in each round, since on a shared host other
+    machines take part of it.
 
     Raises:
         UserError: a value is out of range, or prompt and new tokens do not fit into the context.
@@ -73,7 +75,7 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         for name, generate in variants.items():
             begin = time.perf_counter()
             generate(batch)
-            if number > 0:  # the first warms up
+            if number > 0:  # the first is a warm-up
                 seconds.setdefault((batch, name), []).append(time.perf_counter() - begin)
         begin = time.perf_counter()
         buffer.sum().item()
@@ -151,13 +153,13 @@ def _version() -> str:
 
 
 def matrix_parameters(model: GPTModel) -> int:
-    """Weights of all matrix products of a step, the output head among them."""
+    """Number of weights in all matrix products of a decode step, the output head included."""
     blocks = sum(weight.numel() for weight in model.trf_blocks.parameters() if weight.dim() == 2)
     return blocks + model.head_weight.numel()
 
 
 def _ours(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], None]:
-    tokenizer = load_tokenizer("bytes")  # a letter is a token, below any vocabulary's size
+    tokenizer = load_tokenizer("bytes")  # a letter is one token, with an id that any vocabulary has
     prompt = "a" * config.generation.prompt_tokens
 
     def generate(batch: int) -> None:

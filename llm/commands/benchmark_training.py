@@ -1,4 +1,4 @@
-"""Speed of a training update, variants in turn in one process, so that a noisy machine is fair to all."""
+"""Speed of a training update. Variants take turns in one process, so that a noisy machine is fair to all."""
 
 import importlib.util
 import logging
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
-    """Median speed of a whole update (forward, backward, optimizer) of each variant, as a table and in
-    `run_dir/benchmark.json`.
+    """Measure the median speed of a whole update (forward, backward, optimizer) of each variant; print a
+    table and write `run_dir/benchmark.json`.
 
-    The first variant is the book's way: fp32, all logits at once. The others change precision and loss, and
-    with `runtime.compile` one compiles the blocks. Where transformers is installed, its GPT-2 of this size
-    takes part, stepped by AdamW.
+    The first variant is the book's: fp32, all logits at once. The others vary precision and loss, and with
+    `runtime.compile` one compiles the blocks. If transformers is installed, its GPT-2 of this size is timed
+    too, with AdamW.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
@@ -58,7 +58,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         for name, update in variants.items():
             begin = time.perf_counter()
             update()
-            if step > 0:  # the first warms up
+            if step > 0:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - begin)
         progress.update(step / config.steps, f"round {step} of {config.steps}")
     progress.clear()
@@ -70,13 +70,13 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     }
     baseline = next(iter(medians.values()))
     log.info(
-        "%s · %d × %d tokens an update · medians of %d updates\n",
+        "%s · %d × %d tokens per update · medians of %d updates\n",
         device_name(runtime.device),
         config.batch_size,
         config.model.context_length,
         config.steps,
     )
-    log.info("%-30s %12s %10s %8s %8s", "variant", "ms an update", "tokens/s", "MFU", "speed")
+    log.info("%-30s %12s %10s %8s %8s", "variant", "ms/update", "tokens/s", "MFU", "speed")
     rows: list[dict[str, Any]] = []
     for name, median in medians.items():
         row = {
@@ -99,7 +99,7 @@ def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def transformers_gpt2(config: ModelConfig) -> nn.Module:
-    """GPT-2 of the same size as transformers has it, in training mode."""
+    """The GPT-2 of transformers in the same size, in training mode."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = GPT2Config(
@@ -116,12 +116,13 @@ def transformers_gpt2(config: ModelConfig) -> nn.Module:
         eos_token_id=None,
     )
     model = GPT2LMHeadModel(sizes).train()
-    model.loss_type = "ForCausalLM"  # else it warns that it has to guess this
+    model.loss_type = "ForCausalLM"  # else it warns that it has to guess
     return model
 
 
 def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return model(input_ids=inputs, labels=targets, use_cache=False).loss  # as costly as with targets shifted
+    # It shifts the labels itself, so these targets are one token off; the cost is the same.
+    return model(input_ids=inputs, labels=targets, use_cache=False).loss
 
 
 def _updater(
@@ -141,6 +142,6 @@ def _updater(
             loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
         optimizers.step()
         optimizers.zero_grad()
-        next(model.parameters())[0, 0].item()  # waits for the device
+        next(model.parameters())[0, 0].item()  # GPU kernels are only queued: reading a value waits for them
 
     return update

@@ -1,4 +1,4 @@
-"""What `experiments/evaluate.py` does: what a checkpoint makes of a split, of a file, or of a text, token by
+"""What `experiments/evaluate.py` does: evaluate a checkpoint on a split, on files, or on a text, token by
 token."""
 
 import logging
@@ -30,19 +30,20 @@ from llm.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 
-SHOWN_TOKENS = 20  # of those that may come next, in the picture
+SHOWN_TOKENS = 20  # likeliest next tokens in the picture
 
 
 def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
-    """Evaluate, print, and leave the figures in `run_dir/evaluation.json`; returns the loss, nats per token.
+    """Evaluate, print the figures and write them to `run_dir/evaluation.json`; returns the loss in nats per
+    token.
 
-    A split is cut into the windows of training's own evaluation, so that a run's figures come out again. Of a
-    file or a text every token but the first is predicted, from those before it in a window of
-    `context_length` tokens. For a text there are also a table of its tokens and a picture of what is next.
+    A split is cut into the same windows as in training's own evaluation, so that it reproduces a run's
+    figures. In a file or a text, every token but the first is predicted from those before it in its window of
+    `context_length` tokens. A text also gets a table of its tokens and a picture of what may come next.
 
     Raises:
-        UserError: a value is out of range, the text cannot be had or is too short, or the checkpoint
-            cannot be loaded.
+        UserError: a value is out of range, the text is not available or too short, or the checkpoint cannot
+            be loaded.
     """
     validate(config)
     checkpoint = resolve(config.checkpoint)
@@ -52,7 +53,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
     context = model.config.context_length
     if config.text is None and config.path is None:
         if trained is None:
-            raise UserError(f"what {checkpoint} was trained on is not known: give a text with path= or text=")
+            raise UserError(f"the training data of {checkpoint} is unknown: give a text with path= or text=")
         windows = load_windows(trained, tokenizer)[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
         count = len(windows) * context
@@ -87,20 +88,20 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
     log.info("perplexity     %.1f", evaluation.perplexity)
     log.info("bits per byte  %.3f", evaluation.bits_per_byte)
     if config.text is not None:
-        log.info("what may come next, before and after sampling's steps: %s", picture)
-    log.info("kept in %s", run_dir / "evaluation.json")
+        log.info("next-token probabilities, before and after each sampling step: %s", picture)
+    log.info("saved to %s", run_dir / "evaluation.json")
     return evaluation.loss
 
 
 def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
-    """The tokens of the text, or of the files with the end of text between them: (tokens,), int64."""
+    """The tokens of the text, or of the files with the end-of-text token between them: (tokens,), int64."""
     pieces = [config.text or ""] if config.path is None else Corpus(find_files(config.path, "path")).pieces()
     token_ids = np.concatenate([ids for _, ids in encode_pieces(pieces, tokenizer)]).astype(np.int64)
     key = "text" if config.path is None else f"path={config.path}"
     if len(token_ids) < 2:
-        raise UserError(f"{key}: {len(token_ids)} tokens are too few: the first is never predicted")
+        raise UserError(f"{key} is too short: give at least 2 tokens, as the first is never predicted")
     if (largest := int(token_ids.max())) >= vocab_size:
-        raise UserError(f"{key} holds token id {largest}, and the model knows {vocab_size} tokens")
+        raise UserError(f"{key} contains token id {largest}, but the model knows {vocab_size} tokens")
     return token_ids
 
 
@@ -115,8 +116,8 @@ def _with_progress(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def token_table(model: GPTModel, token_ids: np.ndarray, tokenizer: tiktoken.Encoding) -> list[dict[str, Any]]:
-    """For each token but the first: its probability under the model, its rank among all (1 is the likeliest),
-    and the token that the model held likeliest in its place."""
+    """For each token but the first: its probability under the model, its rank in the vocabulary (1 is the
+    likeliest), and the token that the model thought likeliest in its place."""
     table = []
     for inputs, targets in whole_batches(token_ids, model.config.context_length, 1):
         logits = model(inputs.to(model.tok_emb.weight.device))[0].float()
@@ -146,8 +147,8 @@ def token_table(model: GPTModel, token_ids: np.ndarray, tokenizer: tiktoken.Enco
 def distribution_stages(
     model: GPTModel, token_ids: np.ndarray, sampling: SamplingConfig
 ) -> dict[str, torch.Tensor]:
-    """The distribution of the token after `token_ids`, (vocab_size,), by what was done to it: the
-    model's own, then after each step of `sampling` that does something."""
+    """The distribution of the token after `token_ids`, (vocab_size,), at each stage of sampling: the model's
+    own, then after each step of `sampling` that changes anything."""
     seen_ids = torch.from_numpy(token_ids)
     idx = seen_ids[None, -model.config.context_length :].to(model.tok_emb.weight.device)
     logits = model.logits(model.features(idx)[:, -1]).float().cpu()

@@ -1,4 +1,5 @@
-"""What `experiments/generate.py` does: samples of a checkpoint, printed, kept, and in a study measured."""
+"""What `experiments/generate.py` does: sample from a checkpoint, print and save the samples, and in a study
+measure them."""
 
 import functools
 import logging
@@ -32,7 +33,8 @@ STUDY_SAMPLES = 32
 
 
 def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
-    """Generate, print, and leave the samples in `run_dir/samples.jsonl`; in a study, `summary.json` too.
+    """Generate samples, print them and write them to `run_dir/samples.jsonl`; a study writes `summary.json`
+    too.
 
     Model and tokenizer are those of the checkpoint.
 
@@ -62,7 +64,8 @@ def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
 
 
 def conclude_study(folder: Path, jobs: list[StudyJob]) -> None:
-    """At the end of a sweep: a table, a report in its folder, and a W&B run beside those of the jobs."""
+    """Close a sweep of studies: print a table, write a report to its folder, and log it as a W&B run beside
+    those of the jobs."""
     page = study_report(jobs, folder)
     configs = [job.folder / ".hydra" / "config.yaml" for job in jobs]
     recorded = OmegaConf.load(next(config for config in configs if config.exists())).tracking
@@ -83,7 +86,7 @@ def conclude_study(folder: Path, jobs: list[StudyJob]) -> None:
 
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples, and what a summary says of them."""
+    """The samples, and the figures for their summary."""
     checkpoint = resolve(config.checkpoint)
     runtime = start_runtime(config.runtime)
     model, _, tokenizer = load_for_inference(checkpoint, runtime)
@@ -93,7 +96,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
     step = step_of(Path(checkpoint))
     index = _training_index(checkpoint, runtime) if config.study else None
-    remove(run_dir / "samples.jsonl")  # of a job of a sweep that was cut off and begins again
+    remove(run_dir / "samples.jsonl")  # left by a job of a sweep that was interrupted and starts again
     begin = time.perf_counter()
     samples, copying = [], []
     for sample in generate_texts(
@@ -136,13 +139,13 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     if index:
         about |= copying_metrics(samples, copying)
     log.info(
-        "%d tokens at %.1f tokens/s; kept in %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
+        "%d tokens at %.1f tokens/s; saved to %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
     )
     return samples, about
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    """The prompt, or the content of each file, less one newline at its end, which editors add."""
+    """The prompt, or the content of each file without the newline that editors add at its end."""
     if config.prompt_file is None:
         return [config.prompt]
     if config.prompt_file == "-":
@@ -161,15 +164,16 @@ def _show(piece: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _training_index(checkpoint: str, runtime: Runtime) -> NgramIndex | None:
-    """The index over the tokens that a checkpoint was trained on; None, and a line why, without them."""
+    """The index of the tokens that a checkpoint was trained on; None, with a warning, if they are not
+    available."""
     _, trained, tokenizer = load_for_inference(checkpoint, runtime)
     if trained is None:
-        log.warning("what was copied is not measured: what %s was trained on is not known", checkpoint)
+        log.warning("copying is not measured: the training data of %s is unknown", checkpoint)
         return None
     try:
         training_text, _ = find_splits(trained.data)
     except UserError as error:
-        log.warning("what was copied is not measured, for want of the training text: %s", error)
+        log.warning("copying is not measured, as the training text is not available: %s", error)
         return None
     cache = cache_folder(trained.data.cache_dir)
     return load_ngram_index(token_file(training_text, tokenizer, cache, "training"), cache)

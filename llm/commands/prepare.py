@@ -1,4 +1,4 @@
-"""What `experiments/prepare.py` does: a run's token files, made while no GPU waits for them."""
+"""What `experiments/prepare.py` does: tokenise a run's data in advance, so that no GPU has to wait for it."""
 
 import logging
 import time
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: PretrainConfig) -> None:
-    """Tokenise the texts of a run into the cache, where the run finds them, and say what they come to.
+    """Tokenise the texts of a run into the cache, where the run will find them, and log their sizes.
 
     Raises:
-        UserError: a value is out of range, or the text would not do for the run; see `load_windows`.
+        UserError: a value is out of range, or the run could not use the text; see `load_windows`.
     """
     validate(config)
     begin = time.perf_counter()
-    start_runtime(replace(config.runtime, device="cpu", precision="auto", processes=1))  # for its threads
+    start_runtime(replace(config.runtime, device="cpu", precision="auto", processes=1))  # sets the threads
     files = find_corpus(config.data).files
     size = sum(file.stat().st_size for file in files)
     source = config.data.path or config.data.source

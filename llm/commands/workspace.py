@@ -1,4 +1,4 @@
-"""A saved W&B workspace: the views of a project's runs that one otherwise clicks together."""
+"""A saved W&B workspace: the views of a project's runs that one would otherwise click together by hand."""
 
 import os
 from typing import Any
@@ -12,10 +12,11 @@ RESULT = "val_loss"  # over the whole validation split, in a run's summary
 
 
 def save_workspace(config: WorkspaceConfig) -> str:
-    """Save a workspace with the curves, the hyperparameters and the samples of a project; returns its URL.
+    """Save a workspace with the curves, hyperparameters and samples of a project; returns its URL.
 
     Raises:
-        UserError: wandb-workspaces is not installed, there is no key, or W&B does not answer or take it.
+        UserError: wandb-workspaces is not installed, there is no API key, or W&B refuses it or the workspace,
+            or does not answer.
     """
     validate(config)
     os.environ.setdefault("WANDB_SILENT", "true")  # else it prints the URL a second time
@@ -31,7 +32,7 @@ def save_workspace(config: WorkspaceConfig) -> str:
     try:
         entity = config.tracking.entity or wandb.Api().default_entity
         if not entity:
-            raise UserError("tracking.entity is not given, and your W&B account has no default: name one")
+            raise UserError("your W&B account has no default entity: set tracking.entity")
         workspace = workspaces.Workspace(
             name=config.name,
             entity=entity,
@@ -43,8 +44,8 @@ def save_workspace(config: WorkspaceConfig) -> str:
         return str(workspace.url)
     except (wandb.errors.Error, OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"the workspace {config.name!r} is not saved in {config.tracking.project} ({first_line(error)}); "
-            f"see that you are logged in (`wandb login`) and may write to that project (tracking.entity)"
+            f"could not save workspace {config.name!r} in {config.tracking.project} ({first_line(error)}); "
+            f"check that you are logged in (`wandb login`) and may write to that project (tracking.entity)"
         ) from error
 
 

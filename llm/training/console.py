@@ -1,4 +1,4 @@
-"""What a training run says: what it will be, how far it is, what came of it, and what to do next."""
+"""What a training run prints: its announcement, its progress, its summary and what to do next."""
 
 import logging
 
@@ -16,16 +16,18 @@ from llm.training.run import Run, Summary
 
 log = logging.getLogger(__name__)
 
-EXPECTED_MFU = 0.45  # of small models on CPUs, for the estimate before the first update
+# Model FLOPs utilisation of small models on CPUs, for the estimate before the first update.
+EXPECTED_MFU = 0.45
 
 
 def announce(run: Run, matmul_flops: float) -> None:
-    """Say what the run will be, and how to ask for more, before it starts."""
+    """Print what the run is about to do, its estimated time, and how to ask for more."""
     config, training, runtime = run.config, run.config.training, run.runtime
     update_tokens = config.data.batch_size * training.accumulate * config.model.context_length
     token_flops = training_flops_per_token(config.model)
     optimizer_flops = orthogonalisation_flops(run.model, config.optimizer)
     tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
+    # The forward pass is a third of training's work: the backward pass costs twice as much.
     validation_flops = len(run.validation_windows) * config.model.context_length * token_flops / 3
     limits = {
         "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
@@ -61,7 +63,7 @@ def announce(run: Run, matmul_flops: float) -> None:
         "update     %d windows of %d tokens%s: %s tokens",
         config.data.batch_size,
         config.model.context_length,
-        f", {training.accumulate} times" if training.accumulate > 1 else "",
+        f" × {training.accumulate} micro-batches" if training.accumulate > 1 else "",
         format_count(update_tokens),
     )
     log.info(
@@ -79,7 +81,7 @@ def announce(run: Run, matmul_flops: float) -> None:
     log.info(
         "then       a pass over the validation split: about %s%s",
         format_seconds(validation_seconds),
-        # A text of gigabytes needs no tenth of it to be validated on, and a run cannot change it later.
+        # A text of gigabytes does not need a tenth of it for validation; a resumed run cannot change that.
         f"; shorter: data.train_ratio={1 - (1 - ratio) / 10:g}"
         if validation_seconds > left / tokens_per_second and not run.resumed
         else "",
@@ -94,7 +96,7 @@ def announce(run: Run, matmul_flops: float) -> None:
 
 
 def status(metrics: dict[str, float]) -> str:
-    """Where a run is, for its progress."""
+    """How far a run is, for its progress bar."""
     return (
         f"epoch {metrics['epoch']:.2f} · {format_count(metrics['tokens_seen'])} tokens · "
         f"loss {metrics['train/loss']:.3f} · {format_count(metrics['tokens_per_second'])} tokens/s"
@@ -102,7 +104,7 @@ def status(metrics: dict[str, float]) -> str:
 
 
 def evaluation_line(run: Run, train: Evaluation, validation: Evaluation) -> str:
-    """The book's line, with bits per byte."""
+    """The book's evaluation line, with bits per byte."""
     step = run.counters.steps - 1
     return (
         f"Ep {step // run.updates_per_epoch + 1} (Step {step:06d}): Train loss {train.loss:.3f}, "
@@ -111,34 +113,35 @@ def evaluation_line(run: Run, train: Evaluation, validation: Evaluation) -> str:
 
 
 def not_finite(run: Run, loss: float, grad_norm: float) -> str:
-    """Why a run stops, and where to go on from: the last checkpoint whose weights gave a finite loss."""
+    """Why a run stops, and how to continue: from the last checkpoint whose weights gave a finite loss."""
     if run.writer:
         run.writer.wait()
-    first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of those left out
+    first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of the updates skipped
+    # The weights at that step are what gave the bad loss: a checkpoint of them is no good either.
     good = [folder for folder in step_folders(run.run_dir) if steps_of(folder) < first]
-    go_on = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
-    how = f"go on with resume={good[0]} optimizer.lr=…" if good else "begin again with a lower optimizer.lr"
+    found = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
+    how = f"continue with resume={good[0]} optimizer.lr=…" if good else "start anew with a lower optimizer.lr"
     return (
-        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {go_on}; "
-        f"{how}, or set training.grad_clip, or training.max_skipped to leave out such updates"
+        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {found}; "
+        f"{how}, or set training.grad_clip, or training.max_skipped to skip such updates"
     )
 
 
 def sizes(config: PretrainConfig) -> str:
-    """What a run keeps in memory, and the keys to lower when it does not fit."""
-    with torch.device("meta"):
+    """What a run keeps in memory, and the keys to lower if it does not fit."""
+    with torch.device("meta"):  # shapes alone: nothing is allocated
         parameters = parameter_count(GPTModel(config.model))
     data, rows = config.data, config.data.batch_size // config.runtime.processes
     return (
         f"{format_count(parameters)} parameters take about {format_count(16 * parameters)}B with gradients "
-        f"and averages, beside the activations of {rows} windows of {config.model.context_length} tokens; "
-        f"lower data.batch_size={data.batch_size} (and raise training.accumulate by as much), "
+        f"and optimizer state, plus activations of {rows} windows of {config.model.context_length} tokens; "
+        f"lower data.batch_size={data.batch_size} (and raise training.accumulate to match), "
         f"model.context_length, model.n_layers or model.emb_dim"
     )
 
 
 def print_summary(summary: Summary, run: Run) -> None:
-    """The figures as a table, and what to do next."""
+    """Print the figures of a run as a table, and what to do next."""
     rows = {
         "status": summary.status,
         "stopped early": summary.stopped_early or "–",
@@ -148,7 +151,7 @@ def print_summary(summary: Summary, run: Run) -> None:
         "validation loss": format_figure(summary.val_loss, "{:.3f}"),
         "validation perplexity": format_figure(summary.val_perplexity, "{:.1f}"),
         "validation bits per byte": format_figure(summary.val_bits_per_byte, "{:.3f}"),
-        "updates left out": str(summary.skipped) if summary.skipped else "–",
+        "updates skipped": str(summary.skipped) if summary.skipped else "–",
         "gradient-norm spikes": str(summary.grad_norm_spikes) if summary.grad_norm_spikes else "–",
         "best validation loss": format_figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
         "training time": format_seconds(summary.seconds),

@@ -1,12 +1,12 @@
-"""Stopping the hopeless jobs of a sweep early, by the evaluation losses of all its jobs so far.
+"""Early stopping of the hopeless jobs of a sweep, by the validation losses of all its jobs so far.
 
-Each job judges itself after each of its evaluations. It reads the `metrics.jsonl` of the jobs beside it and
-nothing else, so it does not matter which launcher runs the jobs, how many at once, on which machines, or
-which sweeper chose them. Runs may be limited by updates, passes or minutes, so they are compared where the
-same share of the budget is spent: every line of metrics is placed by the limits of the job that judges.
+Each job judges itself after each of its evaluations. It only reads the `metrics.jsonl` of the jobs beside it,
+so it does not matter which launcher runs the jobs, how many at once, on which machines, or which sweeper
+chose them. Runs may be limited by updates, epochs or minutes, so they are compared where they have spent the
+same share of the budget: each line of metrics is placed by the limits of the job that judges.
 
-A job that was stopped may be resumed. The rule then judges it anew: median at its next evaluation, halving at
-its next rung. With `early_stopping.rule=none` it runs to its end.
+A stopped job may be resumed. The rule then applies again: median at its next evaluation, halving at its next
+rung. With `early_stopping.rule=none` it runs to its end.
 """
 
 import json
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Point(NamedTuple):
     """An evaluation."""
 
-    progress: float  # share of the budget that was spent
-    loss: float  # on the validation split, nats per token; infinite where it was not finite
+    progress: float  # share of the budget spent, 0 to 1
+    loss: float  # on the validation split, nats per token; infinity in place of NaN
 
 
 Curve = list[Point]  # the evaluations of one job, in order; at least one
@@ -36,14 +36,14 @@ Curve = list[Point]  # the evaluations of one job, in order; at least one
 
 def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | None:
     """The median stopping rule (Golovin et al. 2017, "Google Vizier"), on best losses: stop if the best loss
-    of this job so far is above the median of the best losses that the other jobs had by then.
+    of this job so far is above the median of the best losses that the other jobs had at this point.
 
-    Another job counts if it has evaluations both up to where this one is now and from there on, whatever
-    became of it later. The paper takes the running mean of the others where this takes their best: the high
-    losses that every run begins with would spare nearly all jobs.
+    Another job counts if it has evaluations both up to where this one is now and from there on, even if it
+    was stopped or failed later. The paper takes the running mean of the others where this takes their best:
+    a mean includes the high losses that every run starts with, so hardly any job would be stopped.
 
     Returns:
-        Why to stop; None to go on, as with fewer than `min_jobs` others that count.
+        Why to stop; None to continue, which fewer than `min_jobs` others that count always means.
     """
     now, best = own[-1].progress, min(loss for _, loss in own)
     reached = [curve for curve in others if curve[0].progress <= now <= curve[-1].progress]
@@ -52,19 +52,20 @@ def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | N
     middle = median(min(loss for progress, loss in curve if progress <= now) for curve in reached)
     if best <= middle:
         return None
-    return f"best validation loss {best:.4f}, the median of {len(reached)} other jobs was {middle:.4f}"
+    return f"best validation loss {best:.4f} is above {middle:.4f}, the median of {len(reached)} other jobs"
 
 
 def halving_rule(own: Curve, others: Collection[Curve], reduction: int, from_progress: float) -> str | None:
-    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934); what the paper pauses, this stops.
+    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934); jobs that the paper would pause
+    are stopped.
 
-    The rungs are at 1/reduction, 1/reduction², … of the run, as far down as `from_progress`. A job's loss at
-    a rung is that of its first evaluation there or later. At that evaluation, and at no other, it is compared
-    with the losses of all jobs that have one at this rung by now, its own among them: of n jobs, the best
-    n/reduction (rounded down, at least one) go on, and any that is level with the last of these.
+    The rungs are at 1/reduction, 1/reduction², … of the run, down to `from_progress`. A job's loss at a rung
+    is that of its first evaluation there or later. At that evaluation, and at no other, it is compared with
+    the losses of all jobs that have reached the rung by now, its own included: of n jobs, the best
+    n/reduction (rounded down, but at least one) continue, as does any that ties with the last of these.
 
     Returns:
-        Why to stop; None to go on.
+        Why to stop; None to continue.
     """
     before = own[-2].progress if len(own) > 1 else 0.0
     now, loss = own[-1]
@@ -77,14 +78,14 @@ def halving_rule(own: Curve, others: Collection[Curve], reduction: int, from_pro
         kept = max(1, len(losses) // reduction)
         if loss > losses[kept - 1]:
             return (
-                f"validation loss {loss:.4f} at 1/{denominator} of the run, "
-                f"the best {kept} of {len(losses)} jobs had at most {losses[kept - 1]:.4f}"
+                f"validation loss {loss:.4f} at 1/{denominator} of the run is above "
+                f"{losses[kept - 1]:.4f}, the highest among the best {kept} of {len(losses)} jobs"
             )
     return None
 
 
 def rungs(reduction: int, from_progress: float) -> list[int]:
-    """What to divide a run by for the rungs of halving, the first one first: [9, 3] for 1/9 and 1/3."""
+    """The denominators of halving's rungs, earliest rung first: [9, 3] for 1/9 and 1/3 of the run."""
     denominators = [reduction]
     while 1 / denominators[0] >= from_progress:
         denominators.insert(0, denominators[0] * reduction)
@@ -92,17 +93,17 @@ def rungs(reduction: int, from_progress: float) -> list[int]:
 
 
 class EarlyStopping:
-    """The judge of one run. It keeps what it read of the others until their files change."""
+    """Judges one run. The curves of the other jobs are cached until their files change."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._read: dict[Path, tuple[tuple[int, int, int], Curve]] = {}
 
     def reason_to_stop(self) -> str | None:
-        """Why the run should stop after the evaluation that it has just recorded; None to go on.
+        """Why the run should stop after the evaluation it has just recorded; None to continue.
 
-        The jobs of a sweep are folders side by side that have numbers for names, as Hydra gives them. A run
-        in another folder, one with no others beside it, and one that repeats another (`rerun`) go on.
+        The jobs of a sweep are sibling folders named by numbers, as Hydra names them. A run in any other
+        folder, a run without siblings, and a `rerun`, which must repeat the original, always continue.
         """
         run, settings = self.run, self.run.config.early_stopping
         if settings.rule == "none" or run.config.rerun:
@@ -112,7 +113,7 @@ class EarlyStopping:
         curves = self._curves()
         own = curves.pop(run.run_dir.name, None)
         if own is None or own[-1].progress != run.progress():
-            return None  # no job of a sweep; or the disk is full, and the line not in the file yet
+            return None  # not a job of a sweep; or the disk is full, and the line not in the file yet
         if settings.rule == "median":
             reason = median_rule(own, curves.values(), settings.min_jobs)
         else:
@@ -138,21 +139,21 @@ class EarlyStopping:
             version = (status.st_ino, status.st_size, status.st_mtime_ns)
             if metrics not in self._read or self._read[metrics][0] != version:
                 self._read[metrics] = version, read_curve(metrics, self.run.config.training)
-        except OSError:  # not begun, or just being put back to a checkpoint
+        except OSError:  # not started, or just being cut back to a checkpoint that it resumes from
             return []
         return self._read[metrics][1]
 
 
 def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
-    """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. A line that is cut off,
-    because it is being written or its job was killed, is passed over.
+    """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. An incomplete line, still
+    being written or cut off when its job was killed, is skipped.
 
     Raises:
         OSError: the file cannot be read.
     """
     curve = []
     for line in metrics.read_bytes().splitlines():
-        if b'"val/loss"' not in line:  # most are of updates, and too many to parse
+        if b'"val/loss"' not in line:  # most lines are of updates, and there are too many to parse
             continue
         try:
             values = json.loads(line)

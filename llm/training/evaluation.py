@@ -14,12 +14,12 @@ from llm.runtime import Runtime
 
 @dataclass(frozen=True)
 class Evaluation:
-    loss: float  # mean cross-entropy a token, nats
-    bits_per_byte: float  # of the UTF-8 text that the target tokens stand for
+    loss: float  # mean cross-entropy in nats per token
+    bits_per_byte: float  # of the UTF-8 text of the target tokens
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # exp overflows above 709
 
 
 def evaluate(
@@ -33,15 +33,16 @@ def evaluate(
     """Evaluate without dropout, on at most `max_batches` batches.
 
     Args:
-        bytes_of_tokens: UTF-8 length of each token id, (vocab_size,). Bits per byte, unlike loss, can
-            be compared between tokenizers.
-        weigh_batches_equally: the book's mean of batch means; else each token counts the same.
+        bytes_of_tokens: UTF-8 length of each token id, (vocab_size,). Unlike the loss per token, bits per
+            byte can be compared between tokenizers.
+        weigh_batches_equally: take the mean of batch means, as the book does; else all tokens count the same.
     """
     nats = batch_means = tokens = byte_count = count = 0.0
     was_training = model.training
     model.eval()
     for inputs, targets in islice(batches, max_batches):
         with runtime.autocast():
+            # .item() waits for the device, once a batch; Python then sums in fp64, where fp32 would round.
             loss = model.token_losses(inputs.to(runtime.device), targets.to(runtime.device)).mean().item()
         count += 1
         batch_means += loss

@@ -1,10 +1,11 @@
-"""Pictures from the files of a run folder alone."""
+"""Plots: the loss curves of a run folder, and next-token probabilities."""
 
 from pathlib import Path
 
 from llm.files import read_json_lines, replacing
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f6fb4", "#d1495b"
+# The model's own distribution, then each stage of sampling.
 STAGE_COLOURS = [
     "#9aa5b1",
     "#1f6fb4",
@@ -12,7 +13,7 @@ STAGE_COLOURS = [
     "#d1495b",
     "#3a7d44",
     "#6c4f9c",
-]  # of sampling
+]
 
 
 def plot_losses(run_dir: Path) -> Path:
@@ -68,7 +69,7 @@ def plot_losses(run_dir: Path) -> Path:
 
 
 def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]], text: str) -> Path:
-    """Draw the probability of each of `tokens` to come after `text`, a bar for each stage of sampling;
+    """Draw the probability of each of `tokens` being the next after `text`, one bar per stage of sampling;
     the book's bar chart (chapter 5.3.1)."""
     from matplotlib.figure import Figure
 

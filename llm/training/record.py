@@ -1,4 +1,4 @@
-"""What decides a run's numbers besides its config, and whether a rerun gave the same ones."""
+"""What determines a run's numbers besides its config, and whether a rerun reproduced them."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from llm.run_folder import RECORDS, step_folders
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "wandb")
-MEASURED = ("tokens_per_second",)  # what no two runs have in common
+MEASURED = ("tokens_per_second",)  # differs between any two runs
 
 
 def package_versions() -> dict[str, str]:
@@ -25,7 +25,7 @@ def package_versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The operating system, the kind of processor, and how many cores there are."""
+    """The operating system, the processor architecture and the number of cores."""
     return f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -35,7 +35,7 @@ def git_commit() -> str | None:
 
 
 def git_is_clean() -> bool | None:
-    """Whether no tracked file differs from that commit, or None outside a git checkout."""
+    """Whether all tracked files are as in that commit, or None outside a git checkout."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return None if changed is None else not changed
 
@@ -55,41 +55,41 @@ def recorded_clock(run_dir: Path) -> list[float]:
 
 
 def compare_rerun(rerun: Path, original: Path) -> None:
-    """Say whether a rerun's numbers are those of the run it repeats, and what else differs between the two.
+    """Log that a rerun reproduced the numbers of the original run, and what else differs between the two.
 
     Raises:
-        UserError: they are not.
+        UserError: the numbers differ.
     """
     circumstances = "; ".join(other_circumstances(rerun, original))
     if difference := first_difference(rerun, original):
         raise UserError(
-            f"the rerun of {original} came out otherwise, first at {difference}"
-            + (f"; what differs: {circumstances}" if circumstances else "")
+            f"the rerun of {original} gave other numbers, first at {difference}"
+            + (f"; also different: {circumstances}" if circumstances else "")
         )
-    log.info("\nrerun       the same numbers as %s, to the bit", original)
+    log.info("\nrerun       the same numbers as %s, bit for bit", original)
     if circumstances:
-        log.info("            although: %s", circumstances)
+        log.info("            despite: %s", circumstances)
 
 
 def first_difference(rerun: Path, original: Path) -> str | None:
-    """Where a rerun's numbers first differ from the run's, or None if they are the same: every line of
-    metrics and samples, and the weights and the optimizer's state at the end. A run that did not finish is
-    compared as far as it came."""
+    """Where a rerun's numbers first differ from the original's, or None if they are the same: all lines of
+    metrics and samples, and the final weights and optimizer state. An original that did not finish is
+    compared as far as it got."""
     finished = _summary(original)["status"] == "finished"
     for name in RECORDS:
         ours, theirs = _lines(rerun / name), _lines(original / name)
         for one, other in zip(ours, theirs, strict=False):
             for key in {**one, **other}:
                 if one.get(key) != other.get(key):
-                    return f"step {one.get('step')}: {key} {one.get(key)} (the run had {other.get(key)})"
+                    return f"step {one.get('step')}: {key} {one.get(key)} (originally {other.get(key)})"
         if finished and len(ours) != len(theirs):
-            return f"{name} has {len(ours)} lines (the run's has {len(theirs)})"
+            return f"{name} with {len(ours)} lines (originally {len(theirs)})"
     if not finished:
         return None
     ours_sums, theirs_sums = (read_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
     for name in (WEIGHTS, STATE_TENSORS):
         if ours_sums.get(name) != theirs_sums.get(name):
-            return f"{name} at the end differs"
+            return f"the final {name}"
     return None
 
 
@@ -100,25 +100,25 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def other_circumstances(rerun: Path, original: Path) -> list[str]:
-    """What differs between two runs' summaries that may change numbers, a line each."""
+    """What differs between the summaries of two runs and may change their numbers, one line each."""
     ours, theirs = _summary(rerun), _summary(original)
     lines = [
-        f"{name} {ours.get(name)} (the run: {theirs.get(name)})"
+        f"{name} {ours.get(name)} (originally {theirs.get(name)})"
         for name in ("git_commit", "device", "precision", "machine")
         if ours.get(name) != theirs.get(name)
     ]
     lines += [
-        f"{name} {found} (the run: {theirs['versions'].get(name)})"
+        f"{name} {found} (originally {theirs['versions'].get(name)})"
         for name, found in ours["versions"].items()
         if found != theirs["versions"].get(name)
     ]
     lines += [
-        f"{whose} code was not as committed"
-        for whose, summary in (("this run's", ours), ("the run's", theirs))
+        f"{whose} code had uncommitted changes"
+        for whose, summary in (("this run's", ours), ("the original's", theirs))
         if summary["git_clean"] is False
     ]
     lines += [
-        f"the run was changed after {resumed['steps']} updates: {key}={now} (it was {was})"
+        f"the original was changed after {resumed['steps']} updates: {key}={now} (it was {was})"
         for resumed in theirs["resumed"]
         for key, (was, now) in resumed["changed"].items()
     ]

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of progress: the share of the run that is done, 0 to 1.
+"""Learning-rate schedules as pure functions of progress, the share of the run that is done, 0 to 1.
 
 Progress may be measured in steps, epochs or minutes; the shapes are the same.
 """
@@ -9,7 +9,7 @@ from llm.config import ScheduleConfig, TrainingConfig
 
 
 def lr_factor(config: ScheduleConfig, progress: float) -> float:
-    """The factor on the learning rate at `progress`."""
+    """The factor on the learning rate at `progress`: linear warmup from 0, then the schedule."""
     if progress < config.warmup:
         return progress / config.warmup
     match config.name:
@@ -29,14 +29,14 @@ def cosine(progress: float, warmup: float, final: float) -> float:
 
 
 def warmup_stable_decay(progress: float, decay: float, final: float) -> float:
-    """1, then a straight line to `final` over the last `decay` of the run (Hu et al. 2024, MiniCPM)."""
+    """1, then linear decay to `final` over the last share `decay` of the run (Hu et al. 2024, MiniCPM)."""
     left = max(1 - progress, 0.0)
     return 1.0 if left >= decay else final + (1 - final) * left / decay
 
 
 def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:
-    """For each limit that is set, by its key: the share of it that is spent after so many updates, passes and
-    seconds of training."""
+    """For each limit that is set, by its key: the share of it spent after `steps` updates, `epoch` passes
+    over the data and `seconds` of training."""
     shares = {}
     if training.max_steps is not None:
         shares["max_steps"] = steps / training.max_steps

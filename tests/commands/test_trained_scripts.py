@@ -81,7 +81,7 @@ def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Pa
         ("generate", "sampling.top_p=2", "sampling.top_p=2.0: must be at least 0 and at most 1"),
         ("generate", "checkpoint=missing", "missing is no file or folder here, and Hugging Face"),
         ("evaluate", "path=missing", "path=missing: no such file"),
-        ("evaluate", "text=a", "text: 1 tokens are too few"),
+        ("evaluate", "text=a", "text is too short: give at least 2 tokens"),
         ("evaluate", "split=test", "split=test: must be one of training, validation"),
     ],
 )

@@ -191,11 +191,13 @@ def test_jobs_of_other_lengths_are_judged_as_by_hand(tmp_path: Path, rule: str) 
 def test_the_reason_says_what_was_compared() -> None:
     others = [[Point(0.1, 5.0), Point(0.5, loss), Point(1.0, 1.0)] for loss in (2.0, 3.0, 4.0, math.inf)]
     own = [Point(0.1, 5.0), Point(0.4, 4.75), Point(0.5, 6.0)]
-    assert median_rule(own, others, 4) == "best validation loss 4.7500, the median of 4 other jobs was 3.5000"
+    assert median_rule(own, others, 4) == (
+        "best validation loss 4.7500 is above 3.5000, the median of 4 other jobs"
+    )
     assert median_rule(own, others, 5) is None
     assert median_rule([Point(0.5, 3.5)], others, 4) is None  # level with it
     assert halving_rule(own, others, 2, 0.5) == (
-        "validation loss 6.0000 at 1/2 of the run, the best 2 of 5 jobs had at most 3.0000"
+        "validation loss 6.0000 at 1/2 of the run is above 3.0000, the highest among the best 2 of 5 jobs"
     )
     assert halving_rule([*own, Point(0.6, 9.0)], others, 2, 0.5) is None  # judged once a rung
     assert halving_rule(own, [], 2, 0.5) is None
@@ -244,7 +246,7 @@ def test_only_jobs_of_the_sweep_are_read_and_only_anew_when_they_change(
         tmp_path / "1" / "metrics.jsonl", [{"step": 59, "val/loss": 1, "epoch": 6, "seconds": 9}]
     )
     assert own.evaluate(60, 2.5) == (
-        "median rule at step 59: best validation loss 2.5000, the median of 1 other jobs was 1.0000"
+        "median rule at step 59: best validation loss 2.5000 is above 1.0000, the median of 1 other jobs"
     )
     assert sorted(read) == ["0", "1", "1", "10", "10", "10"]
     own.progress = 0.55

@@ -140,8 +140,8 @@ def test_a_rerun_that_comes_out_otherwise_says_where_and_what_differs(tmp_path: 
             changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled"),
             tmp_path / "again",
         )
-    assert "came out otherwise, first at step 7: grad_norm " in str(error.value)
-    assert f"torch {torch.__version__} (the run: 1.0)" in str(error.value)
+    assert "gave other numbers, first at step 7: grad_norm " in str(error.value)
+    assert f"torch {torch.__version__} (originally 1.0)" in str(error.value)
 
 
 def test_updates_that_are_not_finite_are_left_out_and_counted(
