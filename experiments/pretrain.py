@@ -31,7 +31,7 @@ def run(config: PretrainConfig, run_dir: Path) -> float:
     part of the split, and where runs end worse than their best, as on a small text, it may be below what the
     jobs that went on come to: a sweeper would then take the job that was stopped for the best.
     """
-    from llm.training.loop import pretrain  # imports torch, which --help need not wait for
+    from llm.commands.pretrain import pretrain  # imports torch, which --help need not wait for
 
     summary = pretrain(config, run_dir)
     if summary.stopped_early:
@@ -45,7 +45,7 @@ def follow_the_first() -> None:
     """In the other processes of torchrun: the first one alone reads the config and says what is done."""
     if SHOWN & {argument.partition("=")[0] for argument in sys.argv[1:]}:
         return
-    from llm.training.loop import take_part
+    from llm.commands.pretrain import take_part
 
     try:
         take_part()

@@ -5,6 +5,7 @@ Independent of Hydra and torch. The defaults are those of `conf/`, so `PretrainC
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -20,13 +21,20 @@ def key(
     below: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    table: str = "",
 ) -> Any:
     """A dataclass field with its meaning, shown in errors, and its range, checked by `validate`. None is
-    always in range where the type allows it."""
+    always in range where the type allows it.
+
+    Args:
+        table: instead of choices, the dotted name of a table whose keys they are. It stands beside the code
+            that it chooses from and is imported only to validate, so that `--help` need not wait for torch.
+    """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
         "meaning": meaning,
         "choices": choices,
+        "table": table,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
     }
     if isinstance(default, list):
@@ -55,13 +63,14 @@ class ModelConfig:
         "torch: torch's own defaults, as in the book; gpt2: normal with standard deviation 0.02",
         choices=("torch", "gpt2"),
     )
+    norm: str = key("layernorm", "normalisation of the residual stream", table="llm.model.parts.NORMS")
+    position: str = key("learned", "how positions are told apart", table="llm.model.parts.POSITIONS")
+    activation: str = key("gelu", "of the feed-forward network", table="llm.model.parts.ACTIVATIONS")
 
 
 @dataclass
 class DataConfig:
-    source: str = key(
-        "shakespeare", "where the text comes from", choices=("shakespeare", "the_verdict", "text")
-    )
+    source: str = key("shakespeare", "where the text comes from", table="llm.data.corpus.SOURCES")
     path: str | None = key(
         None, "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: one document per line"
     )
@@ -84,7 +93,9 @@ class TokenizerConfig:
 @dataclass
 class OptimizerConfig:
     name: str = key(
-        "muon", "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
+        "muon",
+        "adamw; or muon: Muon for the blocks' matrices, AdamW for the rest",
+        table="llm.training.optimizers.OPTIMIZERS",
     )
     lr: float = key(0.01, "peak learning rate", above=0)
     weight_decay: float = key(0.1, "decoupled weight decay", at_least=0)
@@ -101,7 +112,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = key("wsd", "shape of the learning-rate schedule", choices=("constant", "cosine", "wsd"))
+    name: str = key("wsd", "shape of the learning-rate schedule", table="llm.training.schedules.SCHEDULES")
     warmup: float = key(0.02, "share of the run for linear warmup from 0", at_least=0, at_most=1)
     decay: float = key(0.5, "wsd: share of the run, at its end, for linear decay", at_least=0, at_most=1)
     final: float = key(0.0, "learning rate at the end, as a share of lr", at_least=0, at_most=1)
@@ -365,12 +376,17 @@ _OUT_OF_BOUNDS = {
 def _check_range(name: str, value: Any, metadata: Any) -> None:
     if value is None or not metadata:
         return
-    choices, bounds = metadata["choices"], metadata["bounds"]
+    choices, bounds = metadata["choices"] or _names_in(metadata["table"]), metadata["bounds"]
     if choices and value not in choices:
         raise UserError(f"{name}={value}: must be one of {', '.join(choices)} ({metadata['meaning']})")
     if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
         raise UserError(f"{name}={value}: must be {wanted} ({metadata['meaning']})")
+
+
+def _names_in(table: str) -> tuple[str, ...]:
+    module, _, name = table.rpartition(".")
+    return tuple(getattr(import_module(module), name)) if module else ()
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

@@ -1,30 +1,18 @@
-"""Device, precision, threads, seeds and the processes that share a run."""
+"""Where a process computes, in which precision, and which of the processes of a run it is."""
 
 import contextlib
 import ctypes
 import os
-import platform
-import re
-import resource
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from llm.config import RuntimeConfig
-from llm.errors import UserError, first_line
-
-ERROR = "error.txt"  # what another process than the main one could not do
-BEGUN = ".begun"  # after its rank, once it has
+from llm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -151,154 +139,3 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
-
-
-@contextlib.contextmanager
-def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) -> Iterator[Runtime]:
-    """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`:
-    those that torchrun has launched, or else new ones."""
-    if config.processes == 1:
-        yield start_runtime(config)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        group: dict[str, Any] = {}
-        others = []
-        if not launched_processes():
-            group = {"init_method": f"file://{folder / 'meeting-place'}", "world_size": config.processes}
-            others = [
-                mp.get_context("spawn").Process(
-                    target=_other_process, args=(folder, work, {**group, "rank": rank}), daemon=True
-                )
-                for rank in range(1, config.processes)
-            ]
-            group["rank"] = 0
-        runtime = start_runtime(config)
-        for other in others:
-            other.start()
-        try:
-            _wait_for(others, folder)
-            _join(group)
-            dist.broadcast_object_list([(config, arguments)])
-            yield runtime
-            dist.destroy_process_group()  # before `join`: NCCL's waits for the others'
-            for other in others:
-                other.join()
-        except RuntimeError as error:  # what torch says when another process is gone
-            if not (folder / ERROR).exists():
-                raise
-            raise UserError((folder / ERROR).read_text("utf-8")) from error
-        finally:
-            for other in others:
-                other.kill()
-            if dist.is_initialized():  # after an error: the next run in this process meets anew
-                dist.distributed_c10d._abort_process_group()
-
-
-def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
-    """
-    Raises:
-        UserError: one ended before it began; it would be waited for in vain.
-    """
-    while len(list(folder.glob(f"*{BEGUN}"))) < len(others):
-        if any(other.exitcode for other in others):
-            raise UserError(
-                "runtime.processes: another process could not begin; a script of yours has to call "
-                'pretrain() under `if __name__ == "__main__":`, as each process imports it'
-            )
-        time.sleep(0.05)
-
-
-def _join(group: dict[str, Any]) -> None:
-    """Objects and flags travel between CPUs by gloo, gradients between GPUs by NCCL. Left to itself, torch
-    takes NCCL alone where there is a GPU, and sends objects from GPU 0 of every process."""
-    nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **group)
-
-
-def follow(work: Callable[..., Any], **group: Any) -> None:
-    """Do this process's part of what the first one begins with `processes`.
-
-    Args:
-        group: where the processes meet; torchrun says it by itself.
-    """
-    _join(group)
-    told: list[Any] = [None]
-    dist.broadcast_object_list(told)
-    config, arguments = told[0]
-    work(*arguments, start_runtime(config, dist.get_rank()))
-    dist.destroy_process_group()
-
-
-def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]) -> None:
-    (folder / f"{group['rank']}{BEGUN}").touch()
-    try:
-        follow(work, **group)
-    except UserError as error:  # the main process says it, and alone
-        (folder / ERROR).write_text(str(error), encoding="utf-8")
-        sys.exit(1)
-
-
-@contextlib.contextmanager
-def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
-    """
-    Args:
-        sizes: gives, once memory is out, the sizes at play and the keys to lower.
-
-    Raises:
-        UserError: memory is out, or torch cannot compile here.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        text = str(error)
-        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise UserError(
-                f"runtime.compile=true: torch cannot compile here ({first_line(error)}); leave it out"
-            ) from error
-        if not isinstance(error, MemoryError) and not re.search(
-            "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED",
-            text,
-            re.IGNORECASE,
-        ):
-            raise
-        wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
-        more = f" ({wanted[1]} more were asked for)" if wanted else ""
-        raise UserError(f"out of memory{more}: {sizes()}") from error
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, as `AMD EPYC, 2 threads` or `NVIDIA H100`."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return "Apple GPU"
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a large square matrix product in the run's precision."""
-    # So large that launching it and waiting for it take no time to speak of.
-    size = {"cuda": 8192, "mps": 4096}.get(runtime.device.type, 1024)
-    generator = torch.Generator(runtime.device).manual_seed(0)  # training's stream is not touched
-    matrix = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
-    best = float("inf")
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    if runtime.device.type == "cuda":  # else these matrices would count, and the jobs before
-        torch.cuda.reset_peak_memory_stats(runtime.device)
-    return 2 * size**3 / best
-
-
-def peak_memory_bytes(runtime: Runtime) -> int:
-    """The most memory held so far: on the GPU under CUDA, else of the whole process."""
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(runtime.device)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

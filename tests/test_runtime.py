@@ -7,7 +7,8 @@ from conftest import python_in
 
 from llm.config import RuntimeConfig
 from llm.errors import UserError
-from llm.runtime import Runtime, processes
+from llm.processes import processes
+from llm.runtime import Runtime
 
 TWO = RuntimeConfig(device="cpu", precision="fp32", processes=2)
 
@@ -29,7 +30,7 @@ def test_a_script_that_each_process_would_run_again_is_told_so(
     script = tmp_path / "script.py"
     script.write_text(
         "from llm.config import RuntimeConfig\n"
-        "from llm.runtime import processes\n"
+        "from llm.processes import processes\n"
         "with processes(RuntimeConfig(device='cpu', processes=2), print):\n"
         "    pass\n"
     )

@@ -18,13 +18,13 @@ from wandb_server import KEY, ArrivedRun, WandbServer
 
 from llm import tracking
 from llm.checkpoints.checkpoint import run_id
+from llm.commands.pretrain import pretrain
 from llm.commands.workspace import CURVES, save_workspace
 from llm.config import ModelConfig, PretrainConfig, TrackingConfig, WorkspaceConfig
 from llm.errors import UserError
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
-from llm.training import loop as training
-from llm.training.loop import pretrain
+from llm.training import life
 
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
 
@@ -155,13 +155,13 @@ def test_an_outage_costs_nothing_but_a_sync(
 ) -> None:
     monkeypatch.setattr(tracking, "ANSWER", 1)
     monkeypatch.setattr(tracking, "DELIVER", 1)
-    begin = training.train
+    begin = life.train
 
     def train(*arguments: Any) -> None:
         break_down(server, outage)
         begin(*arguments)
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(life, "train", train)
     summary = pretrain(config, tmp_path / "run")
     assert summary.status == "finished"
     [folder] = (tmp_path / "run" / "wandb").glob("run-*")

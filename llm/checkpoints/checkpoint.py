@@ -1,20 +1,20 @@
-"""Saved work: a folder a checkpoint, written whole, checked by its checksums, loaded without running code.
+"""Our own checkpoints: a folder each, written whole, verified by checksums, loaded without running code.
 
     checkpoints/
-        step-00000400/      all that is needed to go on; `checkpoint.keep` of them are there
+        step-00000400/      all that is needed to continue; the last `checkpoint.keep` of them are kept
             model.safetensors           weights, under the book's names
-            config.json                 the run's whole config
+            config.json                 the run's whole config, and the version of this format
             training_state.safetensors  optimizer state by parameter, random states
             training_state.json         counters, position in the data, which run this is
             metrics.jsonl, samples.jsonl    what the run had recorded by then
             SHA256SUMS                  of all of these; `sha256sum -c` checks it too
-        best-00000300/      the weights with the lowest validation loss by then
+        best-00000300/      the weights with the lowest validation loss so far
             model.safetensors, config.json, SHA256SUMS
         last -> step-00000400
         best -> best-00000300
 
-The number is the count of updates done. A folder is complete, on disk and read back before it takes its
-name; only then do the links move, and only after that are older folders deleted.
+The number counts the updates done. A folder gets its name only when it is complete, on disk and read back;
+only then do the links move, and only after that are older folders deleted.
 """
 
 import json
@@ -24,19 +24,19 @@ import re
 import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm.config import ModelConfig, PretrainConfig, from_dict, validate
+from llm.checkpoints.weights import Weights
+from llm.config import PretrainConfig, from_dict, validate
 from llm.errors import UserError, first_line
-from llm.files import as_json, replacing, sha256, write_text
-from llm.model.gpt import GPTModel
+from llm.files import as_json, as_typed, replacing, sha256, write_text
 from llm.run_folder import CHECKPOINT_NAME, CHECKPOINTS, RECORDS, RUN_ID, find_run, step_folders, steps_of
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
@@ -44,52 +44,66 @@ STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
 BEST_FILES = (WEIGHTS, CONFIG)
 STEP_FILES = (WEIGHTS, CONFIG, STATE_TENSORS, STATE, *RECORDS)
 
+# Written to config.json. Version 1, before November 2026, did not say so. Version 2 adds the numbers that an
+# optimizer keeps (`optimizer_numbers`) to training_state.json, and the parts of the model to its config.
+FORMAT_VERSION = 2
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
+class TrainingState:
+    """What a run needs to continue exactly, besides its weights and its config."""
+
+    run_id: str
+    counters: dict[str, Any]
+    batches: dict[str, int]  # position in the data
+    data: list[str]  # fingerprints of the training and of the validation tokens
+    resumed: list[dict[str, Any]]
+    optimizer: dict[str, dict[str, Tensor | float]]  # by the parameter's name and the optimizer's own
+    generators: list[dict[str, Tensor]]  # random states of each process, by kind of device
+    epoch_generator: Tensor | None  # the book's order: the CPU's random state when the epoch began
+
+
+@dataclass
 class Snapshot:
-    """What a checkpoint holds, in memory of its own, so that training goes on while it is written."""
+    """What a checkpoint holds, in memory of its own, so that training continues while it is written."""
 
     steps: int
     config: PretrainConfig
     weights: dict[str, Tensor]
-    state_tensors: dict[str, Tensor]
-    state: dict[str, Any]  # plain values
+    state: TrainingState
     record_sizes: dict[str, int]  # bytes of the run's RECORDS that belong to it
 
 
-def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights, copied to the CPU's memory."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
 class CheckpointWriter:
-    """Writes one snapshot at a time in a thread of its own.
+    """Writes one snapshot at a time, in a thread of its own.
 
-    What the user can put right (a full disk) is logged, and kept for `wait`; the checkpoints there stay. Any
-    other error of the thread is raised by the next `wait`.
+    An error that the user can fix (a full disk) is logged and returned by `wait`; existing checkpoints stay.
+    Any other error of the thread is raised by the next `wait`.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.run_dir = run_dir
         self.keep = keep
-        self.saved_steps: int | None = None  # of the last snapshot that is on disk
-        self.best: tuple[int, dict[str, Tensor]] | None = None  # steps and weights; written with the next one
+        self.saved_steps: int | None = None  # of the newest snapshot on disk
+        self.best: tuple[int, dict[str, Tensor]] | None = (
+            None  # steps and weights; written with the next snapshot
+        )
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[UserError | None] | None = None
 
     def write(self, snapshot: Snapshot) -> None:
-        """Begin to write; `wait` first."""
+        """Start writing; `wait` first."""
         self._writing = self._pool.submit(self._write, snapshot)
 
     def has_saved(self, steps: int) -> bool:
-        """Whether the state after `steps` updates is on disk, once what is going on is done."""
+        """Whether the state after `steps` updates is on disk, once a write in progress is done."""
         self.wait()
         return self.saved_steps == steps
 
     def wait(self) -> UserError | None:
-        """Wait for the write that is going on; why it failed, if it did."""
+        """Wait for a write in progress; returns why it failed, if it did."""
         return self._writing.result() if self._writing else None
 
     def _write(self, snapshot: Snapshot) -> UserError | None:
@@ -99,7 +113,7 @@ class CheckpointWriter:
                 write_best(self.run_dir, best[0], best[1], snapshot.config)
             write_step(self.run_dir, snapshot)
         except UserError as error:
-            log.warning("checkpoint not saved: %s; training goes on, and the next one tries again", error)
+            log.warning("checkpoint not saved: %s; training continues, and the next one tries again", error)
             return error
         prune(self.run_dir, snapshot.steps, self.keep)
         self.saved_steps = snapshot.steps
@@ -112,12 +126,13 @@ def write_step(run_dir: Path, snapshot: Snapshot) -> None:
     """Write a step checkpoint and point `last` at it.
 
     Raises:
-        UserError: it cannot be written; the checkpoints there are untouched.
+        UserError: it cannot be written; existing checkpoints are untouched.
     """
+    state_tensors, state = _split(snapshot.state)
     _write_folder(
         run_dir / CHECKPOINTS / _name("step", snapshot.steps),
-        tensors={WEIGHTS: snapshot.weights, STATE_TENSORS: snapshot.state_tensors},
-        values={CONFIG: asdict(snapshot.config), STATE: snapshot.state},
+        tensors={WEIGHTS: snapshot.weights, STATE_TENSORS: state_tensors},
+        values={CONFIG: _versioned(snapshot.config), STATE: state},
         records={run_dir / name: size for name, size in snapshot.record_sizes.items()},
         link="last",
     )
@@ -127,11 +142,60 @@ def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: Pr
     """Write weights as the best so far, after `steps` updates, and point `best` at them.
 
     Raises:
-        UserError: they cannot be written; the checkpoints there are untouched.
+        UserError: they cannot be written; existing checkpoints are untouched.
     """
     folder = run_dir / CHECKPOINTS / _name("best", steps)
     _write_folder(
-        folder, tensors={WEIGHTS: weights}, values={CONFIG: asdict(config)}, records={}, link="best"
+        folder, tensors={WEIGHTS: weights}, values={CONFIG: _versioned(config)}, records={}, link="best"
+    )
+
+
+def _versioned(config: PretrainConfig) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, **asdict(config)}
+
+
+def _split(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a training state by name, and its plain values."""
+    values = {item.name: getattr(state, item.name) for item in fields(state)}
+    optimizer, generators, epoch_generator = (
+        values.pop(name) for name in ("optimizer", "generators", "epoch_generator")
+    )
+    tensors = {
+        f"generator/{rank}/{kind}": tensor
+        for rank, states in enumerate(generators)
+        for kind, tensor in states.items()
+    }
+    if epoch_generator is not None:
+        tensors["epoch_generator"] = epoch_generator
+    numbers: dict[str, dict[str, float]] = {}
+    for parameter, kept in optimizer.items():
+        for key, value in kept.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{parameter}/{key}"] = value
+            else:
+                numbers.setdefault(parameter, {})[key] = value
+    return tensors, {**values, "optimizer_numbers": numbers}
+
+
+def _joined(tensors: dict[str, Tensor], values: dict[str, Any]) -> TrainingState:
+    """The inverse of `_split`."""
+    optimizer: dict[str, dict[str, Tensor | float]] = {
+        name: dict(numbers) for name, numbers in values.get("optimizer_numbers", {}).items()
+    }
+    generators: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            parameter, _, key = rest.rpartition("/")
+            optimizer.setdefault(parameter, {})[key] = tensor
+        elif kind == "generator":
+            rank, _, device = rest.partition("/")
+            generators.setdefault(int(rank), {})[device] = tensor
+    return TrainingState(
+        **{name: values[name] for name in ("run_id", "counters", "batches", "data", "resumed")},
+        optimizer=optimizer,
+        generators=[generators[rank] for rank in sorted(generators)],
+        epoch_generator=tensors.get("epoch_generator"),
     )
 
 
@@ -155,7 +219,7 @@ def _write_folder(
         for name, content in tensors.items():
             written = load_file(temporary / name)
             if not all(_same_bytes(tensor, written[key]) for key, tensor in content.items()):
-                raise OSError(f"{name} was not read back as it was written: the disk or the memory fails")
+                raise OSError(f"{name} was not read back as it was written: the disk or the memory is faulty")
         lines = [f"{checksum}  {name}\n" for name, checksum in checksums.items()]
         (temporary / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     with replacing(folder.with_name(link)) as temporary:
@@ -190,7 +254,7 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 def prune(run_dir: Path, steps: int, keep: int) -> None:
     """Delete all step checkpoints but the last `keep` up to `steps`, and all best ones but theirs.
 
-    One with more steps is of a course that was given up: the run was resumed from before it.
+    Those with more steps were abandoned when the run was resumed from an earlier one.
     """
     kept = [folder for folder in step_folders(run_dir) if steps_of(folder) <= steps][:keep]
     names = {folder.name for folder in kept} | {_best_of(folder) for folder in kept}
@@ -235,8 +299,8 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def newest_whole(run_dir: Path, names: tuple[str, ...], run_id: str | None = None) -> Path:
-    """The newest step checkpoint of a run whose files are whole, and that says `run_id` if it is given. Logs
-    which are passed over; the run has at least one.
+    """The newest step checkpoint of a run whose files are whole, and that belongs to `run_id` if it is given.
+    Logs those that are skipped. The run has at least one.
 
     Raises:
         UserError: none is whole.
@@ -244,24 +308,42 @@ def newest_whole(run_dir: Path, names: tuple[str, ...], run_id: str | None = Non
     for folder in step_folders(run_dir):
         problem = damage(folder, names)
         if problem is None and run_id is not None and read_state(folder).get("run_id") != run_id:
-            problem = "it is of another run"
+            problem = "it belongs to another run"
         if problem is None:
             return folder
-        log.warning("%s is passed over: %s", folder, problem)
+        log.warning("%s is skipped: %s", folder, problem)
     raise UserError(f"no checkpoint of {run_dir} is whole: in {folder.name} {problem}")
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[GPTModel, PretrainConfig]:
-    """The model of a checkpoint folder, in evaluation mode, and the config of its run.
+def find_checkpoint(name: str) -> Path:
+    """The checkpoint folder that a name means, verified: one itself, or the newest whole one of a run.
 
     Raises:
-        UserError: a file is missing, damaged, or does not fit the model that the config describes.
+        UserError: there is none, or it is damaged.
     """
-    if problem := damage(folder, BEST_FILES):
-        raise UserError(f"{folder} is damaged or no checkpoint: {problem}")
+    if name != "latest" and (Path(name) / WEIGHTS).exists():
+        folder = Path(name).resolve()
+        if problem := damage(folder, BEST_FILES):
+            raise UserError(f"{folder} is damaged or no checkpoint: {problem}")
+        return folder
+    return newest_whole(find_run(name), BEST_FILES).resolve()
+
+
+def read_weights(folder: Path) -> Weights:
+    """The weights of a checkpoint of ours that was verified, see `damage`.
+
+    Raises:
+        UserError: a file does not fit the model that the config describes, or is of another version.
+    """
     config = read_config(folder)
-    model = model_of_weights(config.model, read_tensors(folder / WEIGHTS), folder)
-    return model.to(device).eval(), config
+    return Weights(
+        config.model,
+        read_tensors(folder / WEIGHTS),
+        config.tokenizer.name,
+        origin=str(as_typed(folder)),
+        trained=config,
+        folder=folder,
+    )
 
 
 def read_config(folder: Path) -> PretrainConfig:
@@ -271,7 +353,13 @@ def read_config(folder: Path) -> PretrainConfig:
         UserError: it is missing, damaged, or has keys that this version does not know.
     """
     file = folder / CONFIG
-    config = _read(file, lambda file: from_dict(PretrainConfig, json.loads(file.read_text("utf-8"))))
+    values = _read(file, lambda file: dict(json.loads(file.read_text("utf-8"))))
+    if (version := values.pop("format_version", 1)) not in range(1, FORMAT_VERSION + 1):
+        raise UserError(
+            f"{folder} has format version {version}, and this program reads up to {FORMAT_VERSION}: "
+            f"update the program"
+        )
+    config = _read(file, lambda file: from_dict(PretrainConfig, values))
     try:
         validate(config)
     except UserError as error:
@@ -297,86 +385,27 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return _read(file, load_file)
 
 
-def load_optimizer_state(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimizer state of a step checkpoint, by parameter and then by its own name in the optimizer.
+def read_training_state(folder: Path) -> TrainingState:
+    """What a step checkpoint holds besides weights and config.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing, damaged or of another format.
     """
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_tensors(folder / STATE_TENSORS).items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            parameter, _, key = rest.rpartition("/")
-            state.setdefault(parameter, {})[key] = tensor
-    return state
+    tensors, values = read_tensors(folder / STATE_TENSORS), read_state(folder)
+    return _read(folder / STATE, lambda file: _joined(tensors, values))
 
 
 def _read(file: Path, read: Any) -> Any:
     try:
         return read(file)
     except FileNotFoundError as error:
-        raise UserError(f"{file.parent} is no whole checkpoint: {file.name} is missing") from error
+        raise UserError(f"{file.parent} is not a whole checkpoint: {file.name} is missing") from error
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is damaged or of another format: {first_line(error)}") from error
 
 
-def model_of_weights(config: ModelConfig, weights: dict[str, Tensor], source: Path | str) -> GPTModel:
-    """A model that takes weights as its own, without making others first.
-
-    Raises:
-        UserError: a tensor is missing, of another shape, or too many.
-    """
-    layers = len({name.split(".")[1] for name in weights if name.startswith("trf_blocks.")})
-    embeddings = weights.get("tok_emb.weight", torch.empty(0))
-    found = {"n_layers": layers, "vocab_size": embeddings.shape[0], "emb_dim": embeddings.shape[-1]}
-    for name, size in found.items():  # before a model of a billion layers is made
-        if getattr(config, name) != size:
-            raise UserError(f"{source} holds another model: {name}={size}, not {getattr(config, name)}")
-    with torch.device("meta"):
-        model = GPTModel(config)
-    check_shapes(model, weights, source)
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    return model
-
-
-def check_shapes(model: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """
-    Raises:
-        UserError: a tensor is missing, of another shape, or too many.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in weights.items()}, source)
-
-
-def compare_shapes(
-    wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: Path | str
-) -> None:
-    """
-    Raises:
-        UserError: a tensor is missing, of another shape, or too many.
-    """
-    for name in [*wanted, *found]:
-        if wanted.get(name) != found.get(name):
-            raise UserError(
-                f"{source} holds another model: {name} has shape {found.get(name, 'nothing')}, "
-                f"and the config's model wants {wanted.get(name, 'nothing')}"
-            )
-
-
-def find_checkpoint(name: str) -> Path:
-    """The checkpoint folder that a name means: one itself, or the newest whole one of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name != "latest" and (Path(name) / WEIGHTS).exists():
-        return Path(name).resolve()
-    return newest_whole(find_run(name), BEST_FILES).resolve()
-
-
 def step_of(folder: Path) -> int | None:
-    """The step, counted from 0, after which one of our checkpoint folders was saved."""
+    """The update, counted from 0, after which one of our checkpoint folders was saved."""
     return steps_of(folder) - 1 if CHECKPOINT_NAME.fullmatch(folder.name) else None
 
 

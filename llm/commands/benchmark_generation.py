@@ -15,14 +15,15 @@ import torch
 from llm.commands.benchmark_training import transformers_gpt2
 from llm.config import BenchmarkConfig, validate
 from llm.data.tokenizer import load_tokenizer
+from llm.device import device_name
 from llm.errors import UserError
 from llm.files import write_json
 from llm.generation.inference import for_inference
 from llm.generation.sampling import draw_from, next_token
 from llm.generation.texts import generate_texts
-from llm.model.gpt import GPTModel
+from llm.model.gpt import GPTModel, matrix_parameters
 from llm.progress import Progress
-from llm.runtime import computes_in_bf16, device_name, start_runtime
+from llm.runtime import computes_in_bf16, start_runtime
 
 log = logging.getLogger(__name__)
 
@@ -150,12 +151,6 @@ def _report(
 
 def _version() -> str:
     return version("transformers") if importlib.util.find_spec("transformers") else ""
-
-
-def matrix_parameters(model: GPTModel) -> int:
-    """Number of weights in all matrix products of a decode step, the output head included."""
-    blocks = sum(weight.numel() for weight in model.trf_blocks.parameters() if weight.dim() == 2)
-    return blocks + model.head_weight.numel()
 
 
 def _ours(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], None]:

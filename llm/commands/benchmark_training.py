@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
 from llm.model.gpt import GPTModel, training_flops_per_token
 from llm.progress import Progress
-from llm.runtime import Runtime, computes_in_bf16, device_name, measure_matmul_flops, start_runtime
+from llm.runtime import Runtime, computes_in_bf16, start_runtime
 from llm.training.optimizers import Optimizers, build_optimizers
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         progress.update(step / config.steps, f"round {step} of {config.steps}")
     progress.clear()
     tokens = config.batch_size * config.model.context_length
-    flops = tokens * training_flops_per_token(config.model)
+    flops = tokens * training_flops_per_token(GPTModel(config.model))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rates = {
         precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions

@@ -11,22 +11,21 @@ import numpy as np
 import tiktoken
 import torch
 
-from llm.checkpoints.checkpoint import step_of
-from llm.checkpoints.pretrained import resolve
 from llm.config import EvaluateConfig, SamplingConfig, validate
 from llm.data.corpus import Corpus, find_files
-from llm.data.token_file import encode_pieces
+from llm.data.token_file import encode_pieces, token_files
 from llm.data.tokenizer import bytes_of, bytes_of_tokens
-from llm.data.windows import Batch, load_windows, ordered_batches, whole_batches
+from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches
+from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import write_json
 from llm.generation.inference import load_for_inference
 from llm.generation.sampling import next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.progress import Progress, format_count
-from llm.runtime import device_errors_in_one_line, start_runtime
+from llm.runtime import start_runtime
 from llm.training import plots
-from llm.training.evaluation import evaluate
+from llm.training.evaluation import METRICS, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +45,16 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
             be loaded.
     """
     validate(config)
-    checkpoint = resolve(config.checkpoint)
     runtime = start_runtime(config.runtime)
-    model, trained, tokenizer = load_for_inference(checkpoint, runtime)
-    log.info("checkpoint %s · %s · %s\n", checkpoint, runtime.device, runtime.precision)
+    loaded = load_for_inference(config.checkpoint, runtime)
+    model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.trained
+    log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
     context = model.config.context_length
     if config.text is None and config.path is None:
         if trained is None:
-            raise UserError(f"the training data of {checkpoint} is unknown: give a text with path= or text=")
-        windows = load_windows(trained, tokenizer)[config.split == "validation"]
+            raise UserError(f"the training data of {loaded.name} is unknown: give a text with path= or text=")
+        splits = cut_windows(trained, tokenizer, token_files(trained.data, tokenizer))
+        windows = splits[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
         count = len(windows) * context
     else:
@@ -63,16 +63,14 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
     lengths = bytes_of_tokens(tokenizer, model.config.vocab_size)
     with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
-        evaluation = evaluate(model, _with_progress(batches, count), lengths, runtime)
+        metrics = evaluate(model, _with_progress(batches, count), lengths, runtime)
     figures: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "step": step_of(Path(checkpoint)),
+        "checkpoint": loaded.name,
+        "step": loaded.step,
         "precision": runtime.precision,
         "what": what,
         "tokens": count,
-        "loss": evaluation.loss,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
+        **metrics,
     }
     if config.text is not None:
         table = token_table(model, token_ids, tokenizer)
@@ -84,13 +82,14 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         figures |= {"token_table": table, "sampling": asdict(config.sampling)}
     write_json(run_dir / "evaluation.json", figures)
     log.info("%s: %s predicted tokens", what, f"{count:,}")
-    log.info("loss           %.3f nats per token", evaluation.loss)
-    log.info("perplexity     %.1f", evaluation.perplexity)
-    log.info("bits per byte  %.3f", evaluation.bits_per_byte)
+    width = max(len(metric.title) for metric in METRICS.values())
+    for name, metric in METRICS.items():
+        unit = " nats per token" if name == "loss" else ""
+        log.info("%s  %s%s", metric.title.ljust(width), metric.form.format(metrics[name]), unit)
     if config.text is not None:
         log.info("next-token probabilities, before and after each sampling step: %s", picture)
     log.info("saved to %s", run_dir / "evaluation.json")
-    return evaluation.loss
+    return metrics["loss"]
 
 
 def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, vocab_size: int) -> np.ndarray:

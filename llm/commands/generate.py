@@ -11,19 +11,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from llm.checkpoints.checkpoint import step_of
-from llm.checkpoints.pretrained import resolve
 from llm.config import GenerateConfig, TrackingConfig, validate
-from llm.data.corpus import find_files, find_splits, read_text
-from llm.data.token_file import token_file
+from llm.data.corpus import find_files, read_text
+from llm.data.token_file import token_files
+from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import append_json_lines, cache_folder, remove, write_json
 from llm.generation.copying import NgramIndex, load_ngram_index
-from llm.generation.inference import load_for_inference
+from llm.generation.inference import Loaded, load_for_inference
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
 from llm.progress import format_table
-from llm.runtime import Runtime, device_errors_in_one_line, start_runtime
+from llm.runtime import start_runtime
 from llm.sweeps.study_report import MAIN_METRICS, METRICS, StudyJob, study_report
 from llm.tracking import Tracker, sync_command
 
@@ -87,21 +86,19 @@ def conclude_study(folder: Path, jobs: list[StudyJob]) -> None:
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
     """The samples, and the figures for their summary."""
-    checkpoint = resolve(config.checkpoint)
     runtime = start_runtime(config.runtime)
-    model, _, tokenizer = load_for_inference(checkpoint, runtime)
+    loaded = load_for_inference(config.checkpoint, runtime)
     prompts = _prompts(config)
     num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
-    log.info("checkpoint %s · %s · %s\n", checkpoint, runtime.device, runtime.precision)
+    log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
     streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
-    step = step_of(Path(checkpoint))
-    index = _training_index(checkpoint, runtime) if config.study else None
+    index = _training_index(loaded) if config.study else None
     remove(run_dir / "samples.jsonl")  # left by a job of a sweep that was interrupted and starts again
     begin = time.perf_counter()
     samples, copying = [], []
     for sample in generate_texts(
-        model,
-        tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         prompts,
         config.sampling,
         config.max_new_tokens,
@@ -115,8 +112,8 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     ):
         samples.append(sample)
         if index:
-            copying.append(copying_of(sample, index, tokenizer))
-        line = {"step": step, **sample.line(), **(copying[-1] if index else {})}
+            copying.append(copying_of(sample, index, loaded.tokenizer))
+        line = {"step": loaded.step, **sample.line(), **(copying[-1] if index else {})}
         append_json_lines(run_dir / "samples.jsonl", [{**line, "sampling": asdict(config.sampling)}])
         if streaming:
             _show("\n\n")
@@ -125,8 +122,8 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     seconds = time.perf_counter() - begin
     new_tokens = sum(len(sample.token_ids) for sample in samples)
     about = {
-        "checkpoint": checkpoint,
-        "step": step,
+        "checkpoint": loaded.name,
+        "step": loaded.step,
         "num_samples": len(samples),
         "new_tokens": new_tokens,
         "seconds": seconds,
@@ -163,17 +160,16 @@ def _show(piece: str) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _training_index(checkpoint: str, runtime: Runtime) -> NgramIndex | None:
+def _training_index(loaded: Loaded) -> NgramIndex | None:
     """The index of the tokens that a checkpoint was trained on; None, with a warning, if they are not
     available."""
-    _, trained, tokenizer = load_for_inference(checkpoint, runtime)
-    if trained is None:
-        log.warning("copying is not measured: the training data of %s is unknown", checkpoint)
+    if loaded.trained is None:
+        log.warning("copying is not measured: the training data of %s is unknown", loaded.name)
         return None
+    data = loaded.trained.data
     try:
-        training_text, _ = find_splits(trained.data)
+        training, _ = token_files(data, loaded.tokenizer)
     except UserError as error:
         log.warning("copying is not measured, as the training text is not available: %s", error)
         return None
-    cache = cache_folder(trained.data.cache_dir)
-    return load_ngram_index(token_file(training_text, tokenizer, cache, "training"), cache)
+    return load_ngram_index(training, cache_folder(data.cache_dir))

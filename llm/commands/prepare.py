@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from llm.config import PretrainConfig, validate
 from llm.data.corpus import find_corpus
+from llm.data.token_file import token_files
 from llm.data.tokenizer import load_tokenizer
-from llm.data.windows import TrainingBatches, load_windows, path_of
+from llm.data.windows import TrainingBatches, cut_windows
 from llm.progress import format_count, format_seconds
 from llm.runtime import start_runtime
 
@@ -18,7 +19,7 @@ def prepare(config: PretrainConfig) -> None:
     """Tokenise the texts of a run into the cache, where the run will find them, and log their sizes.
 
     Raises:
-        UserError: a value is out of range, or the run could not use the text; see `load_windows`.
+        UserError: a value is out of range, or the run could not use the text; see `cut_windows`.
     """
     validate(config)
     begin = time.perf_counter()
@@ -29,16 +30,19 @@ def prepare(config: PretrainConfig) -> None:
     log.info(
         "text        %sB in %d file%s (%s)", format_count(size), len(files), "s"[: len(files) > 1], source
     )
-    training, validation = load_windows(config, load_tokenizer(config.tokenizer.name))
-    for name, windows in (("training", training), ("validation", validation)):
+    tokenizer = load_tokenizer(config.tokenizer.name)
+    token_file_pair = token_files(config.data, tokenizer)
+    windows_pair = cut_windows(config, tokenizer, token_file_pair)
+    for name, tokens, windows in zip(("training", "validation"), token_file_pair, windows_pair, strict=True):
         log.info(
-            "%-11s %s tokens, %s windows of %d: %s",
+            "%-11s %s tokens of %.2f bytes, %s windows of %d: %s",
             name,
-            format_count(len(windows.tokens)),
+            format_count(len(tokens.ids)),
+            tokens.bytes / len(tokens.ids),
             format_count(len(windows)),
             config.model.context_length,
-            path_of(windows),
+            tokens.path,
         )
-    updates = len(TrainingBatches(training, config.data, config.seed)) // config.training.accumulate
+    updates = len(TrainingBatches(windows_pair[0], config.data, config.seed)) // config.training.accumulate
     log.info("an epoch    %s updates", f"{updates:,}")
     log.info("took        %s", format_seconds(time.perf_counter() - begin))

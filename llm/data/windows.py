@@ -1,7 +1,6 @@
-"""Token files to windows, to batches in an order that can be resumed."""
+"""Tokens to windows to batches, in an order that can be resumed."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm.config import DataConfig, PretrainConfig
-from llm.data.token_file import token_files
+from llm.data.token_file import TokenFile
 from llm.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
@@ -43,11 +42,11 @@ class Windows(Dataset[Batch]):
 
 
 class TrainingBatches:
-    """Endless batches of a training split, epoch after epoch, that can go on from any position.
+    """Endless batches of a training split, epoch after epoch, that can start at any position.
 
     The shuffled order is a function of (seed, epoch, position) alone. The book's order is that of torch's
-    DataLoader, which draws from the global generator at the start of each epoch; to go on from inside
-    an epoch, the generator's state at that start is kept.
+    DataLoader, which draws from the global generator at the start of each epoch; to resume inside an
+    epoch, the generator's state at that start is kept.
     """
 
     def __init__(self, windows: Windows, config: DataConfig, seed: int) -> None:
@@ -56,12 +55,12 @@ class TrainingBatches:
         self.book_order = config.order == "book"
         self.seed = seed
         self.epoch = 0
-        self.position = 0  # batches of this epoch already given out
+        self.position = 0  # batches of this epoch already used
         self._epoch_generator_state: Tensor | None = None
         self._batches: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        """Batches in an epoch; a last one that is not full is left out."""
+        """Batches in an epoch; a last one that is not full is dropped."""
         return len(self.windows) // self.batch_size
 
     def __next__(self) -> Batch:
@@ -90,7 +89,7 @@ class TrainingBatches:
         return batches
 
     def state(self) -> tuple[dict[str, int], Tensor | None]:
-        """Where the next batch stands, and in the book's order the generator's state when its epoch began."""
+        """The position of the next batch; in the book's order, the generator's state when its epoch began."""
         return {"epoch": self.epoch, "position": self.position}, self._epoch_generator_state
 
     def load_state(self, place: dict[str, int], epoch_generator_state: Tensor | None) -> None:
@@ -133,21 +132,27 @@ def book_batches(windows: Windows, batch_size: int, training: bool) -> Iterator[
     return iter(DataLoader(windows, batch_size=batch_size, shuffle=training, drop_last=training))
 
 
-def load_windows(config: PretrainConfig, tokenizer: tiktoken.Encoding) -> tuple[Windows, Windows]:
-    """The training and the validation windows of a run, tokenised into the cache if they are not there.
+def cut_windows(
+    config: PretrainConfig, tokenizer: tiktoken.Encoding, files: tuple[TokenFile, TokenFile]
+) -> tuple[Windows, Windows]:
+    """The training and the validation windows of a run.
+
+    Args:
+        files: the training and the validation tokens, as `token_files` gives them.
 
     Raises:
-        UserError: the text cannot be had, is too short for one batch of training or one window of
-            validation, or holds a token id that the model does not know.
+        UserError: a text is too short for one batch of training or one window of validation, or holds a token
+            id that the model does not know.
     """
     context = config.model.context_length
     windows = []
-    for name, tokens, at_least in zip(
+    for name, file, at_least in zip(
         ("training", "validation"),
-        token_files(config.data, tokenizer),
+        files,
         (config.data.batch_size * config.training.accumulate, 1),
         strict=True,
     ):
+        tokens = file.ids
         fits = tokenizer.n_vocab <= config.model.vocab_size or not len(tokens)
         if not fits and (largest := int(tokens.max())) >= config.model.vocab_size:
             raise UserError(
@@ -163,9 +168,3 @@ def load_windows(config: PretrainConfig, tokenizer: tiktoken.Encoding) -> tuple[
                 f"or lower model.context_length, data.batch_size or training.accumulate"
             )
     return windows[0], windows[1]
-
-
-def path_of(windows: Windows) -> Path:
-    """The token file that windows come from. Its name stands for the text and the tokenizer."""
-    assert isinstance(windows.tokens, np.memmap)
-    return Path(str(windows.tokens.filename))

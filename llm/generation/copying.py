@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm.data.token_file import TokenFile
 from llm.files import replacing
 from llm.progress import Progress, format_count
 
@@ -41,15 +42,13 @@ class Run:
     position: int
 
 
-def load_ngram_index(tokens: np.ndarray, cache: Path, n: int = 8) -> NgramIndex:
+def load_ngram_index(tokens: TokenFile, cache: Path, n: int = 8) -> NgramIndex:
     """The index of the training tokens, memory-mapped from the cache; built first if it is not cached.
 
-    `tokens` is (tokens,), memory-mapped from a file whose name identifies its content, as `token_file`
-    returns it. The index takes 8 bytes per token, on disk permanently and in memory while it is built.
+    It takes 8 bytes per token, on disk permanently and in memory while it is built.
     """
-    assert isinstance(tokens, np.memmap)
-    path = cache / "ngrams" / f"{Path(str(tokens.filename)).stem}-{n}.npy"
-    plain = np.asarray(tokens)  # the same mapping, without np.memmap's overhead on every access
+    path = cache / "ngrams" / f"{tokens.fingerprint}-{n}.npy"
+    plain = np.asarray(tokens.ids)  # the same mapping, without np.memmap's overhead on every access
     if not path.exists():
         table = _sorted_ngrams(plain, n)
         with replacing(path) as temporary, temporary.open("wb") as file:

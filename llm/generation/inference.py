@@ -3,6 +3,7 @@ that multiply a few rows fastest."""
 
 import copy
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -10,43 +11,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.checkpoints.checkpoint import model_of_weights, read_config
-from llm.checkpoints.pretrained import is_ours, open_weights, resolve
+from llm.checkpoints.checkpoint import CHECKSUMS, step_of
+from llm.checkpoints.opening import is_ours, open_weights
+from llm.checkpoints.weights import build_model
 from llm.config import PretrainConfig
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.model.gpt import GPTModel
+from llm.run_folder import find_run, step_folders
 from llm.runtime import Runtime
 
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
 INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past the end if they are no multiple
 
 
-def load_for_inference(
-    checkpoint: str | Path, runtime: Runtime
-) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
-    """Load the model of a run, a checkpoint or foreign weights (see `open_weights`), ready for inference.
+@dataclass(frozen=True, eq=False)  # compared and hashed as itself
+class Loaded:
+    """A model ready for inference, and what is known of it."""
 
-    Returns:
-        The model; the config of its run, None for foreign weights; its tokenizer.
+    model: GPTModel
+    tokenizer: tiktoken.Encoding
+    name: str  # the checkpoint's folder, or the name that foreign weights were asked for by
+    trained: PretrainConfig | None  # the config of its run; None for foreign weights
+    step: int | None  # the update, counted from 0, after which it was saved
+
+
+def load_for_inference(checkpoint: str | Path, runtime: Runtime) -> Loaded:
+    """Load the model of a run, a checkpoint or foreign weights (see `open_weights`), ready for inference.
 
     Raises:
         UserError: the weights are missing or damaged, or their tokenizer is unknown.
     """
-    return _load(resolve(str(checkpoint)), runtime)
+    name = str(checkpoint)
+    return _load(name, _newest(name), runtime)
+
+
+def _newest(name: str) -> Path | None:
+    """Which checkpoint a name of ours means just now; it is not verified yet."""
+    if not is_ours(name):
+        return None
+    return Path(name).resolve() if (Path(name) / CHECKSUMS).exists() else step_folders(find_run(name))[0]
 
 
 @functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
-def _load(name: str, runtime: Runtime) -> tuple[GPTModel, PretrainConfig | None, tiktoken.Encoding]:
+def _load(name: str, newest: Path | None, runtime: Runtime) -> Loaded:
     source = open_weights(name)
     if source.tokenizer is None:
         raise UserError(
             f"{source.origin} does not say which tokenizer it was trained with, and its "
             f"{source.model.vocab_size} tokens are not GPT-2's"
         )
-    model = model_of_weights(source.model, source.weights, source.origin).to(runtime.device)
-    trained = read_config(Path(name)) if is_ours(name) else None
-    return for_inference(model, runtime), trained, load_tokenizer(source.tokenizer)
+    return Loaded(
+        for_inference(build_model(source).to(runtime.device), runtime),
+        load_tokenizer(source.tokenizer),
+        source.origin if source.folder else name,
+        source.trained,
+        step_of(source.folder) if source.folder else None,
+    )
 
 
 def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:

@@ -17,6 +17,11 @@ CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2'
 ALIGNED = 64  # matrix products are fastest when their sides are multiples of this; GPT-2's 50,257 is odd
 
 
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each target: logits (tokens, vocab) and targets (tokens,) to nats (tokens,)."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of `F.cross_entropy(hidden @ weight.T, targets)`, a scalar in nats, for training.
 

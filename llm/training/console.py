@@ -1,43 +1,28 @@
 """What a training run prints: its announcement, its progress, its summary and what to do next."""
 
 import logging
+from pathlib import Path
 
 import torch
 
 from llm.config import PretrainConfig
-from llm.model.gpt import GPTModel, parameter_count, training_flops_per_token
+from llm.device import device_name
+from llm.model.gpt import GPTModel, parameter_count
 from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run_folder import step_folders, steps_of
-from llm.runtime import device_name
 from llm.tracking import sync_command
-from llm.training.evaluation import Evaluation
-from llm.training.optimizers import orthogonalisation_flops
-from llm.training.run import Run, Summary
+from llm.training.budget import Budget
+from llm.training.evaluation import METRICS
+from llm.training.loop import NotFinite
+from llm.training.run import Run
+from llm.training.summary import Summary
 
 log = logging.getLogger(__name__)
 
-# Model FLOPs utilisation of small models on CPUs, for the estimate before the first update.
-EXPECTED_MFU = 0.45
 
-
-def announce(run: Run, matmul_flops: float) -> None:
+def announce(run: Run, budget: Budget, matmul_flops: float) -> None:
     """Print what the run is about to do, its estimated time, and how to ask for more."""
     config, training, runtime = run.config, run.config.training, run.runtime
-    update_tokens = config.data.batch_size * training.accumulate * config.model.context_length
-    token_flops = training_flops_per_token(config.model)
-    optimizer_flops = orthogonalisation_flops(run.model, config.optimizer)
-    tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
-    # The forward pass is a third of training's work: the backward pass costs twice as much.
-    validation_flops = len(run.validation_windows) * config.model.context_length * token_flops / 3
-    limits = {
-        "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
-        "max_steps": training.max_steps and training.max_steps * update_tokens,
-        "max_epochs": training.max_epochs and training.max_epochs * run.updates_per_epoch * update_tokens,
-    }
-    first, tokens = min(
-        ((name, tokens) for name, tokens in limits.items() if tokens), key=lambda limit: limit[1]
-    )
-    left = tokens - run.counters.tokens_seen
     log.info(
         "model      %s parameters: %d layers, width %d, %d heads, context %d",
         format_count(parameter_count(run.model)),
@@ -64,26 +49,25 @@ def announce(run: Run, matmul_flops: float) -> None:
         config.data.batch_size,
         config.model.context_length,
         f" × {training.accumulate} micro-batches" if training.accumulate > 1 else "",
-        format_count(update_tokens),
+        format_count(budget.update_tokens),
     )
+    limit, value, ratio = budget.limit, getattr(training, budget.limit), config.data.train_ratio
     log.info(
         "budget     training.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",
-        first,
-        format_value(getattr(training, first)),
-        format_count(tokens),
-        tokens / update_tokens / run.updates_per_epoch,
-        format_seconds(left / tokens_per_second),
-        first,
-        format_value(4 * getattr(training, first)),
+        limit,
+        format_value(value),
+        format_count(budget.tokens),
+        budget.epochs,
+        format_seconds(budget.seconds_left),
+        limit,
+        format_value(4 * value),
     )
-    validation_seconds = validation_flops / EXPECTED_MFU / matmul_flops
-    ratio = config.data.train_ratio
     log.info(
         "then       a pass over the validation split: about %s%s",
-        format_seconds(validation_seconds),
+        format_seconds(budget.validation_seconds),
         # A text of gigabytes does not need a tenth of it for validation; a resumed run cannot change that.
         f"; shorter: data.train_ratio={1 - (1 - ratio) / 10:g}"
-        if validation_seconds > left / tokens_per_second and not run.resumed
+        if budget.validation_seconds > budget.seconds_left and not run.resumed
         else "",
     )
     log.info("run folder %s\n", run.run_dir)
@@ -103,28 +87,23 @@ def status(metrics: dict[str, float]) -> str:
     )
 
 
-def evaluation_line(run: Run, train: Evaluation, validation: Evaluation) -> str:
+def evaluation_line(run: Run, train: dict[str, float], validation: dict[str, float]) -> str:
     """The book's evaluation line, with bits per byte."""
-    step = run.counters.steps - 1
+    step = run.counters.step
     return (
-        f"Ep {step // run.updates_per_epoch + 1} (Step {step:06d}): Train loss {train.loss:.3f}, "
-        f"Val loss {validation.loss:.3f}, {validation.bits_per_byte:.3f} bits per byte"
+        f"Ep {step // run.updates_per_epoch + 1} (Step {step:06d}): Train loss {train['loss']:.3f}, "
+        f"Val loss {validation['loss']:.3f}, {validation['bits_per_byte']:.3f} bits per byte"
     )
 
 
-def not_finite(run: Run, loss: float, grad_norm: float) -> str:
+def not_finite(run: Run, error: NotFinite) -> str:
     """Why a run stops, and how to continue: from the last checkpoint whose weights gave a finite loss."""
-    if run.writer:
-        run.writer.wait()
     first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of the updates skipped
     # The weights at that step are what gave the bad loss: a checkpoint of them is no good either.
     good = [folder for folder in step_folders(run.run_dir) if steps_of(folder) < first]
     found = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
     how = f"continue with resume={good[0]} optimizer.lr=…" if good else "start anew with a lower optimizer.lr"
-    return (
-        f"step {run.counters.steps}: loss {loss} with gradient norm {grad_norm} is not finite; {found}; "
-        f"{how}, or set training.grad_clip, or training.max_skipped to skip such updates"
-    )
+    return f"{error}; {found}; {how}, or set training.grad_clip, or training.max_skipped to skip such updates"
 
 
 def sizes(config: PretrainConfig) -> str:
@@ -140,7 +119,7 @@ def sizes(config: PretrainConfig) -> str:
     )
 
 
-def print_summary(summary: Summary, run: Run) -> None:
+def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None:
     """Print the figures of a run as a table, and what to do next."""
     rows = {
         "status": summary.status,
@@ -148,9 +127,10 @@ def print_summary(summary: Summary, run: Run) -> None:
         "updates": f"{summary.steps:,}",
         "tokens seen": f"{summary.tokens_seen:,} ({run.position()['epoch']:.2f} epochs)",
         "training loss": format_figure(summary.train_loss, "{:.3f}"),
-        "validation loss": format_figure(summary.val_loss, "{:.3f}"),
-        "validation perplexity": format_figure(summary.val_perplexity, "{:.1f}"),
-        "validation bits per byte": format_figure(summary.val_bits_per_byte, "{:.3f}"),
+        **{
+            f"validation {metric.title}": format_figure(summary.validation.get(name), metric.form)
+            for name, metric in METRICS.items()
+        },
         "updates skipped": str(summary.skipped) if summary.skipped else "–",
         "gradient-norm spikes": str(summary.grad_norm_spikes) if summary.grad_norm_spikes else "–",
         "best validation loss": format_figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
@@ -169,6 +149,6 @@ def print_summary(summary: Summary, run: Run) -> None:
     if summary.stopped_early:
         further = " early_stopping.rule=none"
     log.info("resume      python experiments/pretrain.py resume=%s%s", run.run_dir, further)
-    if run.tracker and (folder := run.tracker.wandb_folder):
-        log.info("W&B         %s", sync_command(folder))
-        log.info("W&B, here   wandb leet %s", folder)
+    if wandb_folder:
+        log.info("W&B         %s", sync_command(wandb_folder))
+        log.info("W&B, here   wandb leet %s", wandb_folder)

@@ -1,6 +1,7 @@
-"""AdamW and Muon, and which parameters each steps."""
+"""AdamW and Muon, which parameters each steps, and the table that `optimizer.name` chooses from."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from llm.config import OptimizerConfig
 from llm.errors import UserError
 
+State = dict[str, dict[str, Tensor | float]]  # by the parameter's name, then by the optimizer's own name
+
 
 class Optimizers:
-    """The optimizers of one model, stepped, saved and given a learning rate together."""
+    """The optimizers of one model: stepped, saved and given a learning rate together."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts
@@ -28,67 +31,86 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """The averages that the optimizers keep, by the parameter's name in `model` and their own, as in
-        {"tok_emb.weight": {"exp_avg": …}}; empty before the first step. Hyperparameters are the config's."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        return {names[parameter]: state for part in self.parts for parameter, state in part.state.items()}
+    def state(self, model: nn.Module) -> State:
+        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}; empty before
+        the first step. Hyperparameters are not state: they come from the config.
 
-    def load_state(self, model: nn.Module, state: dict[str, dict[str, Tensor]], source: str) -> None:
+        Raises:
+            UserError: an optimizer keeps something that is neither a tensor nor a number.
+        """
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        found: State = {}
+        for part in self.parts:
+            for parameter, kept in part.state.items():
+                found[names[parameter]] = {key: value for key, value in kept.items() if value is not None}
+                for key, value in found[names[parameter]].items():
+                    if not isinstance(value, Tensor | int | float):
+                        raise UserError(
+                            f"{type(part).__name__} keeps {key}, a {type(value).__name__}, for "
+                            f"{names[parameter]}: checkpoints hold tensors and numbers alone"
+                        )
+        return found
+
+    def load_state(self, model: nn.Module, state: State, source: str) -> None:
         """The inverse of `state`.
 
         Raises:
-            UserError: it is that of another optimizer or another model.
+            UserError: it is the state of another model.
         """
         names = {parameter: name for name, parameter in model.named_parameters()}
+        if unknown := state.keys() - names.values():
+            raise UserError(
+                f"{source} holds optimizer state for {min(unknown)}, which this model does not have"
+            )
         for part in self.parts:
             parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-            wanted = _STATE_KEYS[type(part)] if state else set()
-            for parameter in parameters:
-                averages = state.get(names[parameter], {})
-                shapes = {tensor.shape for key, tensor in averages.items() if key != "step"}
-                if averages.keys() != wanted or not shapes <= {parameter.shape}:
-                    raise UserError(
-                        f"{source} holds the state of another optimizer or model: {names[parameter]} needs "
-                        f"{', '.join(sorted(wanted))} of its shape"
-                    )
             numbered = {
-                number: {key: tensor.clone() for key, tensor in state[names[parameter]].items()}
+                number: {
+                    key: value.clone() if isinstance(value, Tensor) else value
+                    for key, value in state[names[parameter]].items()
+                }
                 for number, parameter in enumerate(parameters)
                 if names[parameter] in state
             }
             part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
 
 
-_STATE_KEYS: dict[type, set[str]] = {
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.Muon: {"momentum_buffer"},
-}
+def adamw(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter 2019) over all parameters."""
+    return [_adamw(model.parameters(), config)]
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
-    """AdamW over all parameters; or Muon over the matrices of the blocks and AdamW over the rest.
+def muon(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) over the matrices of the blocks, AdamW over the rest.
 
-    Muon (Jordan et al. 2024) takes AdamW's learning rate, its updates scaled to AdamW's typical size
-    (Liu et al. 2025, Muon is Scalable for LLM Training).
+    Muon shares AdamW's learning rate: its updates are scaled to AdamW's typical size (Liu et al. 2025, Muon
+    is Scalable for LLM Training).
     """
-    if config.name == "adamw":
-        return Optimizers([_adamw(model.parameters(), config)])
     matrices = _block_matrices(model)
     taken = set(map(id, matrices))
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    muon = torch.optim.Muon(
+    orthogonalised = torch.optim.Muon(
         matrices,
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Optimizers([muon, _adamw(rest, config)])
+    return [orthogonalised, _adamw(rest, config)]
+
+
+def muon_flops(model: nn.Module) -> int:
+    """Floating-point operations of Muon's five Newton–Schulz iterations in one update.
+
+    An iteration over a matrix of m rows and n columns, m the smaller, is two products of 2 m² n and one of
+    2 m³.
+    """
+    shapes = [sorted(matrix.shape) for matrix in _block_matrices(model)]
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
 
 
 def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019). Weight decay is for matrices, unless config.decay_all."""
+    """AdamW with weight decay on the matrices alone, unless config.decay_all."""
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if config.decay_all or parameter.dim() == 2]
     others = [parameter for parameter in parameters if not (config.decay_all or parameter.dim() == 2)]
@@ -106,20 +128,33 @@ def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch
     )
 
 
-def orthogonalisation_flops(model: nn.Module, config: OptimizerConfig) -> int:
-    """Floating-point operations of Muon's five Newton–Schulz steps in one update, 0 for AdamW.
-
-    A step over a matrix of m rows and n columns, m the smaller, is two products of 2 m² n and one of 2 m³.
-    """
-    if config.name == "adamw":
-        return 0
-    shapes = [sorted(matrix.shape) for matrix in _block_matrices(model)]
-    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
-
-
 def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [
         parameter
         for name, parameter in model.named_parameters()
         if "trf_blocks" in name and parameter.dim() == 2
     ]
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An optimizer, and what the rest of the program needs to know of it."""
+
+    # A model and the config to optimizers that together step every parameter; lr is set before each step.
+    build: Callable[[nn.Module, OptimizerConfig], list[torch.optim.Optimizer]]
+    # Floating-point operations of an update, where they are more than a few per parameter.
+    flops: Callable[[nn.Module], int] = lambda model: 0
+    # Whether its state is that of one AdamW over all parameters, as in the book's model_and_optimizer.pth.
+    has_adamw_state: bool = False
+
+
+# By `optimizer.name`.
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "adamw": OptimizerEntry(adamw, has_adamw_state=True),
+    "muon": OptimizerEntry(muon, flops=muon_flops),
+}
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+    """The optimizers that `config.name` chooses, for all parameters of a model."""
+    return Optimizers(OPTIMIZERS[config.name].build(model, config))

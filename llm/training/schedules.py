@@ -4,34 +4,41 @@ Progress may be measured in steps, epochs or minutes; the shapes are the same.
 """
 
 import math
+from collections.abc import Callable
 
 from llm.config import ScheduleConfig, TrainingConfig
+
+
+def constant(progress: float, config: ScheduleConfig) -> float:
+    """1 to the end."""
+    return 1.0
+
+
+def cosine(progress: float, config: ScheduleConfig) -> float:
+    """Half a cosine from 1 after the warmup to `final` at the end (Loshchilov & Hutter 2017, SGDR)."""
+    share = min((progress - config.warmup) / max(1 - config.warmup, 1e-9), 1.0)
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * share)) / 2
+
+
+def warmup_stable_decay(progress: float, config: ScheduleConfig) -> float:
+    """1, then linear decay to `final` over the last share `decay` of the run (Hu et al. 2024, MiniCPM)."""
+    left = max(1 - progress, 0.0)
+    return 1.0 if left >= config.decay else config.final + (1 - config.final) * left / config.decay
+
+
+# By `schedule.name`: progress after the warmup and the config to the factor on the learning rate.
+SCHEDULES: dict[str, Callable[[float, ScheduleConfig], float]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "wsd": warmup_stable_decay,
+}
 
 
 def lr_factor(config: ScheduleConfig, progress: float) -> float:
     """The factor on the learning rate at `progress`: linear warmup from 0, then the schedule."""
     if progress < config.warmup:
         return progress / config.warmup
-    match config.name:
-        case "constant":
-            return 1.0
-        case "cosine":
-            return cosine(progress, config.warmup, config.final)
-        case "wsd":
-            return warmup_stable_decay(progress, config.decay, config.final)
-    raise AssertionError(config.name)
-
-
-def cosine(progress: float, warmup: float, final: float) -> float:
-    """Half a cosine from 1 at `warmup` to `final` at the end (Loshchilov & Hutter 2017, SGDR)."""
-    share = min((progress - warmup) / max(1 - warmup, 1e-9), 1.0)
-    return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
-
-
-def warmup_stable_decay(progress: float, decay: float, final: float) -> float:
-    """1, then linear decay to `final` over the last share `decay` of the run (Hu et al. 2024, MiniCPM)."""
-    left = max(1 - progress, 0.0)
-    return 1.0 if left >= decay else final + (1 - final) * left / decay
+    return SCHEDULES[config.name](progress, config)
 
 
 def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:

@@ -1,35 +1,70 @@
-"""Where a run begins: anew, from given weights, at one of its checkpoints, or again from another's record."""
+"""Where a run begins: anew, from given weights, at one of its checkpoints, or as a rerun of another run."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoints.checkpoint import STEP_FILES, damage, newest_whole, read_config, run_id
-from llm.checkpoints.pretrained import open_weights
+from llm.checkpoints.checkpoint import (
+    STEP_FILES,
+    damage,
+    newest_whole,
+    read_config,
+    read_weights,
+    run_id,
+)
+from llm.checkpoints.opening import open_weights
+from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences
 from llm.errors import UserError
 from llm.files import remove, remove_leftovers, replacing
-from llm.run_folder import RECORDS, find_run, read_summary, refuse_to_overwrite, step_folders
+from llm.run_folder import (
+    CHECKPOINTS,
+    RECORDS,
+    find_run,
+    read_summary,
+    refuse_to_overwrite,
+    step_folders,
+)
 
 log = logging.getLogger(__name__)
 
-# What decides the numbers from the first update on. The text may lie elsewhere: a hash of it is compared.
+# What decides the numbers from the first update on. The text may lie elsewhere: its fingerprint is compared.
 FIXED = ("model.", "tokenizer.", "data.", "seed", "optimizer.name", "training.accumulate", "init_from")
 FREE_DATA_KEYS = ("data.source", "data.path", "data.cache_dir")
+
+# Keys of a model that given weights leave open: how it was initialised, and its dropout from here on.
+FREE_MODEL_KEYS = ("init", "drop_rate")
+SIZES = ("emb_dim", "n_heads", "n_layers")  # by which presets such as gpt124m are named
 
 
 @dataclass
 class Start:
     """Where a run begins, and as what."""
 
-    config: PretrainConfig  # as it will run: with the sizes of given weights, or as recorded
+    config: PretrainConfig  # as it will run: with the model of given weights, or as recorded
     run_dir: Path
-    checkpoint: Path | None = None  # whole, and of this run
+    run_id: str
+    checkpoint: Path | None = None  # verified, and of this run
     was_finished: bool = False
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # since the checkpoint: (was, is)
     rerun_of: Path | None = None
+    weights: Weights | None = None  # opened once, until the model has taken them
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Other processes of the run get all but the weights, which each reads for itself."""
+        return {**self.__dict__, "weights": None}
+
+    def take_weights(self) -> Weights | None:
+        """The weights to begin with, if any; handed over, so that they are not kept beside the model's."""
+        weights, self.weights = self.weights, None
+        if weights is None and self.checkpoint:
+            return read_weights(self.checkpoint)
+        if weights is None and self.config.init_from:
+            return open_weights(self.config.init_from)
+        return weights
 
 
 def run_folder(config: PretrainConfig, run_dir: str | Path | None) -> Path:
@@ -45,56 +80,68 @@ def run_folder(config: PretrainConfig, run_dir: str | Path | None) -> Path:
     return run_dir
 
 
-def find_start(config: PretrainConfig, run_dir: Path) -> Start:
+def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) -> Start:
     """
+    Args:
+        given: keys and groups that were asked for by name, see `with_weights`.
+
     Raises:
-        UserError: the run, checkpoint or weights that the config names are not there or not whole, or the
+        UserError: the run, checkpoint or weights that the config names do not exist or are damaged, or the
             config changes what cannot change.
     """
     if config.resume:
-        return _resume(config, config.resume, run_dir)
+        return _resume(config, config.resume, run_dir, given)
+    identity = run_id(run_dir)
     if config.rerun:
         rerun_of = find_run(config.rerun)
-        return Start(recorded_config(config, rerun_of), run_dir, rerun_of=rerun_of)
+        return Start(recorded_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
     if config.init_from:
-        source = open_weights(config.init_from)
-        config = with_sizes(config, source.model, source.tokenizer, source.origin)
-    return Start(config, run_dir)
+        weights = open_weights(config.init_from)
+        config = with_weights(config, weights.model, weights.tokenizer, weights.origin, given)
+        return Start(config, run_dir, identity, weights=weights)
+    return Start(config, run_dir, identity)
 
 
-def _resume(config: PretrainConfig, name: str, run_dir: Path) -> Start:
-    checkpoint = None
-    if Path(name).parent.name == "checkpoints":
+def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
+    identity, checkpoint = run_id(run_dir), None
+    if Path(name).parent.name == CHECKPOINTS:
         checkpoint = Path(name).resolve()
         if problem := damage(checkpoint, STEP_FILES):
-            raise UserError(f"resume={name} cannot be gone on from: {problem}")
+            raise UserError(f"resume={name} cannot be resumed: {problem}")
     elif step_folders(run_dir):
-        checkpoint = newest_whole(run_dir, STEP_FILES, run_id(run_dir))
+        checkpoint = newest_whole(run_dir, STEP_FILES, identity)
     if checkpoint is None:
-        log.info("%s has no checkpoint yet: it starts again", run_dir)
-        return find_start(replace(config, resume=None), run_dir)
+        log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
+        return find_start(replace(config, resume=None), run_dir, given)
+    weights = read_weights(checkpoint)
     recorded = read_config(checkpoint)
     if config.rerun:
         config = replace(recorded, resume=config.resume, tracking=config.tracking)
-    if config.init_from:  # the sizes came from the weights
-        config = with_sizes(config, recorded.model, recorded.tokenizer.name, name)
+    if config.init_from:  # what the model is came from the weights
+        config = with_weights(config, recorded.model, recorded.tokenizer.name, name, given)
     changes = differences(recorded, config)
     changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun")}
     refused = [key for key in changes if key.startswith(FIXED) and key not in FREE_DATA_KEYS]
     if refused:
         listed = ", ".join(f"{key}={changes[key][1]} (it is {changes[key][0]})" for key in refused)
         raise UserError(
-            f"resume={name}: {listed} cannot change within a run; leave it out, or begin a new run from its "
-            f"weights with init_from={name}"
+            f"resume={name}: {listed} cannot change within a run; leave it as it is, or start a new run from "
+            f"its weights with init_from={name}"
         )
-    rerun_of = Path(config.rerun) if config.rerun else None
     return Start(
-        config, run_dir, checkpoint, read_summary(run_dir).get("status") == "finished", changes, rerun_of
+        config,
+        run_dir,
+        identity,
+        checkpoint,
+        was_finished=read_summary(run_dir).get("status") == "finished",
+        changes=changes,
+        rerun_of=Path(config.rerun) if config.rerun else None,
+        weights=weights,
     )
 
 
 def recorded_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
-    """The config that a run was trained with, to be trained with again. Tracking is as asked for now, and the
+    """The config that a run was trained with, to train with it again. Tracking is as asked for now, and the
     text may lie elsewhere now."""
     recorded = read_config(newest_whole(run_dir, STEP_FILES))
     data = replace(
@@ -105,42 +152,54 @@ def recorded_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
     return replace(recorded, data=data, tracking=config.tracking, resume=None, rerun=str(run_dir))
 
 
-def with_sizes(
-    config: PretrainConfig, model: ModelConfig, tokenizer: str | None, origin: str
+def with_weights(
+    config: PretrainConfig, model: ModelConfig, tokenizer: str | None, origin: str, given: Collection[str]
 ) -> PretrainConfig:
-    """The config with the model that given weights make, and their tokenizer if it is known.
+    """The config with the model that given weights make, and with their tokenizer if it is known.
+
+    Args:
+        given: what was asked for by name: keys such as `model.n_layers`, and groups such as `model`, of which
+            an option was chosen. The weights decide everything else.
 
     Raises:
-        UserError: the config asks for other sizes.
+        UserError: another model or tokenizer was asked for.
     """
-    default = PretrainConfig()
+    chosen = {f"model.{name}" for name in SIZES} if "model" in given else set()
+    for item in fields(ModelConfig):
+        key, wanted, found = f"model.{item.name}", getattr(config.model, item.name), getattr(model, item.name)
+        if item.name in (*FREE_MODEL_KEYS, "context_length") or wanted == found:
+            continue
+        if key in given or key in chosen:
+            raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; leave it out")
     tokenizer = tokenizer or config.tokenizer.name
-    asked = {
-        "model.emb_dim": (config.model.emb_dim, default.model.emb_dim, model.emb_dim),
-        "model.n_heads": (config.model.n_heads, default.model.n_heads, model.n_heads),
-        "model.n_layers": (config.model.n_layers, default.model.n_layers, model.n_layers),
-        "tokenizer.name": (config.tokenizer.name, default.tokenizer.name, tokenizer),
-    }
-    for name, (wanted, usual, found) in asked.items():
-        if wanted not in (usual, found):
-            raise UserError(f"{name}={wanted}: the weights of {origin} have {found}; leave it out")
-    if config.model.context_length > model.context_length:
+    if config.tokenizer.name != tokenizer and {"tokenizer", "tokenizer.name"} & set(given):
         raise UserError(
-            f"model.context_length={config.model.context_length}: the weights of {origin} have positions for "
+            f"tokenizer.name={config.tokenizer.name}: the weights of {origin} have {tokenizer}; leave it out"
+        )
+    context = model.context_length
+    if {"model", "model.context_length"} & set(given):
+        context = config.model.context_length
+    if context > model.context_length:
+        raise UserError(
+            f"model.context_length={context}: the weights of {origin} have positions for "
             f"{model.context_length}; ask for no more"
         )
-    sizes = replace(
-        model,
-        context_length=config.model.context_length,
-        drop_rate=config.model.drop_rate,
-        init=config.model.init,
+    free = {name: getattr(config.model, name) for name in FREE_MODEL_KEYS}
+    return replace(
+        config,
+        model=replace(model, context_length=context, **free),
+        tokenizer=TokenizerConfig(tokenizer),
     )
-    return replace(config, model=sizes, tokenizer=TokenizerConfig(tokenizer))
+
+
+def keys_unlike_default(config: PretrainConfig) -> set[str]:
+    """What counts as given in a config made in Python, where nobody knows what was left at its default."""
+    return set(differences(PretrainConfig(), config))
 
 
 def rewind(start: Start) -> None:
-    """Let a run folder hold what it held at the checkpoint to go on from, or nothing if there is none."""
-    for folder in (start.run_dir, start.run_dir / "checkpoints"):
+    """Let a run folder hold what it held at the checkpoint to continue from, or nothing if there is none."""
+    for folder in (start.run_dir, start.run_dir / CHECKPOINTS):
         remove_leftovers(folder)
     for name in RECORDS:
         path = start.run_dir / name

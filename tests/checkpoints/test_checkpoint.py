@@ -18,20 +18,23 @@ from llm.checkpoints import checkpoint
 from llm.checkpoints.checkpoint import (
     BEST_FILES,
     CHECKSUMS,
+    FORMAT_VERSION,
     STEP_FILES,
     CheckpointWriter,
     Snapshot,
-    copy_weights,
+    TrainingState,
     find_checkpoint,
-    load_checkpoint,
-    load_optimizer_state,
     newest_whole,
     read_state,
+    read_training_state,
 )
+from llm.checkpoints.opening import open_weights
+from llm.checkpoints.weights import build_model
 from llm.config import ModelConfig, OptimizerConfig, PretrainConfig
 from llm.errors import UserError
 from llm.model.gpt import GPTModel
-from llm.training.optimizers import build_optimizers
+from llm.training.optimizers import OPTIMIZERS, build_optimizers
+from llm.training.state import copy_weights
 
 CONFIG = PretrainConfig(model=ModelConfig(vocab_size=31, context_length=8, emb_dim=16, n_heads=2, n_layers=1))
 
@@ -46,10 +49,18 @@ def snapshot(run_dir: Path, steps: int, best_step: int | None = None) -> Snapsho
     run_dir.mkdir(exist_ok=True)
     metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(steps)))
     weights = copy_weights(model_after(steps))
-    state = {"run_id": "0123abcd", "counters": {"best_step": best_step}}
     sizes = {"metrics.jsonl": metrics.stat().st_size, "samples.jsonl": 0}
-    moments = {"optimizer/tok_emb.weight/exp_avg": torch.full((31, 16), float(steps))}
-    return Snapshot(steps, CONFIG, weights, moments, state, sizes)
+    state = TrainingState(
+        run_id="0123abcd",
+        counters={"best_step": best_step},
+        batches={"epoch": 0, "position": steps},
+        data=["training", "validation"],
+        resumed=[],
+        optimizer={"tok_emb.weight": {"exp_avg": torch.full((31, 16), float(steps)), "calls": steps}},
+        generators=[{"cpu": torch.get_rng_state()}],
+        epoch_generator=None,
+    )
+    return Snapshot(steps, CONFIG, weights, state, sizes)
 
 
 def save(run_dir: Path, *steps: int) -> CheckpointWriter:
@@ -83,12 +94,17 @@ def test_the_last_and_the_best_are_kept_and_load_the_same(tmp_path: Path) -> Non
         "step-00000005",
     ]
     for name, steps in (("last", 5), ("best", 5), ("step-00000004", 4), ("best-00000003", 3)):
-        loaded, config = load_checkpoint(find_checkpoint(str(tmp_path / "checkpoints" / name)))
-        assert config == CONFIG
+        weights = open_weights(str(tmp_path / "checkpoints" / name))
+        loaded = build_model(weights)
+        assert weights.trained == CONFIG
         expected = model_after(steps).state_dict()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     folder = tmp_path / "checkpoints" / "step-00000004"
-    assert torch.equal(load_optimizer_state(folder)["tok_emb.weight"]["exp_avg"], torch.full((31, 16), 4.0))
+    saved = read_training_state(folder)
+    kept = saved.optimizer["tok_emb.weight"]
+    assert torch.equal(torch.as_tensor(kept["exp_avg"]), torch.full((31, 16), 4.0))
+    assert (kept["calls"], saved.batches) == (4, {"epoch": 0, "position": 4})
+    assert json.loads((folder / "config.json").read_text())["format_version"] == FORMAT_VERSION
     assert (folder / "metrics.jsonl").read_text().count("\n") == 4
 
 
@@ -103,7 +119,7 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", [*STEP_FILES, CHECKSUMS])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, name: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path / "run", 1, 2)
@@ -115,13 +131,13 @@ def test_a_damaged_checkpoint_is_passed_over(
     if kind != "missing" and (newest / name).read_bytes() == before:
         pytest.skip("the same in both runs")
     assert newest_whole(tmp_path / "run", STEP_FILES).name == "step-00000001"
-    assert "step-00000002 is passed over: " in caplog.text
+    assert "step-00000002 is skipped: " in caplog.text
 
 
-def test_a_whole_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+def test_a_whole_checkpoint_of_another_run_is_skipped(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     assert newest_whole(tmp_path, STEP_FILES, "0123abcd").name == "step-00000002"
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole: in step-00000001 it is of another"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* in step-00000001 it belongs to another"):
         newest_whole(tmp_path, STEP_FILES, "ffffffff")
 
 
@@ -157,8 +173,8 @@ def test_too_little_room_is_seen_before_the_first_byte(
     monkeypatch.setattr("llm.files._room", lambda folder: 1000)
     monkeypatch.setattr(checkpoint, "save_file", None)  # not to be called
     writer.write(snapshot(tmp_path, 2))
-    # 3888 weights and 496 averages of 4 bytes, and two lines of 12
-    assert str(writer.wait()).endswith("(it takes 17.6kB, and 1kB are free)")
+    # 3888 weights and 496 averages of 4 bytes, 5056 bytes of a random state, and two lines of 12
+    assert str(writer.wait()).endswith("(it takes 22.6kB, and 1kB are free)")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -211,11 +227,11 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path: Path, monkeypatch: pytest.Monke
         torch.save({"steps": _Bomb()}, folder / name)
         seal(folder)
         with pytest.raises(UserError, match="damaged or of another format"):
-            load_optimizer_state(folder) if "state" in name else load_checkpoint(folder)
+            read_training_state(folder) if "state" in name else open_weights(str(folder))
         (folder / name).write_bytes(pickle.dumps(_Bomb(), protocol=2))
         seal(folder)
         with pytest.raises(UserError, match="damaged or of another format"):
-            load_optimizer_state(folder) if "state" in name else load_checkpoint(folder)
+            read_training_state(folder) if "state" in name else open_weights(str(folder))
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -242,7 +258,7 @@ def test_a_config_that_lies_is_refused_before_memory_is_taken(
     (folder / "config.json").write_text(json.dumps(config))
     seal(folder)
     with pytest.raises(UserError) as error:
-        load_checkpoint(folder)
+        build_model(open_weights(str(folder)))
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -252,7 +268,7 @@ def test_checksums_name_no_file_outside(tmp_path: Path) -> None:
     folder = find_checkpoint(str(tmp_path))
     (folder / CHECKSUMS).write_text(f"{'0' * 64}  ../../../etc/passwd\n")
     with pytest.raises(UserError, match=r"SHA256SUMS does not list model\.safetensors"):
-        load_checkpoint(folder)
+        open_weights(str(folder))
     assert newest_whole_or_error(tmp_path) == "SHA256SUMS does not list model.safetensors"
 
 
@@ -270,16 +286,12 @@ def test_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
         read_state(folder)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_optimizer_state_survives_by_name_and_that_of_another_is_refused(name: str) -> None:
-    def stepped(kind: str) -> tuple[GPTModel, Any]:
-        model = model_after(1)
-        optimizers = build_optimizers(model, OptimizerConfig(name=kind))
-        model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
-        optimizers.step()
-        return model, optimizers
-
-    model, optimizers = stepped(name)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_survives_by_name(name: str) -> None:
+    model = model_after(1)
+    optimizers = build_optimizers(model, OptimizerConfig(name=name))
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    optimizers.step()
     state = optimizers.state(model)
     assert state.keys() == dict(model.named_parameters()).keys()
     again = build_optimizers(model, OptimizerConfig(name=name))
@@ -289,9 +301,17 @@ def test_optimizer_state_survives_by_name_and_that_of_another_is_refused(name: s
         for number, averages in ours.state_dict()["state"].items():
             for key, tensor in averages.items():
                 assert torch.equal(tensor, theirs.state_dict()["state"][number][key])
-    other = build_optimizers(model, OptimizerConfig(name="adamw" if name == "muon" else "muon"))
-    with pytest.raises(UserError, match="here holds the state of another optimizer or model"):
-        other.load_state(model, state, "here")
-    state["tok_emb.weight"] = {key: torch.zeros(3, 3) for key in state["tok_emb.weight"]}
-    with pytest.raises(UserError, match=r"tok_emb\.weight needs .* of its shape"):
+    state["another.weight"] = state["tok_emb.weight"]
+    with pytest.raises(UserError, match=r"here holds optimizer state for another\.weight"):
         again.load_state(model, state, "here")
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = find_checkpoint(str(tmp_path))
+    config = json.loads((folder / "config.json").read_text())
+    for version in (FORMAT_VERSION + 1, "two"):
+        (folder / "config.json").write_text(json.dumps({**config, "format_version": version}))
+        seal(folder)
+        with pytest.raises(UserError, match=f"format version {version}, and this program reads up to"):
+            open_weights(str(folder))

@@ -19,8 +19,10 @@ import transformers
 from conftest import Script
 from safetensors.torch import load_file, save_file
 
-from llm.checkpoints.checkpoint import check_shapes, model_of_weights
-from llm.checkpoints.pretrained import export_book, export_huggingface, open_weights
+from llm.checkpoints.book import export_book
+from llm.checkpoints.huggingface import export_huggingface
+from llm.checkpoints.opening import open_weights
+from llm.checkpoints.weights import build_model, check_shapes
 from llm.commands.evaluate import run_evaluation
 from llm.commands.export import export_checkpoint
 from llm.config import (
@@ -35,7 +37,7 @@ from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.training.optimizers import build_optimizers
-from llm.training.start import with_sizes
+from llm.training.start import keys_unlike_default, with_weights
 
 IDS = torch.tensor([[1, 5, 2, 90, 11, 3], [7, 7, 0, 98, 4, 60]])
 HARD_TEXT = (
@@ -55,7 +57,7 @@ def hugging_face_gpt2(**settings: Any) -> transformers.GPT2LMHeadModel:
 
 def our_model(folder: str | Path) -> GPTModel:
     source = open_weights(str(folder))
-    return model_of_weights(source.model, source.weights, source.origin).eval()
+    return build_model(source)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_transformers_opens_an_export(tmp_path: Path, qkv_bias: bool, tie_weight
     back = open_weights(str(tmp_path / "export"))
     assert (back.tokenizer, back.model.tie_weights) == ("bytes", tie_weights)
     for name, tensor in ours.state_dict().items():
-        assert torch.equal(back.weights[name], tensor), name
+        assert torch.equal(back.tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
@@ -164,11 +166,13 @@ def test_the_books_two_files_load(tmp_path: Path) -> None:
     for name in ("model.pth", "model_and_optimizer.pth"):
         source = open_weights(str(tmp_path / name))
         assert source.model == ModelConfig(40, 8, 64, 1, 2, tie_weights=False)
-        check_shapes(GPTModel(BOOK), source.weights, name)
-        assert all(torch.equal(tensor, book.state_dict()[key]) for key, tensor in source.weights.items())
+        check_shapes(GPTModel(BOOK), source.tensors, name)
+        assert all(torch.equal(tensor, book.state_dict()[key]) for key, tensor in source.tensors.items())
     assert source.optimizer_state
     for key, parameter in book.named_parameters():
-        assert torch.equal(source.optimizer_state[key]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+        assert torch.equal(
+            torch.as_tensor(source.optimizer_state[key]["exp_avg"]), optimizer.state[parameter]["exp_avg"]
+        )
     ours = GPTModel(BOOK)
     build_optimizers(ours, OptimizerConfig(name="adamw")).load_state(ours, source.optimizer_state, "here")
 
@@ -187,7 +191,8 @@ def test_the_books_two_files_are_written(tmp_path: Path) -> None:
     optimizer.load_state_dict(saved["optimizer_state_dict"])
     for name, parameter in book.named_parameters():
         assert torch.equal(parameter, ours.get_parameter(name))
-        assert torch.equal(optimizer.state[parameter]["exp_avg"], optimizers.state(ours)[name]["exp_avg"])
+        average = torch.as_tensor(optimizers.state(ours)[name]["exp_avg"])
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], average)
     plain = torch.load(tmp_path / "book" / "model.pth", weights_only=True)
     assert all(torch.equal(tensor, saved["model_state_dict"][name]) for name, tensor in plain.items())
 
@@ -205,7 +210,7 @@ def test_a_tied_model_goes_on_in_the_book(tmp_path: Path) -> None:
     book.load_state_dict(saved["model_state_dict"])
     optimizer.load_state_dict(saved["optimizer_state_dict"])
     embeddings, head = book.tok_emb.weight, book.head_weight
-    before = state["tok_emb.weight"]["exp_avg"]
+    before = torch.as_tensor(state["tok_emb.weight"]["exp_avg"])
     assert torch.equal(optimizer.state[head]["exp_avg"], before)
     head.grad = torch.ones_like(head)
     optimizer.step()  # moves the head's averages, and the embeddings' not with them
@@ -305,7 +310,7 @@ def open_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenFrom:
             source = open_weights(name)
         except UserError as error:
             return f"error: {error}"
-        return f"{source.origin} {source.weights['tok_emb.weight'].sum().item()}"
+        return f"{source.origin} {source.tensors['tok_emb.weight'].sum().item()}"
 
     return open_it
 
@@ -319,7 +324,7 @@ def test_weights_come_from_the_hub_by_name_and_then_from_its_cache(hub: str, ope
     assert line.startswith("error: someone/else is no file or folder here, and")
     assert "cannot be reached: give a local folder" in line
     assert "\n" not in line
-    assert open_from(hub, "someone/none").startswith("error: someone/none cannot be had")
+    assert open_from(hub, "someone/none").startswith("error: someone/none is not available")
 
 
 def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
@@ -337,7 +342,7 @@ def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str, open_from: Op
 def test_a_connection_lost_on_the_way_is_one_line(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
     (tmp_path / "served" / "cut").touch()
     line = open_from(hub, "someone/small")
-    assert line.startswith("error: someone/small cannot be had from Hugging Face's hub: ")
+    assert line.startswith("error: someone/small is not available from Hugging Face's hub: ")
     assert "\n" not in line
     (tmp_path / "served" / "cut").unlink()
     assert open_from(hub, "someone/small").startswith("someone/small at revision")
@@ -491,9 +496,9 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
     assert resumed.returncode == 0, resumed.stderr
     ours, theirs = open_weights(str(tmp_path / "tuned")), open_weights(str(tmp_path / "theirs"))
     assert (ours.model.emb_dim, ours.model.context_length) == (32, 16)
-    for name, tensor in theirs.weights.items():
+    for name, tensor in theirs.tensors.items():
         torch.testing.assert_close(
-            ours.weights[name], tensor[:16] if name == "pos_emb.weight" else tensor, atol=1e-6, rtol=0
+            ours.tensors[name], tensor[:16] if name == "pos_emb.weight" else tensor, atol=1e-6, rtol=0
         )
     exported = script("export", "checkpoint=tuned", "to=export")
     assert exported.returncode == 0, exported.stderr
@@ -501,7 +506,7 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
     assert sampled.returncode == 0, sampled.stderr
     assert "sample 2:" in sampled.stdout
 
-    with pytest.raises(UserError, match="export is there already: give the name of a new folder"):
+    with pytest.raises(UserError, match="export already exists: give the name of a new folder"):
         export_checkpoint(ExportConfig(str(tmp_path / "tuned"), to=str(tmp_path / "export")), tmp_path)
     folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path)
     assert sorted(file.name for file in folder.iterdir()) == ["model.pth", "model_and_optimizer.pth"]
@@ -529,7 +534,8 @@ def test_other_sizes_than_the_weights_have_are_refused(model: ModelConfig, token
     config = PretrainConfig(model=model, tokenizer=TokenizerConfig(tokenizer))
     source = ModelConfig(257, 16, 32, 2, 1), "bytes", "here"
     with pytest.raises(UserError, match=re.escape(line)):
-        with_sizes(config, *source)
-    config = with_sizes(PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1)), *source)
+        with_weights(config, *source, given=keys_unlike_default(config))
+    config = PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1))
+    config = with_weights(config, *source, given=keys_unlike_default(config))
     assert config.model == ModelConfig(257, 8, 32, 2, 1, drop_rate=0.1)
     assert config.tokenizer.name == "bytes"

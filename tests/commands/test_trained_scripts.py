@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import Script
 
-from llm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from llm.checkpoints.opening import open_weights
+from llm.checkpoints.weights import build_model
+from llm.commands.pretrain import pretrain
 from llm.config import ModelConfig, PretrainConfig
 from llm.files import read_json_lines
 from llm.model.gpt import GPTModel
-from llm.training.loop import pretrain
 
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles\n" for number in range(120))
 FP32 = ("runtime.precision=fp32", "runtime.device=cpu")
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> GPTModel:
-    return load_checkpoint(find_checkpoint(str(run)))[0]
+    return build_model(open_weights(str(run)))
 
 
 def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Path, run: Path) -> None:

@@ -17,7 +17,7 @@ from llm.data import token_file as token_file_module
 from llm.data.corpus import Corpus, Split, find_corpus, find_splits
 from llm.data.token_file import encode_pieces, token_file, token_files
 from llm.data.tokenizer import encode, load_tokenizer
-from llm.data.windows import TrainingBatches, Windows, load_windows, ordered_batches
+from llm.data.windows import TrainingBatches, Windows, cut_windows, ordered_batches
 from llm.errors import UserError
 
 
@@ -81,7 +81,7 @@ def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     training, _ = token_files(config, load_tokenizer("bytes"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert bytes(training.astype(np.uint8)) == text[:1_710_000].encode()
+    assert bytes(training.ids.astype(np.uint8)) == text[:1_710_000].encode()
     assert peak < 500_000
 
 
@@ -93,18 +93,53 @@ def split_of(text: str, folder: Path) -> Split:
 def test_token_file_is_kept_in_the_smallest_type(tmp_path: Path) -> None:
     for name in ("bytes", "gpt2"):
         tokenizer = load_tokenizer(name)
-        tokens = token_file(split_of("To be, or not to be", tmp_path), tokenizer, tmp_path, "test")
+        file = token_file(split_of("To be, or not to be", tmp_path), tokenizer, tmp_path, "test")
+        tokens = file.ids
         assert tokens.dtype == np.uint16  # 257 and 50,257 ids
         assert isinstance(tokens, np.memmap)
         assert tokens.tolist() == encode("To be, or not to be", tokenizer)
-    assert len(list((tmp_path / "tokens").iterdir())) == 2
+        assert file.bytes == len("To be, or not to be")
+    assert len(list((tmp_path / "tokens").iterdir())) == 4  # two of tokens, and a record beside each
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
     token_file(split_of("To be, or not to be", tmp_path), load_tokenizer("gpt2"), tmp_path, "test")
-    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "swap", "record", "no record"])
+def test_a_damaged_token_file_is_made_again(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_file_module, "BLOCK_BYTES", 64)
+    split, tokenizer = split_of("<|endoftext|>To be, or not to be" * 9, tmp_path), load_tokenizer("bytes")
+    file = token_file(split, tokenizer, tmp_path, "test")
+    ids, content = file.ids.tolist(), file.path.read_bytes()
+    record = file.path.with_suffix(".json")
+    assert file.bytes == 9 * len("To be, or not to be")  # an end of text stands for no text
+    match damage:
+        case "flip":
+            file.path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+        case "cut":
+            file.path.write_bytes(content[:-2])
+        case "empty":
+            file.path.write_bytes(b"")
+        case "swap":  # other tokens of the same length under the name of these
+            other = token_file(
+                split_of("To be, or not to bE<|endoftext|>" * 9, tmp_path), tokenizer, tmp_path, "test"
+            )
+            other.path.replace(file.path)
+            other.path.with_suffix(".json").replace(record)
+            split_of("<|endoftext|>To be, or not to be" * 9, tmp_path)
+        case "record":
+            record.write_text(record.read_text()[:-20])
+        case "no record":
+            record.unlink()
+    again = token_file(split, tokenizer, tmp_path, "test")
+    assert (again.ids.tolist(), again.bytes, again.path.read_bytes()) == (ids, file.bytes, content)
 
 
 def _tokenise(cache: Path) -> int:
     split = split_of("to be " * 5000, cache)
-    return int(token_file(split, load_tokenizer("bytes"), cache, "test").astype(int).sum())
+    return int(token_file(split, load_tokenizer("bytes"), cache, "test").ids.astype(int).sum())
 
 
 def test_several_processes_may_tokenise_at_once(tmp_path: Path) -> None:
@@ -176,6 +211,7 @@ def test_bad_texts_are_one_line(
     config = PretrainConfig(data=DataConfig(source="text", path=str(path), cache_dir=str(tmp_path)))
     config.data.train_ratio = change.get("train_ratio", 0.9)
     config.model.vocab_size = int(change.get("vocab_size", 50257))
+    tokenizer = load_tokenizer("gpt2")
     with pytest.raises(UserError, match=message) as error:
-        load_windows(config, load_tokenizer("gpt2"))
+        cut_windows(config, tokenizer, token_files(config.data, tokenizer))
     assert "\n" not in str(error.value)

@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm.data.token_file import TokenFile
 from llm.generation import copying
 from llm.generation.copying import NgramIndex, Run, copied_runs, copied_share, load_ngram_index, longest_run
 
 hash_ngrams = copying._hash_ngrams
 
 
-def saved(tokens: list[int], path: Path, dtype: type = np.uint16) -> np.ndarray:
+def saved(tokens: list[int], path: Path, dtype: type = np.uint16) -> TokenFile:
     """The tokens as `token_file` gives them."""
     np.save(path, np.array(tokens, dtype=dtype))
-    return np.load(path, mmap_mode="r")
+    return TokenFile(np.load(path, mmap_mode="r"), path.stem, len(tokens), path)
 
 
 def runs_by_substrings(text: list[int], sample: list[int], n: int) -> list[Run]:

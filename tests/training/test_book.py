@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from llm.checkpoints.opening import open_weights
+from llm.checkpoints.weights import build_model
+from llm.commands.pretrain import pretrain
 from llm.config import DataConfig, ModelConfig, PretrainConfig
 from llm.data.corpus import find_corpus
 from llm.files import read_json_lines
 from llm.model.gpt import GPTModel
-from llm.training.loop import pretrain
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "book_small.json").read_text("utf-8"))
 
@@ -74,6 +75,6 @@ def test_every_step_and_evaluation_is_the_books(run_dir: Path) -> None:
 
 
 def test_final_weights_are_the_books(run_dir: Path) -> None:
-    model, _ = load_checkpoint(find_checkpoint(str(run_dir)))
+    model = build_model(open_weights(str(run_dir)))
     total = sum(parameter.double().square().sum().item() for parameter in model.parameters())
     assert total == pytest.approx(FIXTURE["final_parameter_sum_of_squares"], rel=1e-7)

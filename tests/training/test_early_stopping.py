@@ -1,6 +1,5 @@
 """Which jobs of a sweep stop early: the rules against independent versions, and a real sweep."""
 
-import dataclasses
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from conftest import ROOT
 from drill import outcome
 from settings import changed, settings
 
+from llm.commands.pretrain import pretrain
 from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, validate
 from llm.errors import UserError
 from llm.files import append_json_lines, read_json_lines
@@ -28,8 +28,7 @@ from llm.training.early_stopping import (
     read_curve,
     rungs,
 )
-from llm.training.loop import pretrain
-from llm.training.run import Summary
+from llm.training.summary import Summary
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -291,7 +290,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def skip_slow_parts(patch: pytest.MonkeyPatch) -> None:
     """What takes most of the time of such small runs."""
-    patch.setattr("llm.training.loop.measure_matmul_flops", lambda runtime: 1e12)
+    patch.setattr("llm.training.life.measure_matmul_flops", lambda runtime: 1e12)
     patch.setattr("llm.training.plots.plot_losses", lambda run_dir: None)
 
 
@@ -356,7 +355,7 @@ def test_the_hopeless_job_of_a_sweep_stops_and_the_others_come_out_the_same(
     reason = summaries[HOPELESS].stopped_early
     assert reason
     assert reason.startswith(f"{rule} rule at step {step}: ")
-    assert json.loads((stopped / "summary.json").read_text()) == dataclasses.asdict(summaries[HOPELESS])
+    assert json.loads((stopped / "summary.json").read_text()) == summaries[HOPELESS].as_dict()
     assert f"stopped early: {reason}\n" in caplog.text
     assert f"resume={stopped} early_stopping.rule=none" in caplog.text
     assert (stopped / "checkpoints" / "last").readlink().name == f"step-{step + 1:08d}"
@@ -393,11 +392,11 @@ def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch:
     from launch import Interrupted
     from pretrain import run
 
-    summary = Summary("sweep/3", status="interrupted", best_val_loss=2.0, stopped_early="a reason")
-    monkeypatch.setattr("llm.training.loop.pretrain", lambda config, run_dir: summary)
+    summary = Summary(run_dir="sweep/3", status="interrupted", best_val_loss=2.0, stopped_early="a reason")
+    monkeypatch.setattr("llm.commands.pretrain.pretrain", lambda config, run_dir: summary)
     assert run(PretrainConfig(), tmp_path) == math.inf  # worse than all that ran to their end
     summary.stopped_early = None
     with pytest.raises(Interrupted):
         run(PretrainConfig(), tmp_path)
-    summary.val_loss = 3.0
+    summary.validation = {"loss": 3.0}
     assert run(PretrainConfig(), tmp_path) == 3.0

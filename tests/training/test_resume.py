@@ -14,14 +14,15 @@ from conftest import numbers
 from drill import TEXT, outcome
 from settings import changed, settings
 
+from llm.commands.pretrain import pretrain
 from llm.config import PretrainConfig, ScheduleConfig
+from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import read_json_lines
 from llm.run_folder import step_folders
-from llm.runtime import device_errors_in_one_line
-from llm.training.loop import pretrain, watch
+from llm.training.loop import watch
 from llm.training.plots import plot_losses
-from llm.training.run import Counters
+from llm.training.summary import Counters
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_another_text_is_refused_wherever_it_lies(tmp_path: Path) -> None:
     (tmp_path / "moved.txt").write_text(TEXT, encoding="utf-8")
     pretrain(changed(again, data__path=str(tmp_path / "moved.txt")))
     (tmp_path / "moved.txt").write_text(TEXT.replace("beer", "wine"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"the text is not the one that .* was trained on"):
+    with pytest.raises(UserError, match=r"the text or its tokens are not those that .* was trained on"):
         pretrain(changed(again, data__path=str(tmp_path / "moved.txt"), training__max_steps=6))
 
 
@@ -70,7 +71,7 @@ def test_what_may_change_is_shown_and_recorded(tmp_path: Path, caplog: pytest.Lo
     assert "changed    optimizer.lr=0.03125 (it was 0.01)" in caplog.text
     change = {"training.max_steps": [12, 14], "optimizer.lr": [0.01, 0.03125]}
     assert [(each["steps"], each["changed"]) for each in summary.resumed] == [(12, change)]
-    with pytest.raises(UserError, match=r"is finished: training\.max_steps=14 is spent; to go on, raise it"):
+    with pytest.raises(UserError, match=r"training\.max_steps=14 is spent; to continue, raise it"):
         pretrain(again)
 
 
@@ -96,7 +97,7 @@ def test_an_earlier_checkpoint_can_be_gone_back_to(tmp_path: Path) -> None:
     pretrain(changed(config, resume=str(earlier)))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     (earlier / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"cannot be gone on from: config\.json does not match its checksum"):
+    with pytest.raises(UserError, match=r"cannot be resumed: config\.json does not match its checksum"):
         pretrain(changed(config, resume=str(earlier)))
 
 
@@ -208,7 +209,7 @@ def test_out_of_memory_is_one_line_with_the_sizes(tmp_path: Path) -> None:
     """In a process with little room to address; CPUs have no other way to run out."""
     (tmp_path / "text.txt").write_text(TEXT * 40, encoding="utf-8")
     code = (
-        "import resource, sys; from llm.config import *; from llm.training.loop import pretrain\n"
+        "import resource, sys; from llm.config import *; from llm.commands.pretrain import pretrain\n"
         "config = PretrainConfig(); config.data.path = 'text.txt'; config.data.cache_dir = 'cache'\n"
         "config.data.batch_size = 1000; config.tokenizer.name = 'bytes'; config.model.vocab_size = 257\n"
         "config.tracking.mode = 'disabled'; config.runtime.device = 'cpu'\n"
@@ -232,7 +233,7 @@ def test_out_of_memory_is_one_line_with_the_sizes(tmp_path: Path) -> None:
     ],
 )
 def test_out_of_memory_of_accelerators_is_known(error: RuntimeError) -> None:
-    line = r"out of memory \(20\.00 MiB more were asked for\): the sizes"
+    line = r"out of memory \(20\.00 MiB more requested\): the sizes"
     with pytest.raises(UserError, match=line), device_errors_in_one_line(lambda: "the sizes"):
         raise error
     with pytest.raises(RuntimeError, match="another bug"), device_errors_in_one_line(lambda: "the sizes"):

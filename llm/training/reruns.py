@@ -1,11 +1,7 @@
-"""What determines a run's numbers besides its config, and whether a rerun reproduced them."""
+"""Whether a rerun reproduced the numbers of the run that it repeats."""
 
 import json
 import logging
-import os
-import platform
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +12,7 @@ from llm.run_folder import RECORDS, step_folders
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "wandb")
 MEASURED = ("tokens_per_second",)  # differs between any two runs
-
-
-def package_versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def machine() -> str:
-    """The operating system, the processor architecture and the number of cores."""
-    return f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"
-
-
-def git_commit() -> str | None:
-    """The commit of this code, or None outside a git checkout."""
-    return _git("rev-parse", "HEAD")
-
-
-def git_is_clean() -> bool | None:
-    """Whether all tracked files are as in that commit, or None outside a git checkout."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return None if changed is None else not changed
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def recorded_clock(run_dir: Path) -> list[float]:

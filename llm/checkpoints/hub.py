@@ -1,0 +1,85 @@
+"""GPT-2 weights by name, from Hugging Face's hub."""
+
+import re
+from pathlib import Path
+
+from llm.checkpoints.huggingface import shards
+from llm.errors import UserError, first_line
+from llm.files import sha256
+
+# OpenAI's weights on the hub: the revision, and the SHA-256 of model.safetensors where it is known here. The
+# revision fixes the others too, through what the hub states for it.
+GPT2_ON_HUB = {
+    "openai-community/gpt2": (
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ),
+    "openai-community/gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None),
+    "openai-community/gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", None),
+    "openai-community/gpt2-xl": (
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+    ),
+}
+
+
+def download(name: str) -> tuple[Path, str]:
+    """The folder of a repository on the hub, downloaded or from the hub's cache, and where it comes from.
+
+    Raises:
+        UserError: the hub cannot be reached, has no such repository, or a file is not what it should be.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, asked = name.partition("@")
+    if f"openai-community/{repository}" in GPT2_ON_HUB:
+        repository = f"openai-community/{repository}"
+    revision, checksum = GPT2_ON_HUB.get(repository, (None, None))
+    if asked:
+        revision, checksum = asked, checksum if asked == revision else None
+
+    cached_only = not _hub_answers()
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=cached_only))
+
+    try:
+        folder = fetch("config.json").parent
+        # One commit for all files, even if the name is that of a branch that moves.
+        revision = folder.name
+        try:
+            files = [fetch("model.safetensors")]
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            index = fetch("model.safetensors.index.json")
+            files = [fetch(file) for file in shards(index)]
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{name} is no file or folder here, and Hugging Face's hub cannot be reached: give a local "
+            f"folder that holds config.json and model.safetensors"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # a lost connection is an error of some HTTP library
+        raise UserError(f"{name} is not available from Hugging Face's hub: {first_line(error)}") from error
+    for file in files:
+        # The hub's cache keeps a large file under the SHA-256 that the hub states for it.
+        kept = file.resolve()  # deleting a link to it would not help
+        expected = checksum or kept.name
+        if re.fullmatch("[0-9a-f]{64}", expected) and sha256(kept) != expected:
+            raise UserError(f"{kept} is not what the hub has (its SHA-256 differs): delete it and try again")
+    return folder, f"{repository} at revision {revision}"
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: one request, where its library would retry for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.DEFAULT_ETAG_TIMEOUT)
+    except Exception:  # of whichever HTTP library it uses
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""Weights in memory, whatever format they came from, and the model that they make."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llm.config import ModelConfig, PretrainConfig
+from llm.errors import UserError, first_line
+from llm.files import replacing
+from llm.model.gpt import GPTModel
+
+
+@dataclass
+class Weights:
+    """Weights as `GPTModel(model)` names and shapes them, and what is known of them."""
+
+    model: ModelConfig
+    tensors: dict[str, Tensor]
+    tokenizer: str | None  # a name for load_tokenizer; None: not known
+    origin: str  # where they come from, for messages
+    optimizer_state: dict[str, dict[str, Tensor | float]] | None = None  # AdamW's, that came with them
+    trained: PretrainConfig | None = None  # the config of their run, if it is one of ours
+    folder: Path | None = None  # the checkpoint that they come from, if it is one of ours
+
+
+def build_model(weights: Weights) -> GPTModel:
+    """The model that weights make, in fp32 and in evaluation mode; it takes the tensors as its own.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or does not belong.
+    """
+    config, tensors = weights.model, weights.tensors
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("trf_blocks.")})
+    embeddings = tensors.get("tok_emb.weight", torch.empty(0))
+    found = {"n_layers": layers, "vocab_size": embeddings.shape[0], "emb_dim": embeddings.shape[-1]}
+    for name, size in found.items():  # before a model of a billion layers is made
+        if getattr(config, name) != size:
+            raise UserError(
+                f"{weights.origin} holds another model: {name}={size}, not {getattr(config, name)}"
+            )
+    with _WithoutInitialisation():
+        model = GPTModel(config)
+    check_shapes(model, tensors, weights.origin)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skip random initialisation, so that memory that is about to be replaced is never touched. Unlike on the
+    meta device, buffers that a checkpoint does not hold are computed as usual."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def check_shapes(model: nn.Module, tensors: dict[str, Tensor], origin: Path | str) -> None:
+    """
+    Raises:
+        UserError: a tensor is missing, has another shape, or does not belong.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    compare_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
+
+
+def compare_shapes(
+    wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], origin: Path | str
+) -> None:
+    """
+    Raises:
+        UserError: a tensor is missing, has another shape, or does not belong.
+    """
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{origin} holds another model: {name} has shape {found.get(name, 'nothing')}, "
+                f"and the config's model wants {wanted.get(name, 'nothing')}"
+            )
+
+
+def in_fp32(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """
+    Raises:
+        UserError: a tensor does not hold floating-point numbers.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():  # quantised weights mean nothing without their scales
+            raise UserError(f"{origin}: {name} is of {tensor.dtype}, and not of floating-point numbers")
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+
+
+# What every format for GPT-2 can describe. The other keys of a model must have their defaults: GPT-2's parts.
+GPT2_KEYS = (
+    "vocab_size",
+    "context_length",
+    "emb_dim",
+    "n_heads",
+    "n_layers",
+    "drop_rate",
+    "qkv_bias",
+    "tie_weights",
+    "init",
+)
+
+
+def refuse_unless_gpt2(config: ModelConfig, what: str) -> None:
+    """
+    Raises:
+        UserError: the model has a part that GPT-2 does not have, so that a format made for GPT-2 would write
+            another model.
+    """
+    default = ModelConfig()
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name not in GPT2_KEYS and value != getattr(default, item.name):
+            raise UserError(
+                f"{what} describes GPT-2 alone, and this model has model.{item.name}={value}: "
+                f"it cannot be exported so"
+            )
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, size: int) -> Iterator[Path]:
+    """`replacing` for a folder of tensors, of `size` bytes in all."""
+    with replacing(folder, size) as temporary:
+        temporary.mkdir()
+        try:
+            yield temporary
+        except RuntimeError as error:  # how torch reports a full disk
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else OSError(first_line(error))) from error

@@ -1,0 +1,79 @@
+"""What a device is called, how fast it multiplies, how much memory was used, and its errors in one line."""
+
+import contextlib
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llm.errors import UserError, first_line
+from llm.runtime import Runtime
+
+
+@contextlib.contextmanager
+def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
+    """
+    Args:
+        sizes: gives the sizes at play and the keys to lower; called when out of memory.
+
+    Raises:
+        UserError: out of memory, or torch cannot compile here.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
+        text = str(error)
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise UserError(
+                f"runtime.compile=true: torch cannot compile here ({first_line(error)}); run without it"
+            ) from error
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED",
+            text,
+            re.IGNORECASE,
+        ):
+            raise
+        wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
+        more = f" ({wanted[1]} more requested)" if wanted else ""
+        raise UserError(f"out of memory{more}: {sizes()}") from error
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, as `AMD EPYC, 2 threads` or `NVIDIA H100`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
+    """Floating-point operations per second of a large square matrix product in the run's precision."""
+    # Large enough that the time to launch it and to wait for it does not matter.
+    size = {"cuda": 8192, "mps": 4096}.get(runtime.device.type, 1024)
+    generator = torch.Generator(runtime.device).manual_seed(0)  # training's stream is not touched
+    matrix = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
+    best = float("inf")
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    if runtime.device.type == "cuda":  # else these matrices and earlier jobs would count
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    return 2 * size**3 / best
+
+
+def peak_memory_bytes(runtime: Runtime) -> int:
+    """Peak memory so far: allocated on the GPU under CUDA, else resident in the whole process."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

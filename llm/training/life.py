@@ -1,0 +1,136 @@
+"""The life of a run in one process: put together, announced, trained, concluded, closed."""
+
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+
+from llm.data.windows import Batch, ordered_batches
+from llm.device import device_errors_in_one_line, device_name, measure_matmul_flops, peak_memory_bytes
+from llm.errors import UserError
+from llm.model.gpt import parameter_count, training_flops_per_token
+from llm.progress import Progress, format_seconds
+from llm.runtime import Runtime
+from llm.training import console, plots
+from llm.training.budget import estimate_budget
+from llm.training.evaluation import evaluate
+from llm.training.loop import NotFinite, evaluate_some, train
+from llm.training.recorder import Helper, Recorder
+from llm.training.run import Run, build_run
+from llm.training.start import Start
+from llm.training.state import begin_from, generator_states, restore, restore_generators
+from llm.training.stopping import stop_requests
+from llm.training.summary import Summary
+
+log = logging.getLogger(__name__)
+
+
+def live(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
+    """What each process of a run does, from its parts to its end. The main one fills in the summary."""
+    config, run_dir = start.config, start.run_dir
+    with device_errors_in_one_line(lambda: console.sizes(config)):
+        run = build_run(start, runtime)
+        if weights := start.take_weights():
+            if start.checkpoint:
+                restore(run, start, weights)
+            else:
+                begin_from(run, weights)
+            del weights  # the model has them
+        recorder = Recorder(run, start) if runtime.is_main else None  # last: from here on it has to be closed
+        observer = recorder or Helper(run)
+        try:
+            run.model.train()
+            summary.device, summary.precision = device_name(runtime.device), runtime.precision
+            summary.parameters, summary.resumed = parameter_count(run.model), run.resumed
+            matmul_flops = measure_matmul_flops(runtime) * runtime.processes
+            if recorder:
+                summary.write(run_dir)
+                console.announce(run, estimate_budget(run, matmul_flops), matmul_flops)
+            if runtime.compile:
+                compile_blocks(run)
+            with stop_requests(announce=runtime.is_main) as stop:
+                train(run, observer, lambda: stop.is_set or bool(recorder and recorder.stopped_early))
+            observer.finish_saving()
+            stopped_early = recorder.stopped_early if recorder and not stop.is_set else None
+            summary.status = "interrupted" if stop.is_set or stopped_early else "finished"
+            summary.stopped_early = stopped_early
+            if recorder:
+                conclude(run, recorder, summary, matmul_flops)
+        except NotFinite as error:
+            summary.status = "failed"
+            if recorder:
+                recorder.writer.wait()
+            raise UserError(console.not_finite(run, error)) from error
+        except BaseException as error:
+            summary.status = status_after(error)
+            raise
+        finally:
+            summary.count(run.counters)
+            if recorder:
+                close(recorder, summary)
+    return run, recorder
+
+
+def status_after(error: BaseException) -> str:
+    """A second Ctrl-C is no failure of the run, nor is Slurm's signal before it requeues the job."""
+    return "failed" if isinstance(error, Exception) else "interrupted"
+
+
+def compile_blocks(run: Run) -> None:
+    """Compile the blocks for training, and wait for the compiler here, so that no update's time includes it.
+
+    Weights, gradients and random streams are left as they are.
+    """
+    begin = time.perf_counter()
+    # Otherwise dynamo cuts each block into graphs at the sizes of DDP's buckets, which overlap anyway.
+    torch._dynamo.config.optimize_ddp = False
+    for block in run.model.trf_blocks:
+        block.compile()
+    states = generator_states(run.runtime)
+    inputs, targets = run.training_windows.batch(torch.arange(run.config.data.batch_size))
+    with run.runtime.autocast():
+        run.trained_model(run.runtime.share(inputs), run.runtime.share(targets)).backward()
+    run.optimizers.zero_grad()
+    restore_generators(states)
+    log.info("compiled in %s", format_seconds(time.perf_counter() - begin))
+
+
+def conclude(run: Run, recorder: Recorder, summary: Summary, matmul_flops: float) -> None:
+    """Final figures, a sample and the plot."""
+    if run.counters.steps:
+        summary.tokens_per_second = run.counters.tokens_seen / run.counters.seconds
+        summary.mfu = summary.tokens_per_second * training_flops_per_token(run.model) / matmul_flops
+    summary.peak_memory_bytes = peak_memory_bytes(run.runtime)
+    if summary.status == "finished":  # whoever pressed Ctrl-C does not want to wait for these
+        summary.train_loss = evaluate_some(run, run.training_windows)["loss"]
+        summary.validation = evaluate_validation_split(run)
+        recorder.sample()
+    plots.plot_losses(run.run_dir)
+
+
+def evaluate_validation_split(run: Run) -> dict[str, float]:
+    """Metrics over every window of the validation split, with progress."""
+    windows, batch_size = run.validation_windows, run.config.data.batch_size
+    progress = Progress("validating")
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(ordered_batches(windows, batch_size)):
+            done = number * batch_size
+            progress.update(done / len(windows), f"window {done} of {len(windows)}")
+            yield batch
+
+    metrics = evaluate(run.model, batches(), run.bytes_of_tokens, run.runtime)
+    progress.clear()
+    return metrics
+
+
+def close(recorder: Recorder, summary: Summary) -> None:
+    """End what a run has open, whatever became of it."""
+    recorder.writer.wait()
+    tracker = recorder.tracker
+    figures = summary.as_dict()
+    del figures["total_seconds"], figures["wandb_folder"]  # not known yet
+    tracker.log_picture("loss", recorder.run.run_dir / "loss.png")
+    tracker.finish(figures, failed=summary.status == "failed")
+    summary.wandb_folder = str(tracker.wandb_folder) if tracker.wandb_folder else None

@@ -1,0 +1,115 @@
+"""What the processes of a run do around the loop: the main one records, the others help it save."""
+
+import logging
+import math
+from dataclasses import asdict, replace
+
+from llm.checkpoints.checkpoint import CheckpointWriter
+from llm.errors import UserError
+from llm.generation.inference import for_inference
+from llm.generation.texts import generate_texts
+from llm.progress import Progress
+from llm.tracking import Tracker
+from llm.training import console
+from llm.training.early_stopping import EarlyStopping
+from llm.training.run import Run
+from llm.training.start import Start, rewind
+from llm.training.state import copy_weights, generator_states, snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Helper:
+    """The observer of a process beside the main one: it contributes its random state to each checkpoint."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def updated(self, metrics: dict[str, float]) -> None: ...
+    def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None: ...
+    def epoch_ended(self) -> None: ...
+
+    def save(self) -> None:
+        self.run.runtime.gather(generator_states(self.run.runtime))
+
+    def finish_saving(self) -> None:
+        """Save what is not saved yet."""
+        if self.run.runtime.agree(False):  # the main process knows
+            self.save()
+
+
+class Recorder:
+    """The observer of the main process: metrics, evaluations, samples, checkpoints, early stopping."""
+
+    def __init__(self, run: Run, start: Start) -> None:
+        """
+        Raises:
+            UserError: W&B cannot start, or the run folder cannot be written.
+        """
+        rewind(start)
+        self.run, self.run_id = run, start.run_id
+        self.stopped_early: str | None = None  # why, once early stopping has asked for an end
+        self.tracker = Tracker(run.run_dir, run.config.tracking, asdict(run.config), "pretrain", start.run_id)
+        self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
+        self.progress = Progress("training", run.progress())
+        self.early_stopping = EarlyStopping(run)
+
+    def updated(self, metrics: dict[str, float]) -> None:
+        self.tracker.log(self.run.counters.step, metrics)
+        self.progress.update(self.run.progress(), console.status(metrics))
+
+    def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
+        """Record an evaluation, keep the weights if they are the best so far, and consider stopping early."""
+        run, counters = self.run, self.run.counters
+        metrics = {
+            "eval/train_loss": training["loss"],
+            **{f"val/{name}": validation[name] for name in validation},
+        }
+        self.tracker.log(counters.step, {**run.position(), **metrics})
+        self.progress.clear()
+        log.info(console.evaluation_line(run, training, validation))
+        best = math.inf if counters.best_val_loss is None else counters.best_val_loss
+        if validation["loss"] < best:
+            counters.best_val_loss, counters.best_step = validation["loss"], counters.step
+            self.writer.best = counters.steps, copy_weights(run.model)
+        self.stopped_early = self.early_stopping.reason_to_stop()
+
+    def epoch_ended(self) -> None:
+        if self.run.config.samples.every_epoch:
+            self.progress.clear()
+            self.sample()
+
+    def sample(self) -> None:
+        """Generate from `samples.prompt`, on a random stream apart from training's."""
+        run, config, sampling = self.run, self.run.config.samples, self.run.config.sampling
+        # Compiling the decode step takes longer than generating one sample without.
+        model = for_inference(run.model, replace(run.runtime, compile=False))
+        [sample] = generate_texts(
+            model, run.tokenizer, [config.prompt], sampling, config.max_new_tokens, seed=run.config.seed
+        )
+        self.tracker.log_sample({"step": run.counters.step, **sample.line(), "sampling": asdict(sampling)})
+        log.info("\nSample after %d updates:\n%s\n", run.counters.steps, sample.text.rstrip())
+
+    def save(self) -> None:
+        """Start writing a checkpoint of all that is needed to continue exactly."""
+        generators = self.run.runtime.gather(generator_states(self.run.runtime))
+        self.writer.wait()
+        try:
+            record_sizes = self.tracker.record_sizes()
+        except UserError as error:
+            log.warning("checkpoint not saved: %s; training continues, and the next one tries again", error)
+            return
+        self.writer.write(snapshot(self.run, self.run_id, generators, record_sizes))
+
+    def finish_saving(self) -> None:
+        """Save what is not saved yet, and wait until all is on disk.
+
+        Raises:
+            UserError: the last state cannot be saved.
+        """
+        self.progress.clear()
+        if self.run.runtime.agree(not self.writer.has_saved(self.run.counters.steps)):
+            self.save()  # never tried, or tried without success
+        if error := self.writer.wait():
+            raise error
+        self.tracker.flush()

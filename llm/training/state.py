@@ -1,0 +1,143 @@
+"""All that a run needs to continue exactly: gathered into a snapshot, and restored from a checkpoint.
+
+What is added to the one is added to the other; tests/drill.py shows whether that was all.
+"""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.checkpoints.checkpoint import Snapshot, TrainingState, read_training_state
+from llm.checkpoints.weights import Weights, check_shapes
+from llm.config import CheckpointConfig
+from llm.errors import UserError
+from llm.progress import format_value
+from llm.runtime import Runtime
+from llm.training.optimizers import OPTIMIZERS
+from llm.training.run import Run
+from llm.training.start import Start
+from llm.training.summary import Counters
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_due(settings: CheckpointConfig, counters: Counters, saved: Counters) -> bool:
+    """Whether to save again, given where the last checkpoint was. Not right after a skipped update: what made
+    its loss not finite may be in the weights already."""
+    steps, seconds = counters.steps - saved.steps, counters.seconds - saved.seconds
+    steps_due = settings.every_steps is not None and steps >= settings.every_steps
+    minutes_due = settings.every_minutes is not None and seconds >= 60 * settings.every_minutes
+    return (steps_due or minutes_due) and not counters.skipped_in_a_row
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights, copied to the CPU's memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def generator_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The states of torch's global generators: the CPU's, and the device's, where dropout draws."""
+    return {kind: _GENERATORS[kind].get_rng_state() for kind in {"cpu", runtime.device.type}}
+
+
+def restore_generators(states: dict[str, Tensor]) -> None:
+    """The inverse of `generator_states`."""
+    for kind, state in states.items():
+        _GENERATORS[kind].set_rng_state(state)
+
+
+_GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
+
+
+def snapshot(
+    run: Run, run_id: str, generators: list[dict[str, Tensor]], record_sizes: dict[str, int]
+) -> Snapshot:
+    """A copy of a run's state, on the CPU.
+
+    Args:
+        generators: `generator_states` of each process, in order of rank.
+        record_sizes: bytes of the run's records that belong to it.
+
+    Raises:
+        UserError: the optimizer keeps what cannot be saved.
+    """
+    place, epoch_generator = run.batches.state()
+    state = TrainingState(
+        run_id=run_id,
+        counters=asdict(run.counters),
+        batches=place,
+        data=run.data,
+        resumed=run.resumed,
+        optimizer={
+            name: {
+                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for key, value in kept.items()
+            }
+            for name, kept in run.optimizers.state(run.model).items()
+        },
+        generators=generators,
+        epoch_generator=epoch_generator,
+    )
+    return Snapshot(run.counters.steps, run.config, copy_weights(run.model), state, record_sizes)
+
+
+def restore(run: Run, start: Start, weights: Weights) -> None:
+    """Put a run where the checkpoint of `start` left it; the inverse of `snapshot`.
+
+    Raises:
+        UserError: the checkpoint is of other data or another model, or the run has reached its end.
+    """
+    folder = weights.folder
+    assert folder is not None  # the weights of a checkpoint of ours
+    state = read_training_state(folder)
+    check_shapes(run.model, weights.tensors, folder)
+    run.model.load_state_dict(weights.tensors)
+    run.optimizers.load_state(run.model, state.optimizer, str(folder))
+    try:
+        run.counters = Counters(**state.counters)
+        run.batches.load_state(state.batches, state.epoch_generator)
+        run.resumed = state.resumed
+        if run.runtime.rank < len(state.generators):  # a run may be continued by more processes
+            own = state.generators[run.runtime.rank]
+            restore_generators({kind: own[kind] for kind in generator_states(run.runtime) if kind in own})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged or of another format: {error}") from error
+    if state.data != run.data:
+        raise UserError(
+            f"the text or its tokens are not those that {start.run_dir} was trained on: give that text with "
+            f"data.path, or start a new run with init_from={start.run_dir}"
+        )
+    if run.progress() >= 1 and start.was_finished:
+        key, value = run.binding_limit()
+        raise UserError(
+            f"{start.run_dir} is finished: {key}={format_value(value)} is spent; to continue, raise it"
+        )
+    changed = {key: list(values) for key, values in start.changes.items() if not key.startswith("tracking.")}
+    run.resumed = [*run.resumed, {"steps": run.counters.steps, "changed": changed}]
+
+
+def begin_from(run: Run, source: Weights) -> None:
+    """Take over given weights, and the optimizer's state where it comes with them and fits.
+
+    Raises:
+        UserError: they are those of another model.
+    """
+    tensors = dict(source.tensors)
+    positions, learned = run.config.model.context_length, tensors.get("pos_emb.weight")
+    if learned is not None:  # a run may use fewer positions than were learned
+        tensors["pos_emb.weight"] = learned[:positions]
+    check_shapes(run.model, tensors, source.origin)
+    run.model.load_state_dict(tensors)
+    if not source.optimizer_state:
+        return
+    if OPTIMIZERS[run.config.optimizer.name].has_adamw_state and positions == source.model.context_length:
+        run.optimizers.load_state(run.model, source.optimizer_state, source.origin)
+    else:
+        log.info(
+            "the optimizer state in %s is not used: it is AdamW's, for a context of %d tokens",
+            source.origin,
+            source.model.context_length,
+        )

@@ -1,0 +1,86 @@
+"""How far a run is, and what came out of it."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llm.files import write_json
+from llm.run_folder import SUMMARY
+from llm.training.circumstances import Circumstances
+from llm.training.evaluation import METRICS
+
+
+@dataclass
+class Counts:
+    """How far a run is."""
+
+    steps: int = 0  # updates done, skipped ones included
+    tokens_seen: int = 0
+    seconds: float = 0.0  # of training; evaluation, samples and checkpoints do not count
+    best_val_loss: float | None = None  # of the evaluations along the way
+    best_step: int | None = None
+    skipped: int = 0  # updates skipped because the loss or the gradient was not finite
+    grad_norm_spikes: int = 0
+
+    @property
+    def step(self) -> int:
+        """The update just done, counted from 0 as in the book."""
+        return self.steps - 1
+
+
+@dataclass
+class Counters(Counts):
+    """What the loop counts, and saves with each checkpoint."""
+
+    skipped_in_a_row: int = 0
+    usual_grad_norm: float | None = None  # a running mean
+
+
+@dataclass
+class Summary(Counts):
+    """What came out of a run; `summary.json` holds the same, flat. Losses are in nats per token."""
+
+    run_dir: str = ""
+    status: str = "running"  # or finished, interrupted, failed
+    stopped_early: str | None = None  # of an interrupted run: why, if a rule stopped it and not a person
+    error: str | None = None  # of a failed one
+    train_loss: float | None = None  # over eval_iter batches, at the end
+    validation: dict[str, float] = field(default_factory=dict)  # METRICS over the whole split, at the end
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    mfu: float | None = None  # model FLOPs per second over those of a large matrix product
+    total_seconds: float = 0.0  # of this process, everything counted
+    parameters: int = 0
+    seed: int = 0
+    device: str = ""
+    precision: str = ""
+    circumstances: Circumstances = field(default_factory=Circumstances)
+    init_from: str | None = None
+    resumed: list[dict[str, Any]] = field(default_factory=list)  # after how many updates, with what changed
+    wandb_folder: str | None = None  # of the W&B run, if W&B has not received all of it
+
+    def __getattr__(self, name: str) -> float | None:
+        """`summary.val_loss` and the like: a metric of `validation`, None before there is one."""
+        if name.startswith("val_"):
+            return self.validation.get(name.removeprefix("val_"))
+        raise AttributeError(name)
+
+    def count(self, counters: Counts) -> None:
+        """Take over how far the run is."""
+        for item in fields(Counts):
+            setattr(self, item.name, getattr(counters, item.name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, under the names of `summary.json`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        validation = {**dict.fromkeys(METRICS), **values.pop("validation")}
+        circumstances = asdict(values.pop("circumstances"))
+        return {
+            **{name: values.pop(name) for name in ("run_dir", "status", "stopped_early", "error")},
+            **{f"val_{name}": value for name, value in validation.items()},
+            **values,
+            **circumstances,
+        }
+
+    def write(self, run_dir: Path) -> None:
+        write_json(run_dir / SUMMARY, self.as_dict())
