@@ -123,14 +123,15 @@ def parser() -> OverridesParser:
 @cache  # most commands choose alike, and composing takes a tenth of a second
 def composed(script: str, choices: tuple[str, ...]) -> DictConfig:
     schema = schema_of(script)
+    assert schema
     ConfigStore.instance().store(f"{schema.__name__.removesuffix('Config').lower()}_schema", schema)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(script, list(choices), return_hydra_config=True)
 
 
-def schema_of(script: str) -> type:
+def schema_of(script: str) -> type | None:
     name = "pretrain" if script == "prepare" else script
-    return getattr(schemas, f"{name.title()}Config")
+    return getattr(schemas, f"{name.title()}Config", None)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *HELP], ids=lambda page: page.name)
