@@ -19,7 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from launch import TEXT_KEYS, one_line, quoted
+from launch import one_line
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from llm import config as schemas
@@ -32,6 +32,7 @@ SCRIPTS = {page.stem for page in HELP} - {"common"}
 COMMAND = re.compile(r"(?:\bpython|\btorchrun .*?) (?=experiments/\w+\.py)(.*)")
 CODE_SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+TEXT_KEYS = ("prompt", "text", "samples.prompt")  # the scripts quote their values
 FILE = re.compile(r"`((?:llm|tests|conf|experiments|docs)/[a-z0-9_/.]+)`")
 
 
@@ -105,7 +106,7 @@ def first_of(argument: str, sweeping: bool) -> Override:
     """An override as a job gets it: the first of several values; free text as a string of Hydra's grammar."""
     key, _, value = argument.partition("=")
     if key in TEXT_KEYS and not sweeping and value[:1] not in ("'", '"'):
-        argument = f"{key}={quoted(value)}"
+        argument = f"{key}='{value}'"
     override = parser().parse_override(argument)
     if not override.is_sweep_override():
         return override
