@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ SCRIPTS = {page.stem for page in HELP} - {"common"}
 COMMAND = re.compile(r"(?:\bpython|\btorchrun .*?) (?=experiments/\w+\.py)(.*)")
 CODE_SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+KEY = re.compile(r"(?:^| )([a-z_]+)\.(?!jsonl|pth)([a-z_]+)(?==| |$)")  # not a file's name
 TEXT_KEYS = ("prompt", "text", "samples.prompt")  # the scripts quote their values
 FILE = re.compile(r"`((?:llm|tests|conf|experiments|docs)/[a-z0-9_/.]+)`")
 
@@ -124,15 +126,14 @@ def parser() -> OverridesParser:
 @cache  # most commands choose alike, and composing takes a tenth of a second
 def composed(script: str, choices: tuple[str, ...]) -> DictConfig:
     schema = schema_of(script)
-    assert schema
     ConfigStore.instance().store(f"{schema.__name__.removesuffix('Config').lower()}_schema", schema)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(script, list(choices), return_hydra_config=True)
 
 
-def schema_of(script: str) -> type | None:
+def schema_of(script: str) -> Any:
     name = "pretrain" if script == "prepare" else script
-    return getattr(schemas, f"{name.title()}Config", None)
+    return getattr(schemas, f"{name.title()}Config", None)  # None: there is no such script
 
 
 @pytest.mark.parametrize("page", [*PAGES, *HELP], ids=lambda page: page.name)
@@ -146,6 +147,20 @@ def test_commands_compose(page: Path) -> None:
             if line != shown:
                 wrong.append(f"{place}: {typed}\n    {line}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_exist(page: Path) -> None:
+    groups = {
+        item.name: {key.name for key in fields(item.type)}
+        for script in SCRIPTS
+        for item in fields(schema_of(script))
+        if isinstance(item.type, type) and is_dataclass(item.type)
+    }
+    spans = [(line.number, span) for line in lines_of(page) for span in CODE_SPAN.findall(line.text)]
+    keys = [(number, *found) for number, span in spans for found in KEY.findall(span)]
+    unknown = [key for key in keys if key[1] in groups and key[2] not in groups[key[1]]]
+    assert not unknown, [f"{page.name}:{number}: {group}.{key}" for number, group, key in unknown]
 
 
 def test_commands_are_found() -> None:
