@@ -35,7 +35,7 @@ class Tracker:
     training loop nor the record depends on the server.
     """
 
-    passed_over = False  # whether W&B failed to start an earlier run of this process, as of a sweep's job
+    failed_to_start = False  # whether W&B failed to start an earlier run of this process, as of a sweep's job
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Tracker:
                 ),
             )
 
-        if Tracker.passed_over and config.mode == "online" and not _answers():
+        if Tracker.failed_to_start and config.mode == "online" and not _answers():
             log.warning("W&B still does not answer: this run is recorded offline")
             return start("offline")
         folders = self.run_dir / "wandb"
@@ -115,7 +115,7 @@ class Tracker:
             wandb.teardown()  # else its process keeps the run's id
             for folder in set(folders.glob("run-*")) - there:
                 remove(folder)  # of the run that did not start
-            Tracker.passed_over = True
+            Tracker.failed_to_start = True
             run = start("offline")
         return run
 

@@ -43,7 +43,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         monkeypatch.setenv(folder, str(tmp_path / "wandb-home"))
     monkeypatch.chdir(tmp_path)  # where the client keeps a log of each of its commands
     wandb.teardown()  # what an earlier test has set in this process
-    monkeypatch.setattr(Tracker, "passed_over", False)
+    monkeypatch.setattr(Tracker, "failed_to_start", False)
     yield server
     wandb.teardown()
     server.stop()

@@ -47,8 +47,7 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
         NotFinite: see `update`.
     """
     training, counters, saved = run.config.training, run.counters, replace(run.counters)
-    # Clocks and signals differ between processes, so the main one decides for all of them.
-    agree = run.runtime.agree
+    agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
     while (done := agree(run.progress())) < 1 and not agree(stop_requested()):
         observer.updated(update(run, lr=run.config.optimizer.lr * lr_factor(run.config.schedule, done)))
         if run.runtime.is_main and training.eval_freq and counters.step % training.eval_freq == 0:
@@ -79,9 +78,8 @@ def update(run: Run, lr: float) -> dict[str, float]:
         with nullcontext() if exchange else run.trained_model.no_sync(), runtime.autocast():  # type: ignore[operator]
             # Each batch's loss is a mean. Divided by the number of batches, their gradients add up to that of
             # the mean over all of them: the same update as one large batch makes.
-            batch_loss = (
-                run.trained_model(runtime.share(inputs), runtime.share(targets)) / training.accumulate
-            )
+            share = runtime.share(inputs), runtime.share(targets)
+            batch_loss = run.trained_model(*share) / training.accumulate
             batch_loss.backward()
         loss += batch_loss.detach()
     parameters = list(run.model.parameters())
