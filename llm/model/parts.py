@@ -95,7 +95,8 @@ class MultiHeadAttention(nn.Module):
             for project in (self.W_query, self.W_key, self.W_value)
         )
         if self.rotation is not None:
-            queries, keys = self.rotation(queries, positions), self.rotation(keys, positions)
+            # Angles want fp32, as bf16 cannot tell large positions apart; attention, the values' precision.
+            queries, keys = (self.rotation(heads, positions).to(values.dtype) for heads in (queries, keys))
         drop_rate = self.dropout.p if self.training else 0.0
         if drop_rate > 0 and queries.dtype == torch.float32:
             context = self._attend_as_in_the_book(queries, keys, values)
