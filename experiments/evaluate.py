@@ -1,17 +1,15 @@
 """Measure a trained model on a text: `python experiments/evaluate.py --help`."""
 
-from pathlib import Path
-
-from launch import launch
+from launch import Invocation, launch
 
 from llm.config import EvaluateConfig
 
 
-def run(config: EvaluateConfig, run_dir: Path) -> float:
+def run(config: EvaluateConfig, invocation: Invocation) -> float:
     """The loss in nats per token is what sweeps compare."""
     from llm.commands.evaluate import run_evaluation  # imports torch, which --help need not wait for
 
-    return run_evaluation(config, run_dir)
+    return run_evaluation(config, invocation.run_dir)
 
 
 if __name__ == "__main__":

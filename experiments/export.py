@@ -1,17 +1,15 @@
 """Write a checkpoint in another program's format: `python experiments/export.py --help`."""
 
-from pathlib import Path
-
-from launch import launch
+from launch import Invocation, launch
 
 from llm.config import ExportConfig
 
 
-def run(config: ExportConfig, run_dir: Path) -> None:
+def run(config: ExportConfig, invocation: Invocation) -> None:
     """Export."""
     from llm.commands.export import export_checkpoint  # imports torch, which --help need not wait for
 
-    export_checkpoint(config, run_dir)
+    export_checkpoint(config, invocation.run_dir)
 
 
 if __name__ == "__main__":

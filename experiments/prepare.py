@@ -1,13 +1,11 @@
 """Make a run's token files ahead of it: `python experiments/prepare.py --help`."""
 
-from pathlib import Path
-
-from launch import launch
+from launch import Invocation, launch
 
 from llm.config import PretrainConfig
 
 
-def run(config: PretrainConfig, run_dir: Path) -> None:
+def run(config: PretrainConfig, invocation: Invocation) -> None:
     from llm.commands.prepare import prepare  # imports torch, which --help need not wait for
 
     prepare(config)

@@ -2,29 +2,15 @@
 
 import math
 import sys
-from pathlib import Path
 
-from launch import Interrupted, launch, torchrun_rank
+from arguments import only_shows
+from launch import Interrupted, Invocation, launch, torchrun_rank
 
 from llm.config import PretrainConfig
 from llm.errors import UserError
 
-# Flags of Hydra's that show something in place of a run, which the processes beside would wait for.
-SHOWN = {
-    "-h",
-    "--help",
-    "--hydra-help",
-    "--version",
-    "-c",
-    "--cfg",
-    "-i",
-    "--info",
-    "-sc",
-    "--shell-completion",
-}
 
-
-def run(config: PretrainConfig, run_dir: Path) -> float:
+def run(config: PretrainConfig, invocation: Invocation) -> float:
     """Pretrain; the validation loss over the whole split is what sweeps compare.
 
     A job that was stopped early has none, and counts as infinitely bad. Its best loss along the way is of a
@@ -33,7 +19,7 @@ def run(config: PretrainConfig, run_dir: Path) -> float:
     """
     from llm.commands.pretrain import pretrain  # imports torch, which --help need not wait for
 
-    summary = pretrain(config, run_dir)
+    summary = pretrain(config, invocation.run_dir)
     if summary.stopped_early:
         return math.inf
     if summary.val_loss is None:
@@ -43,7 +29,7 @@ def run(config: PretrainConfig, run_dir: Path) -> float:
 
 def follow_the_first() -> None:
     """In the other processes of torchrun: the first one alone reads the config and says what is done."""
-    if SHOWN & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+    if only_shows(sys.argv[1:]):
         return
     from llm.commands.pretrain import take_part
 

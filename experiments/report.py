@@ -2,22 +2,21 @@
 
 import os
 from contextlib import suppress
-from pathlib import Path
 
-from launch import launch
+from launch import Invocation, launch
 
 from llm.config import ReportConfig
 
 
-def run(config: ReportConfig, run_dir: Path) -> None:
+def run(config: ReportConfig, invocation: Invocation) -> None:
     """Report."""
     from llm.commands.report import write_report  # imports numpy, which --help need not wait for
 
     try:
-        write_report(config, run_dir)
+        write_report(config, invocation.run_dir)
     finally:
         with suppress(OSError):  # it holds the report; Hydra made it in any case
-            os.removedirs(run_dir)
+            os.removedirs(invocation.run_dir)
 
 
 if __name__ == "__main__":

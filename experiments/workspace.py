@@ -1,13 +1,11 @@
 """Save a W&B workspace for a project's runs: `python experiments/workspace.py --help`."""
 
-from pathlib import Path
-
-from launch import launch
+from launch import Invocation, launch
 
 from llm.config import WorkspaceConfig
 
 
-def run(config: WorkspaceConfig, run_dir: Path) -> None:
+def run(config: WorkspaceConfig, invocation: Invocation) -> None:
     """Save the workspace and say where it is."""
     from llm.commands.workspace import save_workspace
 

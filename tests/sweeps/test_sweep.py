@@ -13,23 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arguments import with_recorded_sweep
 from conftest import ROOT, Script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext
+from hydra_errors import one_line
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
-from launch import one_line, with_recorded_sweep
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from llm.config import PretrainConfig
 from llm.errors import UserError
 from llm.files import held, write_json
-from llm.run_folder import RUN_ID
+from llm.run_folder import LOCK
 from llm.sweeps.jobs import (
     Job,
     compact,
@@ -104,7 +106,7 @@ def test_the_state_of_a_job_is_read_from_its_folder(tmp_path: Path) -> None:
     write_job(tmp_path / "3", overrides[3], status="running")
     write_job(tmp_path / "4", overrides[4])
     write_job(tmp_path / "5", overrides[5], status="running")
-    with held(tmp_path / "5" / RUN_ID) as ours:
+    with held(tmp_path / "5" / LOCK) as ours:
         assert ours
         states = [job.state for job in read_jobs([tmp_path])]
     assert states == ["finished", "failed", "stopped", "killed", "killed", "running", "waiting"]
@@ -176,8 +178,9 @@ def test_the_live_table_has_as_many_jobs_as_the_screen_holds(
 class FakeLauncher:
     """Writes what a job that trained would have left. `act` gives the summary, or raises."""
 
-    def __init__(self, act: Callable[[dict[str, str]], dict[str, Any]]) -> None:
+    def __init__(self, act: Callable[[dict[str, str]], dict[str, Any]], options: DictConfig) -> None:
         self.act = act
+        self.options = options
         self.launched: list[list[int]] = []
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
@@ -193,8 +196,8 @@ class FakeLauncher:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RecordedSweeper]:
-    """Sweep with overrides by a sweeper whose launcher is fake."""
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLauncher]:
+    """Sweep with overrides by a sweeper whose launcher is fake; returns the launcher."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
 
     def run(
@@ -202,24 +205,26 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Reco
         act: Callable[[dict[str, str]], dict[str, Any]],
         *arguments: str,
         folder: str = "sweep",
-    ) -> RecordedSweeper:
+        launcher: str = "basic",
+    ) -> FakeLauncher:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             overrides = [f"hydra.sweep.dir={tmp_path / folder}", "hydra.mode=MULTIRUN"]
+            overrides += f"hydra/launcher={launcher}".split()
             overrides += [each for each in arguments if each.startswith("runtime.")]
             config = compose("pretrain", overrides=overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(config)
-            OmegaConf.set_readonly(config.hydra, None)
             loader = GlobalHydra.instance().config_loader()
-            sweeper.hydra_context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
-            sweeper.config = config
-            sweeper.launcher = FakeLauncher(act)  # type: ignore[assignment]
+            context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
+            fake = FakeLauncher(act, config.hydra.launcher)
+            monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: fake)
+            sweeper.setup(hydra_context=context, task_function=lambda config: None, config=config)
             sweeper.sweep(list(arguments))
-        return sweeper
+        return fake
 
     return run
 
 
-Sweep = Callable[..., RecordedSweeper]
+Sweep = Callable[..., FakeLauncher]
 
 
 def finished(job: dict[str, str]) -> dict[str, Any]:
@@ -231,9 +236,12 @@ def test_a_grid_is_every_combination_recorded_before_it_begins(sweep: Sweep, tmp
         assert len(read_record(tmp_path / "sweep")["jobs"]) == 4
         return finished(job)
 
-    done = sweep(GridSweeper({"seed": "range(2)"}), act, "optimizer.lr=choice(0.1,0.2)")
-    assert done.jobs == [[f"seed={seed}", f"optimizer.lr={lr}"] for seed in (0, 1) for lr in (0.1, 0.2)]
-    assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["finished"] * 4
+    sweep(GridSweeper({"seed": "range(2)"}), act, "optimizer.lr=choice(0.1,0.2)")
+    jobs = read_jobs([tmp_path / "sweep"])
+    assert [job.overrides for job in jobs] == [
+        [f"seed={seed}", f"optimizer.lr={lr}"] for seed in (0, 1) for lr in (0.1, 0.2)
+    ]
+    assert [job.state for job in jobs] == ["finished"] * 4
     with pytest.raises(UserError, match="holds a sweep already"):
         sweep(GridSweeper(), finished, "seed=1,2")
 
@@ -252,7 +260,7 @@ def test_only_what_has_no_result_is_run_again_under_its_number(sweep: Sweep, tmp
     assert [job.state for job in jobs] == ["finished", "failed", "killed", "waiting", "waiting"]
     before = (tmp_path / "sweep" / "0" / "summary.json").stat().st_mtime_ns
     again = sweep(GridSweeper(resume=True), finished, "seed=range(5)", "tracking=disabled")
-    assert again.launcher.launched == [[1, 2, 3, 4]]  # type: ignore[attr-defined]
+    assert again.launched == [[1, 2, 3, 4]]
     assert (tmp_path / "sweep" / "0" / "summary.json").stat().st_mtime_ns == before
     overrides = json.loads((tmp_path / "sweep" / "4" / ".hydra" / "overrides.yaml").read_text("utf-8"))
     assert overrides == ["seed=4", "tracking=disabled"]
@@ -304,19 +312,18 @@ def test_side_by_side_each_job_has_a_gpu(
         given.append(job.get("+hydra.job.env_set.CUDA_VISIBLE_DEVICES"))
         return finished(job)
 
-    options = {"n_jobs": n_jobs}
-    monkeypatch.setattr(FakeLauncher, "joblib", options, raising=False)
-    sweep(GridSweeper(), act, "seed=range(3)", runtime)
+    done = sweep(
+        GridSweeper(), act, "seed=range(3)", runtime, launcher=f"joblib hydra.launcher.n_jobs={n_jobs}"
+    )
     assert given == [gpu and f"'{gpu}'" for gpu in gpus]
-    assert options["n_jobs"] == at_once
+    assert done.options.n_jobs == at_once
 
 
 def test_the_jobs_that_are_left_are_spread_over_the_gpus(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(FakeLauncher, "joblib", {"n_jobs": -1}, raising=False)
-    sweep(GridSweeper(), finished, "seed=range(6)")
+    sweep(GridSweeper(), finished, "seed=range(6)", launcher="joblib")
     for number in (1, 3, 5):
         (tmp_path / "sweep" / str(number) / "summary.json").unlink()
     given = []
@@ -325,7 +332,7 @@ def test_the_jobs_that_are_left_are_spread_over_the_gpus(
         given.append(job["+hydra.job.env_set.CUDA_VISIBLE_DEVICES"])
         return finished(job)
 
-    sweep(GridSweeper(resume=True), act, "seed=range(6)")
+    sweep(GridSweeper(resume=True), act, "seed=range(6)", launcher="joblib")
     assert given == ["'0'", "'1'", "'0'"]
 
 
@@ -378,7 +385,7 @@ SEARCHED = (
 )
 
 
-def test_a_search_finds_the_minimum_and_goes_on_as_if_it_had_not_been_cut_off(
+def test_a_search_finds_the_minimum_and_resumes_as_if_it_had_not_been_cut_off(
     sweep: Sweep, tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit, match="1"):  # some diverged
@@ -413,7 +420,7 @@ def test_a_search_tries_several_at_once_within_its_bounds(sweep: Sweep, tmp_path
         lambda job: {"status": "finished", "val_loss": float(job["model.n_layers"])},
         *arguments,
     )
-    assert done.launcher.launched == [[0, 1], [2, 3], [4]]  # type: ignore[attr-defined]
+    assert done.launched == [[0, 1], [2, 3], [4]]
     for job in read_jobs([tmp_path / "sweep"]):
         given = dict(each.split("=") for each in job.overrides)
         assert 0.0012345678 <= float(given["optimizer.lr"]) <= 0.0012345679
@@ -440,6 +447,7 @@ def test_a_missing_plugin_is_named_with_how_to_install_it() -> None:
 
 
 def test_optuna_is_asked_for_where_it_is_missing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sweeping.search", raising=False)
     monkeypatch.setitem(sys.modules, "optuna.distributions", None)
     with pytest.raises(UserError) as raised:
         sweep(OptunaSweeper(), finished, "seed=1,2")
@@ -447,7 +455,7 @@ def test_optuna_is_asked_for_where_it_is_missing(sweep: Sweep, monkeypatch: pyte
     assert one_line(raised.value) == expected
 
 
-def test_a_sweep_is_gone_on_with_as_it_was_begun(tmp_path: Path) -> None:
+def test_a_sweep_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
     begun = ["hydra/launcher=joblib", "optimizer.lr=1,2", "tracking=offline"]
     write_record(tmp_path, "pretrain", begun, ["optimizer.lr"], [["optimizer.lr=1"], ["optimizer.lr=2"]])
     resume = f"sweep.resume={tmp_path}"
@@ -459,7 +467,7 @@ def test_a_sweep_is_gone_on_with_as_it_was_begun(tmp_path: Path) -> None:
         f"hydra.sweep.dir='{tmp_path}'",
         "hydra.sweeper.resume=true",
     ]
-    with pytest.raises(UserError, match=r"leave out seed=1$"):
+    with pytest.raises(UserError, match=r"remove seed=1$"):
         with_recorded_sweep([resume, "seed=1"], "pretrain")
     with pytest.raises(UserError, match=r"was begun by experiments/pretrain\.py"):
         with_recorded_sweep([resume], "generate")

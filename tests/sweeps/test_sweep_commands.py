@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: killed and gone on with, side by side, as submitit's jobs."""
+"""Sweeps as a user runs them: killed and resumed, side by side, as submitit's jobs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def kill_process_of(job: Path) -> None:
     os.kill(int(line.split()[4]), signal.SIGKILL)
 
 
-def test_a_sweep_that_was_killed_goes_on_as_if_it_had_not_been(
+def test_a_sweep_that_was_killed_resumes_as_if_it_had_not_been(
     begin: Begin, script: Script, tmp_path: Path, text: str
 ) -> None:
     values = (text, "optimizer.lr=4e-4,-1,5e-4", "tracking=disabled")
@@ -41,7 +41,7 @@ def test_a_sweep_that_was_killed_goes_on_as_if_it_had_not_been(
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["finished", "failed", "killed"]
     refused = script("pretrain", "-m", "sweep.resume=sweep", "training.max_steps=50")
     assert refused.stderr == (
-        "error: sweep.resume goes on with a sweep as it was begun: leave out training.max_steps=50\n"
+        "error: sweep.resume continues a sweep as it was begun: remove training.max_steps=50\n"
     )
     resumed = script("pretrain", "-m", "sweep.resume=sweep")
     assert resumed.returncode == 1
@@ -59,7 +59,7 @@ def test_a_sweep_that_was_killed_goes_on_as_if_it_had_not_been(
             ["1", "lr=-1", "failed"],
             ["2", "lr=5e-4", "finished"],
         ]
-        assert table[-1] == f"go on       python experiments/pretrain.py -m sweep.resume={folder}"
+        assert table[-1] == f"resume      python experiments/pretrain.py -m sweep.resume={folder}"
     config = json.loads(
         (tmp_path / "sweep" / "2" / "checkpoints" / "last" / "config.json").read_text("utf-8")
     )
@@ -76,7 +76,7 @@ def test_jobs_side_by_side_share_the_cores_and_one_that_is_killed_does_not_stop_
         wait_for_checkpoint(process, tmp_path / "sweep" / job)
     kill_process_of(tmp_path / "sweep" / "1")
     output, errors = process.communicate(timeout=240)
-    assert (process.returncode, errors) == (0, ""), output  # joblib breaks: both are gone on with
+    assert (process.returncode, errors) == (0, ""), output  # joblib breaks: both are resumed
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for each in read_jobs([tmp_path / "sweep"]):
         assert each.state == "finished"
@@ -110,7 +110,7 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_go_on(
+def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_continue(
     begin: Begin, tmp_path: Path, text: str
 ) -> None:
     process = begin(*SWEEP, "hydra/launcher=submitit_local", text, "seed=1,2", "hydra.sweep.dir=sweep")
@@ -118,7 +118,7 @@ def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_go_on(
     kill_process_of(tmp_path / "sweep" / "0")
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
-    assert errors == "error: job 0 (seed=1): its process was killed; memory may have run out\n"
+    assert errors == "error: job 0 (seed=1): its process was killed; it may have run out of memory\n"
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
 
 
@@ -144,4 +144,4 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_jobs(
     for job in jobs[:running]:
         saved = (job.folder / "checkpoints" / "last").readlink().name
         assert saved == f"step-{job.summary['steps']:08d}"
-    assert output.endswith("go on       python experiments/pretrain.py -m sweep.resume=sweep\n")
+    assert output.endswith("resume      python experiments/pretrain.py -m sweep.resume=sweep\n")

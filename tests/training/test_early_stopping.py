@@ -389,14 +389,15 @@ def test_who_stops_by_hand_a_job_that_stops_early_has_stopped_it(
 
 def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    from launch import Interrupted
+    from launch import Interrupted, Invocation
     from pretrain import run
 
     summary = Summary(run_dir="sweep/3", status="interrupted", best_val_loss=2.0, stopped_early="a reason")
-    monkeypatch.setattr("llm.commands.pretrain.pretrain", lambda config, run_dir: summary)
-    assert run(PretrainConfig(), tmp_path) == math.inf  # worse than all that ran to their end
+    monkeypatch.setattr("llm.commands.pretrain.pretrain", lambda config, run_dir, given: summary)
+    invocation = Invocation(tmp_path, frozenset())
+    assert run(PretrainConfig(), invocation) == math.inf  # worse than all that ran to their end
     summary.stopped_early = None
     with pytest.raises(Interrupted):
-        run(PretrainConfig(), tmp_path)
+        run(PretrainConfig(), invocation)
     summary.validation = {"loss": 3.0}
-    assert run(PretrainConfig(), tmp_path) == 3.0
+    assert run(PretrainConfig(), invocation) == 3.0

@@ -1,0 +1,48 @@
+"""Errors, Hydra's above all, as one line."""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+from llm.errors import UserError
+
+NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
+
+
+def one_line(error: BaseException, schema: type | None = None) -> str:
+    """An error as one line that names the key and what was expected.
+
+    Args:
+        schema: of the config, to list the keys that there are where one is unknown.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
+        parent = unknown[1].rpartition(".")[0]
+        keys = ", ".join(_keys_of(schema, parent))
+        return f"{unknown[1]}: there is no such key; {parent or 'the config'} has {keys}"
+    if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
+        extra = missing[1]
+        return f"hydra/launcher={extra} needs a plugin: pip install -c constraints.txt -e '.[{extra}]'"
+    return " ".join(dict.fromkeys(_lines(error)))
+
+
+def _lines(error: BaseException) -> list[str]:
+    """What an error and its causes say, without where Hydra looked."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines += str(cause).partition("Config search path:")[0].splitlines()
+        cause = cause.__cause__
+    stripped = [line.strip() for line in lines]
+    return [line for line in stripped if line not in ("", "None") and not line.startswith(NOISE)]
+
+
+def _keys_of(schema: type, path: str) -> list[str]:
+    """Names of the keys under a dotted path of a schema."""
+    place: Any = schema
+    for name in filter(None, path.split(".")):
+        place = next((item.type for item in fields(place) if item.name == name), place)
+    return [item.name for item in fields(place)]

@@ -1,0 +1,76 @@
+"""What this code needs to know of Hydra's launchers, and what a job of a sweep asks of Slurm."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Traits:
+    side_by_side: bool = False  # jobs run in worker processes of this machine, `n_jobs` of them at once
+    submits: bool = False  # jobs run in processes of submitit, each with an outcome of its own
+    death: str | None = None  # class of the error that means that a job's process was killed
+
+
+BASIC = Traits()  # jobs run one by one in the sweep's own process
+SUBMITIT = Traits(submits=True, death="UncompletedJobError")
+LAUNCHERS = {
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher": Traits(
+        side_by_side=True, death="TerminatedWorkerError"
+    ),
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher": SUBMITIT,
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": SUBMITIT,
+}
+
+
+def traits_of(launcher: DictConfig) -> Traits:
+    """What is known of the launcher that `hydra.launcher` configures; an unknown one counts as basic."""
+    return LAUNCHERS.get(launcher._target_, BASIC)
+
+
+@contextmanager
+def deaths_as_results(traits: Traits) -> Iterator[None]:
+    """Let submitit's jobs that died be results: the plugin would stop waiting for the others."""
+    if not traits.submits:
+        yield
+        return
+    import submitit
+
+    results = submitit.Job.results
+
+    def results_or_error(job: Any) -> list[Any]:
+        try:
+            return results(job)
+        except Exception as error:
+            return [error]
+
+    setattr(submitit.Job, "results", results_or_error)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(submitit.Job, "results", results)  # noqa: B010
+
+
+def configure_slurm() -> None:
+    """Let a job ask for one GPU, and requeue it when it is preempted or out of time, for a run continues from
+    its last checkpoint. The plugin's own defaults give up after an hour."""
+    Plugins.instance()  # stores the plugin's defaults, which these replace
+    try:
+        from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+    except ImportError:
+        return
+
+    @dataclass
+    class RequeuedSlurmJob(SlurmQueueConf):
+        timeout_min: int = 240
+        cpus_per_task: int | None = 4
+        gpus_per_node: int | None = 1
+        array_parallelism: int = 16  # jobs at once
+        max_num_timeout: int = 10  # times that a job is requeued
+
+    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=RequeuedSlurmJob)

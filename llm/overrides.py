@@ -1,0 +1,30 @@
+"""Overrides of the command line as text: `key=value`, in Hydra's grammar."""
+
+import re
+import shlex
+
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)  # means itself both to Hydra and to a shell
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """`+optimizer.lr=1` as its key and value."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+"), value
+
+
+def as_override(key: str, value: object) -> str:
+    """An override that gives a text or a path to a key, quoted where Hydra would read it otherwise."""
+    text = str(value)
+    return f"{key}={text if PLAIN.fullmatch(text) else quoted(text)}"
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Hydra's grammar, in which a backslash is special only before a quote and at the
+    end."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), text)
+    return f"'{escaped}'".replace("${", r"\${")
+
+
+def as_command(script: str, *arguments: str) -> str:
+    """A line to paste into a shell that runs `experiments/SCRIPT.py`."""
+    return shlex.join(["python", f"experiments/{script}.py", *arguments])
