@@ -14,19 +14,9 @@ from llm.sweeps.jobs import find_sweep, read_record
 
 TEXT_KEYS = ("prompt", "text", "samples.prompt")
 SWEEP_FLAGS = {"-m", "--multirun"}
-# Hydra shows something and runs nothing.
-SHOWING_FLAGS = {
-    "-h",
-    "--help",
-    "--hydra-help",
-    "--version",
-    "-c",
-    "--cfg",
-    "-i",
-    "--info",
-    "-sc",
-    "--shell-completion",
-}
+ONE_CONFIG_FLAGS = {"-c", "--cfg", "-i", "--info"}
+# With these Hydra prints something and runs nothing.
+SHOWING_FLAGS = ONE_CONFIG_FLAGS | {"-h", "--help", "--hydra-help", "--version", "-sc", "--shell-completion"}
 FREE_ON_RERUN = ("rerun", "resume", "tracking", "hydra", "data.path", "data.cache_dir")
 FREE_ON_SWEEP_RESUME = ("hydra", "tracking")
 
@@ -46,6 +36,8 @@ def rewritten(arguments: list[str], script: str) -> CommandLine:
             run already holds one.
         HydraException: an override does not parse.
     """
+    if SWEEP_FLAGS & set(arguments) and ONE_CONFIG_FLAGS & _flag_names(arguments):
+        raise UserError("--cfg and --info show one config, not a sweep: remove -m")
     arguments = with_recorded_sweep(_with_quoted_texts(arguments), script)
     overrides = _by_key(arguments)
     if "rerun" in overrides:
@@ -59,7 +51,11 @@ def rewritten(arguments: list[str], script: str) -> CommandLine:
 
 def only_shows(arguments: list[str]) -> bool:
     """Whether Hydra prints help, a config or the like, in place of a run."""
-    return bool(SHOWING_FLAGS & {argument.partition("=")[0] for argument in arguments})
+    return bool(SHOWING_FLAGS & _flag_names(arguments))
+
+
+def _flag_names(arguments: list[str]) -> set[str]:
+    return {argument.partition("=")[0] for argument in arguments}
 
 
 def _with_quoted_texts(arguments: list[str]) -> list[str]:

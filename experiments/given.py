@@ -32,7 +32,7 @@ def given_keys(overrides: Iterable[str], folders: Iterable[Path]) -> frozenset[s
 def _keys_of_experiment(config: Path, folders: list[Path]) -> Iterator[str]:
     """The groups and keys that an experiment sets, and those that it builds on."""
     found = next((file for folder in folders if (file := folder / f"{config}.yaml").exists()), None)
-    content: Any = OmegaConf.to_container(OmegaConf.load(found)) if found else {}  # experiment=null
+    content: Any = OmegaConf.to_container(OmegaConf.load(found)) if found else {}  # ~experiment
     for entry in content.pop("defaults", []):
         if not isinstance(entry, str):
             [group] = entry

@@ -62,8 +62,8 @@ class RecordedSweeper(Sweeper):
 
     @abstractmethod
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
-        """Jobs by number, those to be launched together in a list. One that is asked for after another's jobs
-        have ended may follow from what came of them."""
+        """Lists of jobs, by number, to be launched together. Each list is asked for once the jobs of the last
+        have ended, and may depend on what came of them."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run all jobs that have no result yet, and conclude.
@@ -74,47 +74,53 @@ class RecordedSweeper(Sweeper):
             UserError: the folder is taken, or holds no such sweep.
             HydraException: no job's overrides fit.
         """
-        # Not needed by Hydra's scan for plugins.
-        from llm.commands.conclude import conclude
-        from llm.sweeps.watch import SweepProgress, watching
+        from llm.commands.conclude import conclude  # not needed by Hydra's scan for plugins
 
-        config = self.config
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        params = [f"{key}={value}" for key, value in self.params.items()]
-        # Of two overrides of a key the last counts.
-        overrides = {each.get_key_element(): each for each in parser.parse_overrides([*params, *arguments])}
+        overrides = self._parsed(arguments)
         jobs = self.plan(overrides)
-        traits = traits_of(config.hydra.launcher)
-        with claimed(config, self.resume) as folder:
-            if self.resume:
-                jobs = read_record(folder)["jobs"]
-            hydra_overrides = [
-                each for each in config.hydra.overrides.hydra if not each.startswith(SET_BY_US)
-            ]
+        with claimed(self.config, self.resume) as folder:
+            hydra_overrides = self.config.hydra.overrides.hydra
             sweep = Sweep(
                 folder,
-                script=config.hydra.job.name,
+                script=self.config.hydra.job.name,
                 arguments=[each for each in hydra_overrides if not each.startswith(SET_BY_US)] + arguments,
                 varied=[key.lstrip("+") for key, each in overrides.items() if each.is_sweep_override()],
-                jobs=jobs,
+                jobs=read_record(folder)["jobs"] if self.resume else jobs,
                 changes=[each for each in arguments if each.startswith("tracking")] if self.resume else [],
             )
-            gpus = divide_machine(config, self.at_once) if traits.side_by_side else []
-            launcher = Plugins.instance().instantiate_launcher(self.hydra_context, self.task_function, config)
-            runner = Runner(sweep, launcher, traits, gpus)
-            progress = SweepProgress(folder, sweep.since, self.total)
-            status = 0
-            side_by_side = traits.side_by_side and config.hydra.launcher.n_jobs > 1
             try:
-                with stoppable(folder, side_by_side), watching(progress):
-                    for numbers in self.batches(sweep):
-                        runner.run(numbers)
+                self._run(sweep)
+                status = 0
             except KeyboardInterrupt:
                 status = 130
             if conclude(folder) and not status:
                 status = 1
         if status:
             sys.exit(status)
+
+    def _parsed(self, arguments: list[str]) -> dict[str, Override]:
+        """The overrides of all jobs by their keys; of two for a key the last counts."""
+        params = [f"{key}={value}" for key, value in self.params.items()]
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        return {each.get_key_element(): each for each in parser.parse_overrides([*params, *arguments])}
+
+    def _run(self, sweep: Sweep) -> None:
+        """Run what has no result yet.
+
+        Raises:
+            KeyboardInterrupt: the sweep was stopped.
+        """
+        from llm.sweeps.watch import SweepProgress, watching
+
+        config, traits = self.config, traits_of(self.config.hydra.launcher)
+        gpus = divide_machine(config, self.at_once) if traits.side_by_side else []
+        side_by_side = traits.side_by_side and config.hydra.launcher.n_jobs > 1
+        launcher = Plugins.instance().instantiate_launcher(self.hydra_context, self.task_function, config)
+        runner = Runner(sweep, launcher, traits, gpus)
+        progress = SweepProgress(sweep.folder, sweep.since, self.total)
+        with stoppable(sweep.folder, side_by_side), watching(progress):
+            for numbers in self.batches(sweep):
+                runner.run(numbers)
 
     def refused(self, overrides: list[str]) -> Exception | None:
         """Why Hydra does not take a job's overrides, if it does not."""

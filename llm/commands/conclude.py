@@ -1,8 +1,9 @@
-"""How a sweep ends: a table of its jobs, its report, and how to go on with it."""
+"""How a sweep ends: a table of its jobs, its report, and how to resume it."""
 
 from pathlib import Path
 
 from llm.files import as_typed
+from llm.overrides import as_command, as_override
 from llm.sweeps.jobs import DONE, read_jobs, read_record
 from llm.sweeps.report import sweep_report
 from llm.sweeps.study_report import as_study, is_study
@@ -11,14 +12,13 @@ from llm.tracking import sync_command
 
 
 def conclude(folder: Path) -> bool:
-    """Say what came of a sweep and write its report; returns whether a job has no result that should have.
+    """Say what came of a sweep and write its report; returns whether a job that ran has no result.
 
     Raises:
         UserError: the report cannot be written.
     """
     folder = as_typed(folder)
     jobs, script = read_jobs([folder]), read_record(folder)["script"]
-    failed = any(job.state in ("failed", "killed", "interrupted") for job in jobs)
     if is_study(jobs):
         from llm.commands.generate import conclude_study
 
@@ -30,5 +30,5 @@ def conclude(folder: Path) -> bool:
         if any(job.summary.get("wandb_folder") for job in jobs):
             print(f"W&B         {sync_command(folder / '*' / 'wandb' / '*run-*')}")
     if any(job.state not in DONE for job in jobs):
-        print(f"go on       python experiments/{script}.py -m sweep.resume={folder}")
-    return failed
+        print(f"resume      {as_command(script, '-m', as_override('sweep.resume', folder))}")
+    return any(job.state in ("failed", "killed", "interrupted") for job in jobs)

@@ -1,4 +1,4 @@
-"""A sweep as its folder tells it: which jobs there are, what varies between them, and how far each is.
+"""A sweep, read from its folder: which jobs there are, what varies between them, and what became of each.
 
 Nothing here needs the process that runs the sweep.
 """
@@ -14,23 +14,24 @@ from omegaconf import OmegaConf
 
 from llm.errors import UserError
 from llm.files import is_held, modified, write_json
+from llm.overrides import split_override
 from llm.run_folder import is_claimed, read_summary
 
 RECORD = "sweep.json"  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
-STOP = ".stop"  # is there once a sweep whose jobs run side by side was asked to stop
-UNVARIED = ("hydra.", "tracking.", "tracking", "resume", "rerun")
-DONE = ("finished", "stopped")  # with a result, so that they are not run again
+STOP = ".stop"  # there once a sweep whose jobs run side by side was asked to stop
+NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not change what a job does
+DONE = ("finished", "stopped")  # states with a result, whose jobs are not run again
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep, as its files tell."""
+    """One run of a sweep, read from its files."""
 
     folder: Path
     name: str  # its number; with several sweeps side by side, the sweep's folder too
     overrides: list[str]
-    setting: dict[str, str] = field(default_factory=dict)  # the keys that vary between jobs
+    setting: dict[str, str] = field(default_factory=dict)  # values of the keys that vary between jobs
     summary: dict[str, Any] = field(default_factory=dict)  # empty until there is one
 
     @property
@@ -41,7 +42,7 @@ class Job:
     @property
     def state(self) -> str:
         """`waiting`, `running`, `finished`, `stopped` (by a rule, see llm/training/early_stopping.py),
-        `interrupted`, `failed`, or `killed`: it was begun, has no end, and no process holds it."""
+        `interrupted`, `failed`, or `killed`: begun, not ended, and held by no process."""
         status = self.summary.get("status")
         if status == "interrupted" and self.summary.get("stopped_early"):
             return "stopped"
@@ -66,12 +67,12 @@ class Job:
 
     @property
     def overrides_alone(self) -> list[str]:
-        """What runs it again by itself, also where the experiment that it names is a sweep."""
+        """Overrides that run it again by itself, even if the experiment that it names is a sweep."""
         experiment = any(split_override(each)[0] == "experiment" for each in self.overrides)
         return [*self.overrides, *["hydra.mode=RUN"] * experiment]
 
     def reread(self) -> "Job":
-        """The same with the summary that its folder holds by now."""
+        """The same job with the summary that is in its folder now."""
         return replace(self, summary=read_summary(self.folder))
 
 
@@ -81,8 +82,8 @@ def begun(job: Job) -> float:
 
 
 def state_since(job: Job, since: float) -> str:
-    """A job's state for who runs its sweep since then: one that has not been begun since waits, unless it has
-    its result from before, and one that was begun runs until it says how it ended."""
+    """A job's state for the process that has run its sweep since then. A job not begun since is waiting,
+    unless it has a result from before; one begun since is running until its summary says how it ended."""
     written = modified(job.folder / "summary.json")
     if written >= max(since, begun(job)):
         return "running" if job.summary.get("status") == "running" else job.state
@@ -103,7 +104,7 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
         alike = sum(other.name == folder.name for other in folders) > 1
         prefix = f"{folder if alike else folder.name}/" if len(folders) > 1 else ""
         jobs = _jobs_in(folder)
-        if jobs or (folder / RECORD).exists():  # a search begins with none
+        if jobs or (folder / RECORD).exists():  # a search begins without jobs
             found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
         elif (folder / "summary.json").exists() or (folder / "metrics.jsonl").exists():
             found.append((folder, folder.name, _recorded_overrides(folder)))
@@ -136,10 +137,11 @@ def _recorded_overrides(run_dir: Path) -> list[str]:
 
 
 def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:
-    """For each job's overrides, those whose value is not the same in all jobs. A job that does not set such a
-    key has the value of its recorded config, where `folders` has one."""
+    """For each job's overrides, those whose value is not the same in all jobs. For a job that does not set
+    such a key, the value is read from the config recorded in its folder, if `folders` is given."""
     given = [dict(split_override(each) for each in overrides) for overrides in jobs]
-    keys = [key for key in dict.fromkeys(key for own in given for key in own) if not key.startswith(UNVARIED)]
+    every_key = dict.fromkeys(key for own in given for key in own)
+    keys = [key for key in every_key if not key.startswith(NEVER_VARIED)]
     incomplete = {key for key in keys if any(key not in own for own in given)}
     for own, folder in zip(given, folders or [], strict=False):
         if absent := [key for key in incomplete if key not in own]:
@@ -152,19 +154,13 @@ def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> lis
 
 
 def setting_of(overrides: list[str], varied: list[str]) -> dict[str, str]:
-    """The values that a job's overrides give to the keys that vary."""
+    """The values that a job's overrides give to the varied keys."""
     given = dict(split_override(each) for each in overrides)
     return {key: given[key] for key in varied}
 
 
-def split_override(override: str) -> tuple[str, str]:
-    """`+optimizer.lr=1` as its key and value."""
-    key, _, value = override.partition("=")
-    return key.lstrip("+"), value
-
-
 def title_of(setting: dict[str, str]) -> str:
-    """A setting in few characters: `lr=4e-4 seed=1`."""
+    """A short title for a setting: `lr=4e-4 seed=1`."""
     return " ".join(f"{short_key(key)}={compact(value)}" for key, value in setting.items())
 
 
@@ -184,7 +180,7 @@ def compact(value: str) -> str:
 
 
 def order(value: str) -> tuple[bool, float, str]:
-    """Sorts values of a key: numbers first and by size, then texts."""
+    """A sort key for the values of a setting: numbers first, by size, then texts."""
     try:
         return False, float(value), value
     except ValueError:
@@ -195,7 +191,7 @@ def order(value: str) -> tuple[bool, float, str]:
 
 
 def find_sweep(name: str, root: Path = Path("outputs")) -> Path:
-    """The folder of a sweep: a path to it, or `latest`, the one under `root` that was begun last.
+    """The folder of a sweep, named by its path, or by `latest`: the one under `root` that was begun last.
 
     Raises:
         UserError: there is none.
@@ -218,7 +214,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text("utf-8"))
         return {key: record[key] for key in ("script", "arguments", "varied", "jobs")}
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no sweep's folder: it has no {RECORD}") from error
+        raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / RECORD} is damaged: {error}") from error
 
@@ -226,12 +222,12 @@ def read_record(folder: Path) -> dict[str, Any]:
 def write_record(
     folder: Path, script: str, arguments: list[str], varied: list[str], jobs: list[list[str]]
 ) -> None:
-    """Keep what a sweep is.
+    """Record what a sweep is.
 
     Args:
-        script: that runs it, by its name, as `pretrain`.
-        arguments: what was typed.
-        varied: the keys that are swept.
-        jobs: the overrides of each, by its number.
+        script: name of the script that runs it, as `pretrain`.
+        arguments: of the command line.
+        varied: the keys that are swept over.
+        jobs: the overrides of each job, by its number.
     """
     write_json(folder / RECORD, {"script": script, "arguments": arguments, "varied": varied, "jobs": jobs})

@@ -1,4 +1,4 @@
-"""What a sweep says: a live table of its jobs on a terminal, a line a job elsewhere, a table at its end."""
+"""What a sweep prints: a live table of its jobs on a terminal, lines elsewhere, and a table at its end."""
 
 import json
 import shutil
@@ -19,19 +19,29 @@ from llm.sweeps.jobs import RECORD, Job, begun, read_jobs, state_since
 from llm.training.schedules import spent
 
 POLL_SECONDS = 0.5
-TAIL_BYTES = 4096  # of metrics.jsonl; some lines, of which the last is where a job is
-WAITING_LOOKED_AT = 64  # jobs begin about in order, so not all that wait are looked at each time
-TABLE_ROWS = 40  # of the table at the end; of a larger sweep it has the best
+TAIL_BYTES = 4096  # read from the end of metrics.jsonl: some lines, the last of which says how far a job is
+WAITING_POLLED = 64  # jobs begin roughly in order, so not all that wait need looking at each time
+TABLE_ROWS = 40  # in the table at the end; a larger sweep shows its best
+FIGURES = {  # of summaries, with their titles in the table and how they are written
+    "train_loss": ("train loss", "{:.3f}"),
+    "val_loss": ("val loss", "{:.3f}"),
+    "result": ("result", "{:.3f}"),  # of evaluate.py
+    "val_bits_per_byte": ("bits/byte", "{:.3f}"),
+}
+COSTS = {
+    "tokens_seen": ("tokens", "{:,}"),
+    "seconds": ("time", "{:.0f}s"),
+}
 
 
 class SweepProgress:
-    """How far the jobs of a sweep are, from their files, wherever they run."""
+    """How far the jobs of a sweep are, read from their files, wherever they run."""
 
     def __init__(self, folder: Path, since: float, total: int) -> None:
         """
         Args:
-            since: when this process began with the sweep, in seconds since the epoch.
-            total: jobs that there will be.
+            since: when this process began to run the sweep, in seconds since the epoch.
+            total: the number of jobs that there will be.
         """
         self.folder, self.since, self.total = folder, since, total
         self.jobs: dict[str, Job] = {}
@@ -44,7 +54,7 @@ class SweepProgress:
         self._share_at_start = self.share()
 
     def _read_record(self) -> None:
-        """Take in the jobs, of which a search adds some as it goes."""
+        """Take in the jobs, again whenever a search has added some."""
         if (written := modified(self.folder / RECORD)) != self._record_read:
             self._record_read = written
             self.jobs |= {job.name: job for job in read_jobs([self.folder]) if job.name not in self.jobs}
@@ -52,7 +62,7 @@ class SweepProgress:
                 self.states.setdefault(name, state_since(job, self.since))
 
     def poll(self) -> list[str]:
-        """Look at the jobs that have not ended; returns the names of those whose state is another now."""
+        """Look at the jobs that have not ended; returns the names of those whose state has changed."""
         self._read_record()
         changed = []
         for name in self._not_ended():
@@ -64,10 +74,10 @@ class SweepProgress:
         return changed
 
     def _not_ended(self) -> list[str]:
-        # One that was interrupted may go on: Slurm queues it again.
+        # An interrupted job may continue: Slurm requeues it.
         running = [name for name, state in self.states.items() if state in ("running", "interrupted")]
         waiting = [name for name, state in self.states.items() if state == "waiting"]
-        return running + waiting[:WAITING_LOOKED_AT]
+        return running + waiting[:WAITING_POLLED]
 
     def named(self, *states: str) -> list[Job]:
         return [self.jobs[name] for name, state in self.states.items() if state in states]
@@ -76,7 +86,7 @@ class SweepProgress:
         return best_of(self.named("finished"))
 
     def last_metrics(self, job: Job) -> dict[str, Any]:
-        """The last whole line that a job wrote, and the last evaluation seen."""
+        """The figures of the last whole line that a job wrote, and of the last evaluation seen."""
         try:
             with (job.folder / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
@@ -97,14 +107,14 @@ class SweepProgress:
             config = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
             limits = ("max_steps", "max_epochs", "max_minutes")
             found = {limit: OmegaConf.select(config, f"training.{limit}") for limit in limits}
-            if not any(found.values()):  # Hydra is just writing it
+            if not any(found.values()):  # Hydra is still writing it
                 return 0.0
             self._limits[job.name] = TrainingConfig(**found)
         shares = spent(self._limits[job.name], metrics["step"] + 1, metrics["epoch"], metrics["seconds"])
         return min(1.0, max(shares.values()))
 
     def share(self) -> float:
-        """How much of the sweep is done, 0 to 1; all jobs count alike."""
+        """How much of the sweep is done, 0 to 1; all jobs count equally."""
         running = sum(self.job_share(job, self.last_metrics(job)) for job in self.named("running"))
         ended = len(self.jobs) - len(self.named("running", "waiting"))
         return (ended + running) / self.total
@@ -188,7 +198,7 @@ def _live_table(progress: SweepProgress) -> Iterator[None]:
 
 
 def live_table(progress: SweepProgress) -> Any:
-    """The bar, the jobs that run, the last that ended, the next that wait: as many as the screen holds."""
+    """A bar and as many jobs as the screen holds: the last that ended, those that run, the next that wait."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -199,7 +209,7 @@ def live_table(progress: SweepProgress) -> Any:
     waiting = progress.named("waiting")
     ended = progress.named("finished", "stopped", "failed", "interrupted")
     ended.sort(key=lambda job: modified(job.folder / "summary.json"))
-    left = room - len(running) - min(1, len(waiting))  # at least the next that waits is shown
+    left = room - len(running) - min(1, len(waiting))  # at least one that waits is shown
     shown = ended[max(0, len(ended) - max(0, left)) :]
     table = Table(box=None, pad_edge=False, expand=True)
     for name in ("job", "set", "state"):
@@ -236,7 +246,10 @@ def best_of(jobs: list[Job]) -> Job | None:
 
 
 def sweep_table(jobs: list[Job]) -> str:
-    """Jobs with what was set in each, their figures and errors, the best marked; of many, the best alone."""
+    """A table of jobs with their settings, figures and errors, the best marked; of many jobs, the best ones.
+
+    Figures of the validation split that only some runs measure get a column each.
+    """
     best = best_of(jobs)
     shown = jobs
     if len(jobs) > TABLE_ROWS:
@@ -244,22 +257,13 @@ def sweep_table(jobs: list[Job]) -> str:
             jobs, key=lambda job: (job.summary.get("val_loss") is None, job.summary.get("val_loss"))
         )
         shown = shown[:TABLE_ROWS]
-    figures = {
-        "train loss": ("train_loss", "{:.3f}"),
-        "val loss": ("val_loss", "{:.3f}"),
-        "result": ("result", "{:.3f}"),  # of evaluate.py
-        "bits/byte": ("val_bits_per_byte", "{:.3f}"),
-        "tokens": ("tokens_seen", "{:,}"),
-        "time": ("seconds", "{:.0f}s"),
-    }
-    figures = {
-        name: (key, form)
-        for name, (key, form) in figures.items()
-        if any(job.summary.get(key) is not None for job in shown)
-    }
-    cells = [["job", "set", "state", *figures, ""]]
+    measured = dict.fromkeys(key for job in shown for key, value in job.summary.items() if value is not None)
+    others = [key for key in measured if key.startswith("val_") and key not in (*FIGURES, "val_perplexity")]
+    titles = FIGURES | {key: (key.replace("_", " "), "{:.3f}") for key in others} | COSTS
+    figures = {key: title for key, title in titles.items() if key in measured}
+    cells = [["job", "set", "state", *(title for title, _ in figures.values()), ""]]
     for job in shown:
-        written = [format_figure(job.summary.get(key), form) for key, form in figures.values()]
+        written = [format_figure(job.summary.get(key), form) for key, (_, form) in figures.items()]
         cells.append([job.name, job.title, job.state, *written, "best" if job is best else job.error or ""])
     table = format_table(cells, left={0, 1, 2, len(cells[0]) - 1})
     return table + (f"\n… and {len(jobs) - len(shown)} more" if len(jobs) > len(shown) else "")

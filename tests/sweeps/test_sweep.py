@@ -471,7 +471,7 @@ def test_a_sweep_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
         with_recorded_sweep([resume, "seed=1"], "pretrain")
     with pytest.raises(UserError, match=r"was begun by experiments/pretrain\.py"):
         with_recorded_sweep([resume], "generate")
-    with pytest.raises(UserError, match="is no sweep's folder"):
+    with pytest.raises(UserError, match="is not a sweep's folder"):
         with_recorded_sweep([f"sweep.resume={tmp_path / 'nothing'}"], "pretrain")
 
 

@@ -1,0 +1,165 @@
+"""What `launch` makes of a command line: which keys count as given, and how resumed runs are rewritten."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arguments import CommandLine, only_shows, rewritten
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from launch import Interrupted, Invocation, launch
+from omegaconf import OmegaConf
+
+from llm.config import EvaluateConfig, PretrainConfig
+from llm.errors import UserError
+from llm.overrides import as_command, as_override
+from llm.run_folder import RUN_ID
+
+BOOK_GROUPS = {"model", "data", "optimizer", "schedule", "sampling", "runtime"}
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, Invocation]]]:
+    """Launch work that does nothing; returns what it was called with."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[tuple[Any, Invocation]] = []
+
+    def work(config: Any, invocation: Invocation) -> float:
+        calls.append((config, invocation))
+        return 1.5
+
+    def run(name: str, *arguments: str) -> list[tuple[Any, Invocation]]:
+        calls.clear()
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        launch(name, {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}[name], work)
+        return calls
+
+    return run
+
+
+Launched = Callable[..., list[tuple[Any, Invocation]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ([], set()),
+        (["model.n_layers=4"], {"model.n_layers"}),  # the default, but asked for
+        (["++model.n_layers=4", "optimizer.betas=[0.9,0.99]"], {"model.n_layers", "optimizer.betas"}),
+        (["model=tiny", "tokenizer=bytes"], {"model", "tokenizer"}),
+        (["init_from=run", "samples.prompt=a, b"], {"init_from", "samples.prompt"}),
+        (["~experiment", "hydra.job.name=mine"], {"experiment"}),
+    ],
+)
+def test_what_the_command_line_sets_is_given(
+    launched: Launched, arguments: list[str], given: set[str]
+) -> None:
+    [(_, invocation)] = launched("pretrain", *arguments, "hydra.run.dir=run")
+    assert invocation == Invocation(Path("run"), frozenset(given))
+
+
+def test_what_a_chosen_experiment_sets_is_given(launched: Launched) -> None:
+    [(config, invocation)] = launched("pretrain", "experiment=book_ch05", "seed=1", "hydra.run.dir=run")
+    assert config.model.emb_dim == 768
+    assert {key for key in invocation.given if "." not in key} == BOOK_GROUPS | {"experiment", "seed"}
+    assert {"data.order", "optimizer.betas", "training.max_minutes"} < invocation.given
+    [(_, invocation)] = launched("pretrain", "experiment=[book_ch05,nanogpt_char]", "hydra.run.dir=other")
+    assert {"tokenizer", "model.context_length", "samples.prompt"} < invocation.given
+
+
+def test_an_experiment_may_build_on_another(launched: Launched, tmp_path: Path) -> None:
+    mine = tmp_path / "conf" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(
+        "# @package _global_\ndefaults: [nanogpt_char, override /model: tiny, _self_]\nseed: 5\n", "utf-8"
+    )
+    arguments = ["--config-dir", str(tmp_path / "conf"), "experiment=mine", "hydra.run.dir=run"]
+    [(config, invocation)] = launched("pretrain", *arguments)
+    assert (config.seed, config.tokenizer.name) == (5, "bytes")
+    assert {"experiment", "model", "tokenizer", "seed", "schedule.warmup"} < invocation.given
+
+
+def test_in_a_sweep_a_jobs_own_overrides_are_given(launched: Launched, tmp_path: Path) -> None:
+    arguments = ["-m", "batch_size=1,2", "checkpoint=run", "hydra.sweep.dir=sweep"]
+    calls = launched("evaluate", *arguments)
+    assert [config.batch_size for config, _ in calls] == [1, 2]
+    assert [invocation.run_dir for _, invocation in calls] == [Path("sweep/0"), Path("sweep/1")]
+    assert {invocation.given for _, invocation in calls} == {frozenset({"batch_size", "checkpoint"})}
+    summary = json.loads((tmp_path / "sweep" / "1" / "summary.json").read_text("utf-8"))
+    assert summary == {"status": "finished", "result": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("error", "single", "swept"),
+    [
+        (UserError("no"), 1, 1),
+        (Interrupted(), 0, 130),
+        (KeyboardInterrupt(), 130, 130),
+    ],
+)
+def test_what_becomes_of_work_without_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, single: int, swept: int
+) -> None:
+    def work(config: Any, invocation: Invocation) -> float:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    for status, arguments in ((single, ["hydra.run.dir=run"]), (swept, ["-m", "hydra.sweep.dir=sweep"])):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            launch("evaluate", EvaluateConfig, work)
+        assert ended.value.code == status
+
+
+def test_a_resumed_run_is_what_it_was_with_what_is_given_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("outputs") / "it's 7 o'clock"
+    (run / ".hydra").mkdir(parents=True)
+    (run / RUN_ID).write_text("x", "utf-8")
+    record = run / ".hydra" / "overrides.yaml"
+    OmegaConf.save(OmegaConf.create(["seed=1", "experiment=sweep_lr", "training.max_steps=3"]), record)
+    expected = [
+        "seed=1",
+        "experiment=sweep_lr",
+        "training.max_steps=5",
+        r"resume='outputs/it\'s 7 o\'clock'",
+        r"hydra.run.dir='outputs/it\'s 7 o\'clock'",
+        "hydra.mode=RUN",
+    ]
+    for resume in ("resume=latest", as_override("resume", run)):
+        command = rewritten([resume, "--cfg", "job", "training.max_steps=5"], "pretrain")
+        assert command == CommandLine(["--cfg", "job", *expected], {record: record.read_text("utf-8")})
+    with pytest.raises(UserError, match="remove -m"):
+        rewritten(["-m", "resume=latest"], "pretrain")
+    with pytest.raises(UserError, match=r"rerun repeats a run as it was: remove seed=1,"):
+        rewritten(["rerun=latest", "seed=1"], "pretrain")
+
+
+def test_flags_of_hydra() -> None:
+    assert only_shows(["seed=1", "--cfg=job"])
+    assert not only_shows(["-m", "samples.prompt=--help"])
+    with pytest.raises(UserError, match="show one config"):
+        rewritten(["-m", "--cfg", "job"], "pretrain")
+
+
+def test_texts_for_people_need_no_quotes() -> None:
+    texts = ["prompt=Hello, [world]", "prompt='a, b'", "prompt=null", "text=it's $5 for ${you}\\"]
+    assert rewritten(texts, "generate").arguments == [
+        "prompt='Hello, [world]'",
+        "prompt='a, b'",
+        "prompt=null",
+        r"text='it\'s $5 for \${you}\\'",
+    ]
+    assert rewritten(["-m", "prompt=a,b"], "generate").arguments == ["-m", "prompt=a,b"]
+
+
+@pytest.mark.parametrize("folder", ["outputs/run", "a b", "it's", "2026", "a,b", "a\\'b\\"])
+def test_a_printed_command_means_what_it_says(folder: str) -> None:
+    [python, script, override] = shlex.split(as_command("pretrain", as_override("resume", folder)))
+    assert (python, script) == ("python", "experiments/pretrain.py")
+    assert OverridesParser.create().parse_override(override).value() == folder
