@@ -6,7 +6,7 @@ from llm.config import EvaluateConfig
 
 
 def run(config: EvaluateConfig, invocation: Invocation) -> float:
-    """The loss in nats per token is what sweeps compare."""
+    """Evaluate; sweeps compare the loss in nats per token."""
     from llm.commands.evaluate import run_evaluation  # imports torch, which --help need not wait for
 
     return run_evaluation(config, invocation.run_dir)

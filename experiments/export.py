@@ -6,7 +6,6 @@ from llm.config import ExportConfig
 
 
 def run(config: ExportConfig, invocation: Invocation) -> None:
-    """Export."""
     from llm.commands.export import export_checkpoint  # imports torch, which --help need not wait for
 
     export_checkpoint(config, invocation.run_dir)

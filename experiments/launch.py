@@ -21,13 +21,12 @@ from hydra.errors import HydraException
 from hydra_errors import one_line
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from sweeping.job import Place, complete, place_of, say_failed
+from sweeping.job import Place, complete, is_called_off, place_of, say_failed
 from sweeping.launchers import configure_slurm
-from sweeping.stopping import asked_to_stop, watched_sweep
+from sweeping.stopping import watched_sweep
 
 from llm.errors import UserError
-from llm.files import as_typed, modified, remove, write_json, write_text
-from llm.run_folder import holds_run
+from llm.files import as_typed, modified, write_json, write_text
 
 HERE = Path(__file__).parent
 
@@ -68,7 +67,7 @@ def launch(config_name: str, schema: type, work: Work) -> None:
     except KeyboardInterrupt:  # before a run has begun, or after it
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-        if isinstance(error, OSError) and not error.filename:
+        if isinstance(error, OSError) and error.filename is None:
             raise  # a bug, not the user's
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
@@ -82,7 +81,7 @@ def run_once(config: DictConfig, work: Work, overwritten: dict[Path, str]) -> fl
     """
     hydra_config = HydraConfig.get()
     place, overrides = place_of(hydra_config), list(hydra_config.overrides.task)
-    if _is_called_off(place):
+    if is_called_off(place):
         return math.nan
     folders = [Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"]
     summary = place.run_dir / "summary.json"
@@ -93,11 +92,11 @@ def run_once(config: DictConfig, work: Work, overwritten: dict[Path, str]) -> fl
         complete(config, place, overrides)
         invocation = Invocation(as_typed(place.run_dir), given_keys(overrides, folders))
         result = work(OmegaConf.to_object(config), invocation)
+        if place.sweep and modified(summary) == before:  # a sweep knows its jobs by their summaries
+            write_json(summary, {"status": "finished", "result": result})
+        return result
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         return _end_without_result(error, place, overwritten)
-    if place.sweep and modified(summary) == before:  # by its summary a sweep knows a job
-        write_json(summary, {"status": "finished", "result": result})
-    return result
 
 
 def _end_without_result(error: BaseException, place: Place, overwritten: dict[Path, str]) -> float:
@@ -123,17 +122,6 @@ def _end_without_result(error: BaseException, place: Place, overwritten: dict[Pa
             if place.sweep:  # Hydra would keep it to itself
                 error_log.exception("error")
             raise error
-
-
-def _is_called_off(place: Place) -> bool:
-    """Whether a job in a worker need not begin, for its sweep was asked to stop."""
-    if not place.in_worker:
-        return False
-    watched_sweep()
-    called_off = asked_to_stop(place.run_dir.parent)
-    if called_off and not holds_run(place.run_dir):
-        remove(place.run_dir)
-    return called_off
 
 
 def _prepare_process(schema: type) -> None:

@@ -1,4 +1,4 @@
-"""Make a run's token files ahead of it: `python experiments/prepare.py --help`."""
+"""Make the token files of a run ahead of it: `python experiments/prepare.py --help`."""
 
 from launch import Invocation, launch
 

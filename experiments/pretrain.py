@@ -11,11 +11,11 @@ from llm.errors import UserError
 
 
 def run(config: PretrainConfig, invocation: Invocation) -> float:
-    """Pretrain; the validation loss over the whole split is what sweeps compare.
+    """Pretrain; sweeps compare the validation loss over the whole split.
 
-    A job that was stopped early has none, and counts as infinitely bad. Its best loss along the way is of a
-    part of the split, and where runs end worse than their best, as on a small text, it may be below what the
-    jobs that went on come to: a sweeper would then take the job that was stopped for the best.
+    A job that was stopped early has none, and counts as infinitely bad. Its best loss along the way will not
+    do: it is of a part of the split, and where runs end worse than their best, as on a small text, it may be
+    below the final loss of jobs that trained to their end. The stopped job would then be taken for the best.
     """
     from llm.commands.pretrain import pretrain  # imports torch, which --help need not wait for
 
@@ -28,7 +28,7 @@ def run(config: PretrainConfig, invocation: Invocation) -> float:
 
 
 def follow_the_first() -> None:
-    """In the other processes of torchrun: the first one alone reads the config and says what is done."""
+    """In the other processes of torchrun: only the first reads the config and prints."""
     if only_shows(sys.argv[1:]):
         return
     from llm.commands.pretrain import take_part

@@ -9,13 +9,12 @@ from llm.config import ReportConfig
 
 
 def run(config: ReportConfig, invocation: Invocation) -> None:
-    """Report."""
     from llm.commands.report import write_report  # imports numpy, which --help need not wait for
 
     try:
         write_report(config, invocation.run_dir)
     finally:
-        with suppress(OSError):  # it holds the report; Hydra made it in any case
+        with suppress(OSError):  # Hydra makes the folder in any case; not empty if the report is in it
             os.removedirs(invocation.run_dir)
 
 

@@ -3,7 +3,7 @@
 import re
 import shlex
 
-PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)  # means itself both to Hydra and to a shell
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( +[\w./-]+)*", re.ASCII)  # means itself to Hydra
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -8,10 +8,11 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from llm.files import as_typed, write_json
+from llm.files import as_typed, remove, write_json
 from llm.run_folder import holds_run, read_summary
 from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of, title_of
 from sweeping.launchers import traits_of
+from sweeping.stopping import asked_to_stop, watched_sweep
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,17 @@ def place_of(hydra: HydraConf) -> Place:
     # With one job at once, joblib needs no worker.
     in_worker = traits_of(hydra.launcher).side_by_side and current_process().name != "MainProcess"
     return Place(run_dir, run_dir.parent, in_worker)
+
+
+def is_called_off(place: Place) -> bool:
+    """Whether a job in a worker need not begin, because its sweep was asked to stop."""
+    if not place.in_worker:
+        return False
+    watched_sweep()
+    called_off = asked_to_stop(place.run_dir.parent)
+    if called_off and not holds_run(place.run_dir):
+        remove(place.run_dir)
+    return called_off
 
 
 def complete(config: DictConfig, place: Place, overrides: list[str]) -> None:
@@ -55,5 +67,5 @@ def _title(sweep: Path | None, overrides: list[str]) -> str:
 
 
 def say_failed(run_dir: Path, reason: str) -> None:
-    """Let a job's summary say that it failed: by its summary a sweep knows its jobs."""
+    """Let a job's summary say that it failed: a sweep knows its jobs by their summaries."""
     write_json(run_dir / "summary.json", {**read_summary(run_dir), "status": "failed", "error": reason})

@@ -27,6 +27,7 @@ from hydra_errors import one_line
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from omegaconf import DictConfig
 from rich.console import Console
+from sweeping.launchers import BASIC, SUBMITIT, Traits, traits_of
 
 from llm.config import PretrainConfig
 from llm.errors import UserError
@@ -482,3 +483,34 @@ def test_the_latest_sweep_is_the_one_begun_last(tmp_path: Path) -> None:
     assert find_sweep("latest", tmp_path).name == "a"
     with pytest.raises(UserError, match="there is no sweep under"):
         find_sweep("latest", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "traits"),
+    [
+        ("basic", BASIC),
+        ("joblib", Traits(side_by_side=True, death="TerminatedWorkerError")),
+        ("submitit_local", SUBMITIT),
+        ("submitit_slurm", SUBMITIT),
+    ],
+)
+def test_a_launcher_is_known_by_its_class(launcher: str, traits: Traits) -> None:
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("pretrain", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+    assert traits_of(config.hydra.launcher) == traits
+    config.hydra.launcher._target_ = "somebody.elses.JoblibLauncher"
+    assert traits_of(config.hydra.launcher) == BASIC
+
+
+def test_the_table_shows_every_figure_of_the_validation_split(tmp_path: Path) -> None:
+    summaries = [
+        {"status": "finished", "val_loss": 2.0, "val_perplexity": 7.4, "val_accuracy": 0.25, "seconds": 3.0},
+        {"status": "finished", "val_loss": 3.0, "val_perplexity": 20.1, "seconds": 4.0},
+    ]
+    jobs = [Job(tmp_path, str(i), [], {"seed": str(i)}, summary) for i, summary in enumerate(summaries)]
+    assert [line.split() for line in sweep_table(jobs).splitlines()] == [
+        ["job", "set", "state", "val", "loss", "val", "accuracy", "time"],
+        ["0", "seed=0", "finished", "2.000", "0.250", "3s", "best"],
+        ["1", "seed=1", "finished", "3.000", "–", "4s"],
+    ]
