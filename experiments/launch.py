@@ -67,8 +67,8 @@ def launch(config_name: str, schema: type, work: Work) -> None:
     except KeyboardInterrupt:  # before a run has begun, or after it
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # a bug, not the user's
+        if isinstance(error, OSError) and not isinstance(error, HydraException) and not error.filename:
+            raise  # about no file: a bug, not the user's
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
 
