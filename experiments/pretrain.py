@@ -19,7 +19,7 @@ def run(config: PretrainConfig, invocation: Invocation) -> float:
     """
     from llm.commands.pretrain import pretrain  # imports torch, which --help need not wait for
 
-    summary = pretrain(config, invocation.run_dir)
+    summary = pretrain(config, invocation.run_dir, invocation.given)
     if summary.stopped_early:
         return math.inf
     if summary.val_loss is None:

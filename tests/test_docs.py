@@ -20,7 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from launch import one_line
+from hydra_errors import one_line
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from llm import config as schemas
