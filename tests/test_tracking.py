@@ -24,7 +24,7 @@ from llm.config import ModelConfig, PretrainConfig, TrackingConfig, WorkspaceCon
 from llm.errors import UserError
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
-from llm.training import life
+from llm.training import lifecycle
 
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
 
@@ -155,13 +155,13 @@ def test_an_outage_costs_nothing_but_a_sync(
 ) -> None:
     monkeypatch.setattr(tracking, "ANSWER", 1)
     monkeypatch.setattr(tracking, "DELIVER", 1)
-    begin = life.train
+    begin = lifecycle.train
 
     def train(*arguments: Any) -> None:
         break_down(server, outage)
         begin(*arguments)
 
-    monkeypatch.setattr(life, "train", train)
+    monkeypatch.setattr(lifecycle, "train", train)
     summary = pretrain(config, tmp_path / "run")
     assert summary.status == "finished"
     [folder] = (tmp_path / "run" / "wandb").glob("run-*")

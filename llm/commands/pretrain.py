@@ -13,7 +13,7 @@ from llm.processes import follow, processes
 from llm.run_folder import claimed
 from llm.runtime import launched_processes
 from llm.training import console
-from llm.training.life import live, status_after
+from llm.training.lifecycle import execute, status_after
 from llm.training.reruns import compare_rerun
 from llm.training.start import find_start, keys_unlike_default, run_folder
 from llm.training.summary import Summary
@@ -50,8 +50,8 @@ def pretrain(
             start = find_start(config, run_dir, given)
             validate(start.config)
             summary.seed, summary.init_from = start.config.seed, start.config.init_from
-            with processes(start.config.runtime, live, start, summary) as runtime:
-                run, recorder = live(start, summary, runtime)
+            with processes(start.config.runtime, execute, start, summary) as runtime:
+                run, recorder = execute(start, summary, runtime)
         except BaseException as error:
             summary.status = status_after(error)
             summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -72,4 +72,4 @@ def take_part() -> None:
     Raises:
         UserError: what the first process has, such as the text, is not available here.
     """
-    follow(live)
+    follow(execute)

@@ -1,1 +1,1 @@
-"""Chapter 5, first half: the loop, and the life of a run around it."""
+"""Chapter 5, first half: the loop, and the lifecycle of a run around it."""

@@ -1,7 +1,7 @@
 """The training loop: update after update, with evaluations along the way. The book's chapter 5.2.
 
 It knows nothing of files, W&B or signals. What happens is told to an `Observer`; see llm/training/recorder.py
-for the one that keeps metrics and checkpoints, and llm/training/life.py for what surrounds the loop.
+for the one that keeps metrics and checkpoints, and llm/training/lifecycle.py for what surrounds the loop.
 """
 
 import logging

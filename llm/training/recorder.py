@@ -1,4 +1,4 @@
-"""What the processes of a run do around the loop: the main one records, the others help it save."""
+"""What the processes of a run do around the loop: the main one records, the others contribute to saving."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from llm.training.state import copy_weights, generator_states, snapshot
 log = logging.getLogger(__name__)
 
 
-class Helper:
+class Follower:
     """The observer of a process beside the main one: it contributes its random state to each checkpoint."""
 
     def __init__(self, run: Run) -> None:

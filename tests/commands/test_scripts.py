@@ -197,7 +197,7 @@ def test_prepare_makes_what_a_run_then_finds(script: Script, tmp_path: Path, tex
     assert result.returncode == 0, result.stderr
     files = sorted((tmp_path / "cache" / "tokens").iterdir())
     made = [(file.name, file.stat().st_mtime_ns) for file in files]
-    assert len(made) == 2
+    assert len(made) == 4  # two of tokens, and a record beside each
     assert all(str(file) in result.stdout for file in files)
     size = (tmp_path / "text.txt").stat().st_size
     assert f"training    {format_count(int(0.9 * size))} tokens" in result.stdout

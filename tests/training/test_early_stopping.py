@@ -290,7 +290,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def skip_slow_parts(patch: pytest.MonkeyPatch) -> None:
     """What takes most of the time of such small runs."""
-    patch.setattr("llm.training.life.measure_matmul_flops", lambda runtime: 1e12)
+    patch.setattr("llm.training.lifecycle.measure_matmul_flops", lambda runtime: 1e12)
     patch.setattr("llm.training.plots.plot_losses", lambda run_dir: None)
 
 

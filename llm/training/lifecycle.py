@@ -1,4 +1,4 @@
-"""The life of a run in one process: put together, announced, trained, concluded, closed."""
+"""The lifecycle of a run in one process: built, announced, trained, concluded, closed."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ from llm.training import console, plots
 from llm.training.budget import estimate_budget
 from llm.training.evaluation import evaluate
 from llm.training.loop import NotFinite, evaluate_some, train
-from llm.training.recorder import Helper, Recorder
+from llm.training.recorder import Follower, Recorder
 from llm.training.run import Run, build_run
 from llm.training.start import Start
 from llm.training.state import begin_from, generator_states, restore, restore_generators
@@ -26,8 +26,8 @@ from llm.training.summary import Summary
 log = logging.getLogger(__name__)
 
 
-def live(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
-    """What each process of a run does, from its parts to its end. The main one fills in the summary."""
+def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
+    """What each process of a run does, from beginning to end. The main one fills in the summary."""
     config, run_dir = start.config, start.run_dir
     with device_errors_in_one_line(lambda: console.sizes(config)):
         run = build_run(start, runtime)
@@ -38,7 +38,7 @@ def live(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorde
                 begin_from(run, weights)
             del weights  # the model has them
         recorder = Recorder(run, start) if runtime.is_main else None  # last: from here on it has to be closed
-        observer = recorder or Helper(run)
+        observer = recorder or Follower(run)
         try:
             run.model.train()
             summary.device, summary.precision = device_name(runtime.device), runtime.precision
@@ -51,7 +51,7 @@ def live(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorde
                 compile_blocks(run)
             with stop_requests(announce=runtime.is_main) as stop:
                 train(run, observer, lambda: stop.is_set or bool(recorder and recorder.stopped_early))
-            observer.finish_saving()
+                observer.finish_saving()
             stopped_early = recorder.stopped_early if recorder and not stop.is_set else None
             summary.status = "interrupted" if stop.is_set or stopped_early else "finished"
             summary.stopped_early = stopped_early
