@@ -170,11 +170,11 @@ def with_weights(
         if item.name in (*FREE_MODEL_KEYS, "context_length") or wanted == found:
             continue
         if key in given or key in chosen:
-            raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; leave it out")
+            raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; remove it")
     tokenizer = tokenizer or config.tokenizer.name
     if config.tokenizer.name != tokenizer and {"tokenizer", "tokenizer.name"} & set(given):
         raise UserError(
-            f"tokenizer.name={config.tokenizer.name}: the weights of {origin} have {tokenizer}; leave it out"
+            f"tokenizer.name={config.tokenizer.name}: the weights of {origin} have {tokenizer}; remove it"
         )
     context = model.context_length
     if {"model", "model.context_length"} & set(given):

@@ -517,7 +517,7 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
 @pytest.mark.parametrize(
     ("model", "tokenizer", "line"),
     [
-        (ModelConfig(emb_dim=64), "gpt2", "model.emb_dim=64: the weights of here have 32; leave it out"),
+        (ModelConfig(emb_dim=64), "gpt2", "model.emb_dim=64: the weights of here have 32; remove it"),
         (
             ModelConfig(context_length=64),
             "gpt2",
