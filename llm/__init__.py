@@ -11,7 +11,7 @@ __all__ = ["PretrainConfig", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "pretrain":  # only now: `--help` reads llm.config alone and need not wait for torch
+    if name == "pretrain":  # only now: `--help` needs just llm.config and does not wait for torch
         from llm.commands.pretrain import pretrain
 
         return pretrain

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something that the user can fix. Shown as its message alone, one line, with exit status 1."""
+    """Something that the user can fix. Shown as one line, its message, with exit status 1."""
 
 
 def first_line(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
 def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
     """
     Raises:
-        UserError: one ended before it began; it would be waited for in vain.
+        UserError: one ended before it started, so that waiting for it would never end.
     """
     while len(list(folder.glob(f"*{STARTED}"))) < len(others):
         if any(other.exitcode for other in others):
@@ -82,7 +82,7 @@ def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
 
 def _join(group: dict[str, Any]) -> None:
     """Objects and flags travel between CPUs by gloo, gradients between GPUs by NCCL. Left to itself, torch
-    takes NCCL alone where there is a GPU, and sends objects from GPU 0 of every process."""
+    takes only NCCL where there is a GPU, and sends objects from GPU 0 of every process."""
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **group)
 
@@ -105,6 +105,6 @@ def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]
     (folder / f"{group['rank']}{STARTED}").touch()
     try:
         follow(work, **group)
-    except UserError as error:  # the main process says it, and alone
+    except UserError as error:  # only the main process reports it
         (folder / ERROR).write_text(str(error), encoding="utf-8")
         sys.exit(1)

@@ -193,7 +193,7 @@ def test_one_of_each_trains_resumes_samples_and_refuses_to_export(
         refused = script("export", conf, "checkpoint=run", f"format={form}", "to=exported")
         assert refused.returncode == 1
         assert refused.stderr == (
-            f"error: format={form} describes GPT-2 alone, and this model has model.norm=rmsnorm: "
+            f"error: format={form} can describe only GPT-2, and this model has model.norm=rmsnorm: "
             "it cannot be exported so\n"
         )
         assert not (tmp_path / "exported").exists()

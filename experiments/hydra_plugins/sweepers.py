@@ -1,6 +1,6 @@
 """The sweepers: a grid of settings, and a search by Optuna. They choose jobs; `sweeping` runs them.
 
-Hydra takes sweepers from the package `hydra_plugins` alone, and imports all of it at every start.
+Hydra finds sweepers only in the package `hydra_plugins`, and imports all of it at every start.
 """
 
 import sys

@@ -17,7 +17,7 @@ from llm.sweeps.jobs import DONE, RECORD, Job, state_since, write_record
 from sweeping.launchers import Traits, deaths_as_results
 from sweeping.stopping import asked_to_stop
 
-# A job's log goes to its file alone: the terminal shows the sweep.
+# A job's log goes only to its file: the terminal shows the sweep.
 QUIET = ["hydra.job_logging.root.handlers=[file]", "hydra.job_logging.loggers.error.handlers=[file]"]
 
 

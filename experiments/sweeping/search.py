@@ -28,7 +28,7 @@ class Search:
         return self._as_overrides(study.ask(self.distributions).params)
 
     def suggest(self, jobs: list[Job], count: int) -> list[list[str]]:
-        """Overrides of the searched keys for so many jobs more, chosen together."""
+        """Overrides of the searched keys for that many more jobs, chosen together."""
         sampler = optuna.samplers.TPESampler(
             seed=self.seed + len(jobs), n_startup_trials=self.n_startup_trials
         )

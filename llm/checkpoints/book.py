@@ -52,7 +52,7 @@ def read_book(path: Path) -> Weights:
 
 
 def _is_stored(tensor: Tensor) -> bool:
-    """Whether all of a tensor's numbers were in the file: it is not expanded, sparse, or a shape alone."""
+    """Whether all of a tensor's numbers were in the file: it is not expanded, sparse, or just a shape."""
     if tensor.layout != torch.strided or tensor.is_meta:
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()

@@ -236,7 +236,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # how this library reports a full disk
         raise OSError(first_line(error)) from error
-    path.chmod(0o644)  # it makes them for their owner alone
+    path.chmod(0o644)  # safetensors lets only the owner read it
 
 
 def _copy_start(source: Path, size: int, target: Path) -> None:

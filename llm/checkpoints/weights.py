@@ -121,7 +121,7 @@ def refuse_unless_gpt2(config: ModelConfig, what: str) -> None:
         value = getattr(config, item.name)
         if item.name not in GPT2_KEYS and value != getattr(default, item.name):
             raise UserError(
-                f"{what} describes GPT-2 alone, and this model has model.{item.name}={value}: "
+                f"{what} can describe only GPT-2, and this model has model.{item.name}={value}: "
                 f"it cannot be exported so"
             )
 

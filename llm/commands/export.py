@@ -50,7 +50,7 @@ def _adamw_state(weights: Weights) -> dict | None:
     folder, trained = weights.folder, weights.trained
     if not folder or not trained or not OPTIMIZERS[trained.optimizer.name].has_adamw_state:
         return None
-    if not (folder / STATE_TENSORS).exists():  # the best checkpoint holds weights alone
+    if not (folder / STATE_TENSORS).exists():  # the best checkpoint holds only weights
         return None
     if problem := damage(folder, (STATE_TENSORS, STATE)):
         raise UserError(f"{folder} is damaged: {problem}")

@@ -44,7 +44,7 @@ class Windows(Dataset[Batch]):
 class TrainingBatches:
     """Endless batches of a training split, epoch after epoch, that can start at any position.
 
-    The shuffled order is a function of (seed, epoch, position) alone. The book's order is that of torch's
+    The shuffled order depends only on (seed, epoch, position). The book's order is that of torch's
     DataLoader, which draws from the global generator at the start of each epoch; to resume inside an
     epoch, the generator's state at that start is kept.
     """

@@ -1,1 +1,1 @@
-"""Sweeps of runs, read from their folders alone."""
+"""Sweeps of runs, read only from their folders."""

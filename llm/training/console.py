@@ -108,7 +108,7 @@ def not_finite(run: Run, error: NotFinite) -> str:
 
 def sizes(config: PretrainConfig) -> str:
     """What a run keeps in memory, and the keys to lower if it does not fit."""
-    with torch.device("meta"):  # shapes alone: nothing is allocated
+    with torch.device("meta"):  # just shapes: nothing is allocated
         parameters = parameter_count(GPTModel(config.model))
     data, rows = config.data, config.data.batch_size // config.runtime.processes
     return (

@@ -47,7 +47,7 @@ class Optimizers:
                     if not isinstance(value, Tensor | int | float):
                         raise UserError(
                             f"{type(part).__name__} keeps {key}, a {type(value).__name__}, for "
-                            f"{names[parameter]}: checkpoints hold tensors and numbers alone"
+                            f"{names[parameter]}: checkpoints hold only tensors and numbers"
                         )
         return found
 
@@ -110,7 +110,7 @@ def muon_flops(model: nn.Module) -> int:
 
 
 def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices alone, unless config.decay_all."""
+    """AdamW with weight decay on matrices only, unless config.decay_all."""
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if config.decay_all or parameter.dim() == 2]
     others = [parameter for parameter in parameters if not (config.decay_all or parameter.dim() == 2)]
