@@ -9,7 +9,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from llm.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, PretrainConfig, from_dict, validate
+from llm.data.corpus import SOURCES
+from llm.data.tokenizer import TOKENIZERS
 from llm.errors import UserError
+from llm.model.parts import NORMS
+from llm.training.optimizers import OPTIMIZERS
+from llm.training.schedules import SCHEDULES
 
 CONF = Path(__file__).parents[1] / "conf"
 SCHEMAS = {
@@ -83,3 +88,28 @@ def test_a_value_that_makes_no_sense_is_one_line(override: str, line: str) -> No
     with pytest.raises(UserError, match=line) as error:
         validate(composed("pretrain", override))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "table"),
+    [
+        ("optimizer", "name", OPTIMIZERS),
+        ("schedule", "name", SCHEDULES),
+        ("data", "source", SOURCES),
+        ("tokenizer", "name", TOKENIZERS),
+    ],
+)
+def test_each_entry_of_a_table_has_its_choice(group: str, key: str, table: dict[str, object]) -> None:
+    options = [path.stem for path in (CONF / group).glob("*.yaml")]
+    chosen = {getattr(getattr(composed("pretrain", f"{group}={each}"), group), key) for each in options}
+    assert chosen == set(table)
+
+
+def test_the_choices_of_a_key_are_the_names_in_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    for group, key, table in (("model", "norm", NORMS), ("optimizer", "name", OPTIMIZERS)):
+        config = PretrainConfig()
+        setattr(getattr(config, group), key, "mine")
+        with pytest.raises(UserError, match=f"{group}.{key}=mine: must be one of {', '.join(table)} "):
+            validate(config)
+        monkeypatch.setitem(table, "mine", None)
+        validate(config)
