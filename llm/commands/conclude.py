@@ -6,7 +6,7 @@ from llm.files import as_typed
 from llm.overrides import as_command, as_override
 from llm.sweeps.jobs import DONE, read_jobs, read_record
 from llm.sweeps.report import sweep_report
-from llm.sweeps.study_report import as_study, is_study
+from llm.sweeps.study import is_study
 from llm.sweeps.watch import sweep_table
 from llm.tracking import sync_command
 
@@ -22,7 +22,7 @@ def conclude(folder: Path) -> bool:
     if is_study(jobs):
         from llm.commands.generate import conclude_study
 
-        conclude_study(folder, as_study(jobs))
+        conclude_study(folder, jobs)
     else:
         print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
         if script == "pretrain" and jobs:

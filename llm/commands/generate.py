@@ -23,7 +23,9 @@ from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
 from llm.progress import format_table
 from llm.runtime import start_runtime
-from llm.sweeps.study_report import MAIN_METRICS, METRICS, StudyJob, study_report
+from llm.sweeps.jobs import Job
+from llm.sweeps.report import study_report
+from llm.sweeps.study import MAIN_METRICS, METRICS, table_row, written
 from llm.tracking import Tracker, sync_command
 
 log = logging.getLogger(__name__)
@@ -62,22 +64,23 @@ def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
         tracker.finish(summary, failed=summary["status"] == "failed")
 
 
-def conclude_study(folder: Path, jobs: list[StudyJob]) -> None:
+def conclude_study(folder: Path, jobs: list[Job]) -> None:
     """Close a sweep of studies: print a table, write a report to its folder, and log it as a W&B run beside
     those of the jobs."""
-    page = study_report(jobs, folder)
+    page = study_report(jobs, [folder], folder)
     configs = [job.folder / ".hydra" / "config.yaml" for job in jobs]
     recorded = OmegaConf.load(next(config for config in configs if config.exists())).tracking
     failed = [job for job in jobs if job.error]
     tracker = Tracker(
         folder, TrackingConfig(**{**recorded, "name": "study", "group": str(folder)}), {}, "study"
     )
-    tracker.log_table("settings", [job.row() for job in jobs])
+    tracker.log_table("settings", [table_row(job) for job in jobs])
     tracker.log_picture("report", folder / "report.png")
     tracker.finish({"settings": len(jobs), "failed": len(failed)}, failed=bool(failed))
     cells = [["job", "set", *(METRICS[metric][0].lower() for metric in MAIN_METRICS), ""]]
     for job in jobs:
-        cells.append([job.name, job.title, *map(job.written, MAIN_METRICS), job.error or ""])
+        figures = [written(job, metric) for metric in MAIN_METRICS]
+        cells.append([job.name, job.title, *figures, job.error or ""])
     print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
     print(f"\nreport      {page}")
     if tracker.wandb_folder:

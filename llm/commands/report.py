@@ -5,8 +5,8 @@ from pathlib import Path
 from llm.config import ReportConfig
 from llm.errors import UserError
 from llm.sweeps.jobs import RECORD, Job, find_sweep, read_jobs, read_record
-from llm.sweeps.report import sweep_report
-from llm.sweeps.study_report import as_study, is_study, study_report
+from llm.sweeps.report import study_report, sweep_report
+from llm.sweeps.study import is_study
 
 
 def write_report(config: ReportConfig, run_dir: Path) -> Path:
@@ -24,10 +24,8 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
     if not jobs:
         raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
     target = Path(config.to) if config.to else folders[0] if len(folders) == 1 else run_dir
-    if _is_study(folders, jobs):
-        page = study_report(as_study(jobs), target)
-    else:
-        page = sweep_report(jobs, folders, target)
+    report = study_report if _is_study(folders, jobs) else sweep_report
+    page = report(jobs, folders, target)
     print(f"report      {page}\ntable       {target / 'report.csv'}\npicture     {target / 'report.png'}")
     return page
 

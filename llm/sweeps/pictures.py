@@ -1,24 +1,30 @@
-"""A sweep as a picture: its curves, and the loss against what was swept."""
+"""Sweeps and studies as pictures: curves, the loss against what was swept, heatmaps."""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm.files import replacing
-from llm.sweeps.jobs import compact, order, short_key, title_of
-from llm.sweeps.results import (
-    Result,
-    by_setting,
+from llm.sweeps.jobs import Job, compact, order, short_key, title_of
+from llm.sweeps.page import writable
+from llm.sweeps.ranking import (
+    Grid,
+    HeatCell,
+    grid_of,
     is_numeric,
-    mean_of,
+    loss_cells,
+    loss_grid,
     means_over,
     plotted_keys,
+    settings_of,
     values_of,
     wants_log,
-    writable,
 )
+from llm.sweeps.results import Result
+from llm.sweeps.study import MAIN_METRICS, METRICS, axes_of, figure, metric_cells, subject_of
 
 FEW = 8  # settings that can be told apart by colour
 
@@ -33,40 +39,47 @@ COLOURS = {
         "kinds": ["#56b4e9", "#ff9040", "#2fc79a", "#e08cc0", "#f0d060", "#9ec9ff", "#a99bff", "#a8a8a8"],
     },
 }
+BLUE, ORANGE = COLOURS["light"]["kinds"][:2]
 
 
-def draw_sweep(results: list[Result], path: Path) -> None:
-    """The curves, and beside them the loss against what was swept."""
+def draw_sweep(results: list[Result], groups: list[list[Result]], path: Path) -> None:
+    """The curves, and beside them the loss against what was swept.
+
+    Args:
+        groups: the results by setting, the best first.
+    """
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
 
-    keys = plotted_keys(results)
-    if not any(result.val_loss is not None for result in results):
-        keys = []
-    panels = keys[:1] if len(keys) == 2 else keys[:4]
+    finished = any(result.val_loss is not None for result in results)
+    keys = plotted_keys(settings_of(results)) if finished else []
+    grid = loss_grid(groups) if finished else None
+    panels = keys[:1] if grid else keys[:4]
     across = 2 if len(panels) == 4 else 1
     rows = max(1, len(panels) // across)
-    figure = Figure(figsize=(15 if panels else 9, 6.2 if rows < 3 else 8), dpi=130, layout="constrained")
-    grid = figure.add_gridspec(rows, 3, width_ratios=[1.2, 0.5, 0.5])
-    _draw_curves(figure.add_subplot(grid[:, 0] if panels else grid[:, :]), results)
+    picture = Figure(figsize=(15 if panels else 9, 6.2 if rows < 3 else 8), dpi=130, layout="constrained")
+    places = picture.add_gridspec(rows, 3, width_ratios=[1.2, 0.5, 0.5])
+    _draw_curves(picture.add_subplot(places[:, 0] if panels else places[:, :]), results, groups)
     for number, key in enumerate(panels):
         row, column = divmod(number, across)
-        axes = figure.add_subplot(grid[row, 1 + column] if across == 2 else grid[row, 1:])
-        if len(keys) == 2:
-            _draw_heatmap(axes, results, *keys)
+        axes = picture.add_subplot(places[row, 1 + column] if across == 2 else places[row, 1:])
+        if grid:
+            draw_heatmap(axes, grid, loss_cells(groups))
+            axes.set_title("Mean final validation loss, darker is lower (by rank)", loc="left", fontsize=10)
         else:
             _draw_values(axes, results, key)
+            if across == 2:
+                axes.title.set_fontsize(8)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        picture.savefig(temporary, format="png")
 
 
-def _draw_curves(axes: Any, results: list[Result]) -> None:
+def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -> None:
     """Validation loss of all jobs, and the smoothed training loss where they are few."""
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import EngFormatter
 
-    settings = by_setting(results)
     few_jobs = len(results) <= 5 * FEW
-    colours, legend = _job_colours(results, settings)
+    colours, legend = _job_colours(results, groups)
     best_last = sorted(results, key=lambda result: result.rank, reverse=True)
     shown = [result.evaluations for result in best_last]
     axes.add_collection(
@@ -103,7 +116,7 @@ def _draw_curves(axes: Any, results: list[Result]) -> None:
 
 
 def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, float]:
-    """From the least loss to where the usual job is after a tenth of its way, or to the greatest if that is
+    """From the lowest loss to where the usual job is after a tenth of its way, or to the highest if that is
     about as much: the fall at the beginning, and a job that diverges, would press all else flat."""
     early = [
         rows[3][(rows[1] >= 0.1 * rows[1][-1]) & np.isfinite(rows[3])][:1] for rows in curves if rows.size
@@ -114,37 +127,34 @@ def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, fl
 
 
 def _job_colours(
-    results: list[Result], settings: list[list[Result]]
+    results: list[Result], groups: list[list[Result]]
 ) -> tuple[dict[Result, Any], dict[str, Any]]:
     """A colour for each result: by its setting, with a legend, or of many settings by rank of the loss."""
+    ramp = _ramp()
+    if len(groups) > FEW:
+        ranked = sorted(results, key=lambda result: result.rank)
+        return {result: ramp(place / (len(ranked) - 1)) for place, result in enumerate(ranked)}, {}
+    [*keys] = groups[0][0].setting
+    shades: list[Any] = COLOURS["light"]["kinds"]
+    if len(keys) == 1 and is_numeric(values_of(settings_of(results), keys[0])):
+        groups = sorted(groups, key=lambda group: order(group[0].setting.get(keys[0], "")))
+        shades = [ramp(place / max(1, len(groups) - 1)) for place in range(len(groups))]
+    shaded = [*zip(groups, shades, strict=False)]
+    legend = {title_of(group[0].setting) or "the one setting": shade for group, shade in shaded}
+    return {result: shade for group, shade in shaded for result in group}, legend
+
+
+def _ramp() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    ramp = LinearSegmentedColormap.from_list("ramp", COLOURS["light"]["ramp"])
-    if len(settings) <= FEW:
-        [*keys] = settings[0][0].setting
-        ordered = len(keys) == 1 and is_numeric(values_of(results, keys[0]))
-        by_value = (
-            sorted(settings, key=lambda group: order(group[0].setting.get(keys[0], "")))
-            if ordered
-            else settings
-        )
-        shades = [
-            ramp(place / max(1, len(by_value) - 1)) if ordered else COLOURS["light"]["kinds"][place]
-            for place in range(len(by_value))
-        ]
-        titles = [title_of(group[0].setting) or "the one setting" for group in by_value]
-        colours = {result: shade for group, shade in zip(by_value, shades, strict=True) for result in group}
-        return colours, dict(zip(titles, shades, strict=True))
-    ranked = sorted(results, key=lambda result: result.rank)
-    return {result: ramp(place / (len(ranked) - 1)) for place, result in enumerate(ranked)}, {}
+    return LinearSegmentedColormap.from_list("ramp", COLOURS["light"]["ramp"])
 
 
 def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap
 
     bar = axes.figure.colorbar(
-        ScalarMappable(cmap=LinearSegmentedColormap.from_list("ramp", COLOURS["light"]["ramp"])),
+        ScalarMappable(cmap=_ramp()),
         cax=axes.inset_axes([0.42, 0.95, 0.54, 0.02]),  # where losses have fallen from by then
         orientation="horizontal",
     )
@@ -155,11 +165,11 @@ def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
 
 
 def _draw_values(axes: Any, results: list[Result], key: str) -> None:
-    """Final losses over a swept key, the mean at each value, and a ring about the least."""
+    """Final losses over a swept key, the mean at each value, and a ring about the lowest."""
     from matplotlib.ticker import NullLocator
 
     finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
-    values = values_of(finished, key)
+    values = values_of(settings_of(finished), key)
     numeric = is_numeric(values)
     place = {value: float(value) if numeric else float(number) for number, value in enumerate(values)}
     losses = [result.figures["val_loss"] for result in finished]
@@ -167,21 +177,18 @@ def _draw_values(axes: Any, results: list[Result], key: str) -> None:
         [place[result.job.setting[key]] for result in finished],
         losses,
         "o",
-        color=COLOURS["light"]["kinds"][0],
+        color=BLUE,
         alpha=0.6 if len(results) < 100 else 0.15,
         markersize=5,
         markeredgewidth=0,
     )
-    means = means_over(finished, key, numeric)
-    spots = [value if numeric else place[str(value)] for value, _ in means]
-    axes.plot(spots, [loss for _, loss in means], "-", color=COLOURS["light"]["kinds"][1], lw=1.8)
+    means = means_over(finished, key)
+    axes.plot([place[value] for value, _ in means], [loss for _, loss in means], "-", color=ORANGE, lw=1.8)
     if means:
-        least = min(range(len(means)), key=lambda each: means[each][1])
-        name, loss = means[least]
-        ring = {"ms": 11, "mfc": "none", "mew": 1.8, "color": COLOURS["light"]["kinds"][1]}
-        axes.plot([spots[least]], [loss], "o", **ring)
-        title = f"Final loss, least mean {loss:.3f} at {short_key(key)}={compact(str(name))}"
-        axes.set_title(_label(title, 60), loc="left", fontsize=10 if len(plotted_keys(results)) < 4 else 8)
+        value, loss = min(means, key=lambda each: each[1])
+        axes.plot([place[value]], [loss], "o", ms=11, mfc="none", mew=1.8, color=ORANGE)
+        title = f"Final loss, lowest mean {loss:.3f} at {short_key(key)}={compact(value)}"
+        axes.set_title(_label(title, 60), loc="left", fontsize=10)
     if numeric and wants_log(key, values):
         axes.set_xscale("log")
     if numeric and len(values) <= FEW:
@@ -196,44 +203,56 @@ def _draw_values(axes: Any, results: list[Result], key: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_heatmap(axes: Any, results: list[Result], *keys: str) -> None:
-    """The mean final loss over two keys, shaded by rank."""
-    down, along = sorted(keys, key=lambda key: len(values_of(results, key)))
-    rows, columns = values_of(results, down), values_of(results, along)
-    means = {
-        (group[0].setting.get(down), group[0].setting.get(along)): mean_of(
-            result.val_loss for result in group
-        )
-        for group in by_setting(results)
-    }
-    ordered = sorted(value for value in means.values() if value is not None)
-    shades = [
-        [
-            math.nan if (value := means.get((row, column))) is None else -ordered.index(value)
-            for column in columns
-        ]
-        for row in rows
-    ]
-    axes.imshow(shades, cmap="Blues", aspect="auto", vmin=-1.6 * len(ordered), vmax=0.6 * len(ordered))
-    if len(rows) * len(columns) <= 150:
-        for (row, column), value in means.items():
-            if value is not None and row in rows and column in columns:
-                axes.text(
-                    columns.index(column),
-                    rows.index(row),
-                    f"{value:.3f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                )
-    axes.set_xticks(range(len(columns)), [_label(compact(value)) for value in columns], fontsize=8)
-    axes.set_yticks(range(len(rows)), [_label(compact(value)) for value in rows], fontsize=8)
-    axes.set_xlabel(_label(short_key(along)))
-    axes.set_ylabel(_label(short_key(down)))
-    axes.set_title("Mean final validation loss, the lower the darker (by rank)", loc="left", fontsize=10)
+def draw_heatmap(axes: Any, grid: Grid, cells: list[HeatCell]) -> None:
+    """The cells of settings at their places, with their texts where there is room for them."""
+    places = [[None if number is None else cells[number] for number in row] for row in grid.cells]
+    shades = [[math.nan if cell is None or cell[0] is None else cell[0] for cell in row] for row in places]
+    axes.imshow(shades, cmap="Blues", aspect="auto", vmin=-0.1, vmax=1.3)
+    if len(grid.rows) * len(grid.columns) <= 150:
+        for (y, row), x in product(enumerate(places), range(len(grid.columns))):
+            if cell := row[x]:
+                colour = "white" if (cell[0] or 0) > 0.75 else "black"
+                axes.text(x, y, cell[1], ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(grid.columns)), map(_label, grid.columns))
+    axes.set_yticks(range(len(grid.rows)), map(_label, grid.rows))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel(_label(grid.along))
+    axes.set_ylabel(_label(grid.down))
+
+
+def draw_study(jobs: list[Job], path: Path) -> None:
+    """Heatmaps over two swept keys, at the first value of any others, or curves over the only one."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    settings = [job.setting for job in jobs]
+    down, along, others = axes_of(jobs)
+    fixed = {key: values_of(settings, key)[0] for key in others}
+    grid = grid_of(settings, down, along, fixed)
+    height = 2.8 + 0.8 * len(grid.rows) if down else 5
+    picture = Figure(figsize=(max(9, 1.5 + 2.2 * len(grid.columns)), height), dpi=150)
+    for axes, metric in zip(picture.subplots(2, 3).flat, MAIN_METRICS, strict=True):
+        if down:
+            draw_heatmap(axes, grid, metric_cells(jobs, metric))
+        else:
+            values = [None if number is None else figure(jobs[number], metric) for number in grid.cells[0]]
+            axes.plot([math.nan if value is None else value for value in values], "o-", color=BLUE)
+            axes.set_xticks(range(len(values)), map(_label, grid.columns))
+            axes.set_xlabel(_label(grid.along))
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+            if METRICS[metric][1].endswith("%}"):
+                axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        axes.set_title(METRICS[metric][0], fontsize=10, loc="left")
+    slice_shown = f"\nonly {_label(title_of(fixed), 90)} is shown" if fixed else ""
+    picture.suptitle(f"Sampling study\n{_label(subject_of(jobs), 90)}{slice_shown}", fontsize=10)
+    picture.tight_layout()
+    with replacing(path) as temporary:
+        picture.savefig(temporary, format="png")
 
 
 def _label(text: str, most: int = 20) -> str:
     """A text that fits beside an axis and is not taken for mathematics."""
     shown = text if len(text) <= most else text[: most - 1] + "…"
-    return (writable(shown) or "").replace("$", r"\$")
+    return writable(shown).replace("$", r"\$")

@@ -1,31 +1,28 @@
-"""What the jobs of a sweep came to, read from their files: figures, curves thin enough to draw, settings."""
+"""What the jobs of a sweep came to, read from their files: figures, and curves thin enough to draw."""
 
-import json
 import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 import orjson
 
 from llm.progress import Progress
-from llm.sweeps.jobs import Job, order, short_key
+from llm.sweeps.jobs import Job
 
 POSITION = ("step", "tokens_seen", "seconds")  # of a line of metrics; the x axes
 SMOOTHED_SHARE = 50  # the moving average spans a fiftieth of a job's updates
-PARTS = 100_000  # into which all curves together are cut; of each, two points are drawn
+PARTS = 100_000  # into which all curves together are cut; two points of each are drawn
 MOST_PARTS, LEAST_PARTS = 1000, 50  # of one curve
-MUCH = 100e6  # bytes of metrics, which are worth a process a core
-MEANS = 20  # at most twice as many values have a mean each
+MUCH = 100e6  # bytes of metrics, from which on a process per core pays off
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +58,11 @@ class Result:
     @property
     def rank(self) -> tuple[float, float]:
         """What jobs are ordered by: the final loss, then, of those without, the loss so far."""
-        return _or_infinite(self.val_loss), _or_infinite(self.last_val_loss)
+        return or_infinite(self.val_loss), or_infinite(self.last_val_loss)
+
+
+def or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def read_results(jobs: list[Job]) -> list[Result]:
@@ -88,11 +89,11 @@ def read_result(job: Job, parts: int) -> Result:
     span = max(1, training.shape[1] // SMOOTHED_SHARE)
     training = np.vstack([training, smoothed(training[-1], span)])
     step, tokens_seen, seconds = training[:3, -1].tolist() if training.size else (-1, 0, 0.0)
-    figures = {name: value for name, value in job.summary.items() if _is_figure(value)}
+    figures = {name: value for name, value in job.summary.items() if is_figure(value)}
     return Result(
         job,
         job.state,
-        writable(job.error),
+        job.error,
         figures,
         training[:, thinned(training[3], parts)],
         evaluations[:, thinned(evaluations[3], parts // 2)],
@@ -104,19 +105,14 @@ def read_result(job: Job, parts: int) -> Result:
     )
 
 
-def _is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def writable(text: str | None) -> str | None:
-    """Half a surrogate pair, which JSON may hold, cannot be written."""
-    return text and text.encode("utf-8", "replace").decode()
 
 
 def read_metrics(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """The updates and the evaluations of a `metrics.jsonl`, each as rows of POSITION and the loss.
 
-    What is null there is NaN here. A last line that was cut off is passed over, as is any that is damaged.
+    What is null there is NaN here. A last line that was cut off is skipped, as is any that is damaged.
     """
     content = file.read_bytes() if file.exists() else b""
     found: dict[str, list[tuple[float | None, ...]]] = {"train/loss": [], "val/loss": []}
@@ -136,7 +132,7 @@ def read_metrics(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
     """An exponential moving average with weight 2 / (span + 1) for the newest value. The weights are divided
-    by their sum, so that the first values count no more than others; NaN is passed over."""
+    by their sum, so that the first values count no more than others; NaN is skipped."""
     keep = 1 - 2 / (span + 1)
     total = weight = 0.0
     averages = []
@@ -148,7 +144,7 @@ def smoothed(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def thinned(values: np.ndarray, parts: int) -> np.ndarray:
-    """Which points to draw: the first, the last, and the least and the greatest of each of `parts` equal
+    """Which points to draw: the first, the last, and the lowest and the highest of each of `parts` equal
     parts, so that no spike is lost. Of a part with NaN alone one is kept, as a gap."""
     count = len(values)
     if count <= 2 * parts + 2:
@@ -157,91 +153,6 @@ def thinned(values: np.ndarray, parts: int) -> np.ndarray:
     starts = np.arange(0, count, length)
     padded = np.pad(values, (0, len(starts) * length - count), constant_values=np.nan).reshape(-1, length)
     missing = np.isnan(padded)
-    least = starts + np.where(missing, np.inf, padded).argmin(axis=1)
-    greatest = starts + np.where(missing, -np.inf, padded).argmax(axis=1)
-    return np.unique(np.concatenate([[0], least, greatest, [count - 1]]))
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def by_setting(results: list[Result]) -> list[list[Result]]:
-    """The results that differ in their seed alone, together; the best mean loss first."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(json.dumps(result.setting, sort_keys=True), []).append(result)
-    return sorted(found.values(), key=mean_rank)
-
-
-def mean_rank(group: list[Result]) -> tuple[float, float]:
-    return _or_infinite(mean_of(result.val_loss for result in group)), _or_infinite(
-        mean_of(result.last_val_loss for result in group)
-    )
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """Of those that are there; None if there is none."""
-    there = [value for value in values if value is not None]
-    return mean(there) if there else None
-
-
-def swept_keys(results: list[Result]) -> list[str]:
-    """The swept keys, the seed last."""
-    keys = dict.fromkeys(key for result in results for key in result.job.setting)
-    return sorted(keys, key=lambda key: key == "seed")
-
-
-def plotted_keys(results: list[Result]) -> list[str]:
-    """The keys that a loss may depend on: the seed only if it is all that varies."""
-    keys = swept_keys(results)
-    return [key for key in keys if key != "seed"] or keys
-
-
-def values_of(results: list[Result], key: str) -> list[str]:
-    """The values of a swept key, numbers first and in order."""
-    return sorted({result.job.setting[key] for result in results if key in result.job.setting}, key=order)
-
-
-def _number(value: str) -> float | None:
-    with suppress(ValueError):
-        return number if math.isfinite(number := float(value)) else None
-    return None
-
-
-def is_numeric(values: list[str]) -> bool:
-    return all(_number(value) is not None for value in values)
-
-
-def wants_log(key: str, values: list[str]) -> bool:
-    """Whether numbers span a decade, or are learning rates."""
-    numbers = [_number(value) or 0.0 for value in values]
-    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
-    return 0 < low < high and (high >= 10 * low or short_key(key) == "lr")
-
-
-def as_plotted(value: str, numeric: bool) -> float | str:
-    return float(value) if numeric else writable(value) or ""
-
-
-def means_over(results: list[Result], key: str, numeric: bool) -> list[tuple[float | str, float]]:
-    """The mean final loss at each value of a key, in order; where numbers are too many for that, as when they
-    were drawn at random, the mean of each of MEANS parts, at the number in its middle."""
-    finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
-    finished.sort(key=lambda result: order(result.job.setting[key]))
-    values = [result.job.setting[key] for result in finished]
-    if numeric and len(set(values)) > 2 * MEANS:
-        size = math.ceil(len(finished) / MEANS)
-        parts = [finished[start : start + size] for start in range(0, len(finished), size)]
-    else:
-        parts = [
-            [result for result in finished if result.job.setting[key] == value]
-            for value in dict.fromkeys(values)
-        ]
-    return [
-        (
-            as_plotted(part[len(part) // 2].job.setting[key], numeric),
-            mean(result.figures["val_loss"] for result in part),
-        )
-        for part in parts
-    ]
+    lowest = starts + np.where(missing, np.inf, padded).argmin(axis=1)
+    highest = starts + np.where(missing, -np.inf, padded).argmax(axis=1)
+    return np.unique(np.concatenate([[0], lowest, highest, [count - 1]]))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llm.sweeps.study_report import METRICS, as_study, study_report
 
 from llm.sweeps.jobs import read_jobs
-from llm.sweeps.study_report import METRICS, as_study, study_report
 
 HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- \ufffd"
 

@@ -1,0 +1,162 @@
+"""The settings of a sweep: what varies between them, which come first, and how they fill a heatmap."""
+
+import json
+import math
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import mean
+
+from llm.sweeps.jobs import compact, order, short_key
+from llm.sweeps.results import Result, or_infinite
+
+Setting = dict[str, str]  # the keys that vary between jobs, with a job's values
+
+MEANS = 20  # numbers that were drawn at random are cut into so many parts, each with a mean
+
+
+# Which settings are best
+
+
+def by_setting(results: list[Result]) -> list[list[Result]]:
+    """The results that differ in their seed alone, together; the best mean loss first."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(json.dumps(result.setting, sort_keys=True), []).append(result)
+    return sorted(found.values(), key=mean_rank)
+
+
+def mean_rank(group: list[Result]) -> tuple[float, float]:
+    """The mean final loss, then, of settings without one, the mean loss so far."""
+    final, last = (result.val_loss for result in group), (result.last_val_loss for result in group)
+    return or_infinite(mean_of(final)), or_infinite(mean_of(last))
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Of those that are there; None if there is none."""
+    there = [value for value in values if value is not None]
+    return mean(there) if there else None
+
+
+# What varies
+
+
+def settings_of(results: list[Result]) -> list[Setting]:
+    return [result.job.setting for result in results]
+
+
+def swept_keys(settings: list[Setting]) -> list[str]:
+    """The keys that vary, the seed last."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return sorted(keys, key=lambda key: key == "seed")
+
+
+def plotted_keys(settings: list[Setting]) -> list[str]:
+    """The keys that a loss may depend on: the seed only if it is all that varies."""
+    keys = swept_keys(settings)
+    return [key for key in keys if key != "seed"] or keys
+
+
+def values_of(settings: list[Setting], key: str) -> list[str]:
+    """The values of a key, numbers first and in order."""
+    return sorted({setting[key] for setting in settings if key in setting}, key=order)
+
+
+def is_numeric(values: list[str]) -> bool:
+    return all(_number(value) is not None for value in values)
+
+
+def _number(value: str) -> float | None:
+    with suppress(ValueError):
+        return number if math.isfinite(number := float(value)) else None
+    return None
+
+
+def wants_log(key: str, values: list[str]) -> bool:
+    """Whether numbers span a decade, or are learning rates."""
+    numbers = [_number(value) or 0.0 for value in values]
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    return 0 < low < high and (high >= 10 * low or short_key(key) == "lr")
+
+
+def means_over(results: list[Result], key: str) -> list[tuple[str, float]]:
+    """The mean final loss at each value of a key, in order; where numbers are too many for that, as when they
+    were drawn at random, the mean of each of MEANS parts, at the number in its middle."""
+    finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
+    finished.sort(key=lambda result: order(result.job.setting[key]))
+    values = values_of(settings_of(finished), key)
+    if is_numeric(values) and len(values) > 2 * MEANS:
+        size = math.ceil(len(finished) / MEANS)
+        parts = [finished[start : start + size] for start in range(0, len(finished), size)]
+    else:
+        parts = [[result for result in finished if result.job.setting[key] == value] for value in values]
+    return [
+        (part[len(part) // 2].job.setting[key], mean(result.figures["val_loss"] for result in part))
+        for part in parts
+    ]
+
+
+# Heatmaps
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where settings lie in a heatmap over two keys."""
+
+    down: str  # the key of the rows, and that of the columns; empty for none
+    along: str
+    rows: list[str]  # the values, as they are shown
+    columns: list[str]
+    cells: list[list[int | None]]  # the number of the setting that lies there
+
+
+HeatCell = tuple[float | None, str]  # its shade, from 0 to 1, or None for one without a value; its text
+
+
+def grid_of(
+    settings: list[Setting], down: str | None, along: str | None, fixed: Setting | None = None
+) -> Grid:
+    """The grid of the settings that have the values in `fixed`; its rows and columns are those of all."""
+    there = {
+        (setting.get(down or ""), setting.get(along or "")): number
+        for number, setting in enumerate(settings)
+        if (fixed or {}).items() <= setting.items()
+    }
+    rows = [*values_of(settings, down)] if down else [None]
+    columns = [*values_of(settings, along)] if along else [None]
+    return Grid(
+        short_key(down or ""),
+        short_key(along or ""),
+        [compact(row or "") for row in rows],
+        [compact(column or "") for column in columns],
+        [[there.get((row, column)) for column in columns] for row in rows],
+    )
+
+
+def loss_grid(groups: list[list[Result]]) -> Grid | None:
+    """Settings over the two keys that vary, the one with fewer values down; None for more keys or fewer."""
+    settings = [group[0].setting for group in groups]
+    keys = sorted(swept_keys(settings), key=lambda key: len(values_of(settings, key)))
+    return grid_of(settings, keys[0], keys[1]) if len(keys) == 2 else None
+
+
+def loss_cells(groups: list[list[Result]]) -> list[HeatCell]:
+    """For each setting its mean final loss, the lower the darker."""
+    means = [mean_of(result.val_loss for result in group) for group in groups]
+    texts = ["–" if value is None else f"{value:.3f}" for value in means]
+    return [*zip(shades_by_rank(means), texts, strict=True)]
+
+
+def shades_by_rank(values: list[float | None]) -> list[float | None]:
+    """From 1 for the lowest to 0 for the highest in even steps: one that diverged does not blank the rest."""
+    ordered = sorted(value for value in values if value is not None)
+    return [
+        None if value is None else 1 - ordered.index(value) / max(1, len(ordered) - 1) for value in values
+    ]
+
+
+def shades_by_size(values: list[float | None]) -> list[float | None]:
+    """From 0 for the lowest to 1 for the highest."""
+    there = [value for value in values if value is not None]
+    low, high = min(there, default=0.0), max(there, default=0.0)
+    return [None if value is None else (value - low) / ((high - low) or 1) for value in values]

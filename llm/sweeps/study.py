@@ -1,0 +1,69 @@
+"""A sampling study: what is measured of each of its settings, and how that is written."""
+
+from typing import Any
+
+from llm.sweeps.jobs import Job, short_key
+from llm.sweeps.ranking import HeatCell, shades_by_size, swept_keys, values_of
+from llm.sweeps.results import is_figure
+
+# What is shown of each setting: its title, how its number is written, and what it means.
+METRICS = {
+    "perplexity": ("Perplexity", "{:.1f}", "of the samples under the model itself, at temperature 1"),
+    "log_probability": ("Log-probability", "{:.2f}", "mean under the model, nats per token"),
+    "entropy": ("Entropy", "{:.2f}", "mean of the distributions drawn from, nats per token"),
+    "distinct_1": ("Distinct-1", "{:.3f}", "share of different tokens among all"),
+    "distinct_2": ("Distinct-2", "{:.3f}", "share of different pairs of tokens"),
+    "distinct_3": ("Distinct-3", "{:.3f}", "share of different triples of tokens"),
+    "repetition": ("Repetition", "{:.1%}", "share of 4-grams that occur earlier in their own sample"),
+    "length": ("Length", "{:.1f}", "mean new tokens of a sample"),
+    "copied": (
+        "Copied",
+        "{:.1%}",
+        "share of new tokens in runs of 8 or more from the training text",
+    ),
+    "longest_copy": ("Longest copy", "{:.0f}", "tokens of the longest run from the training text"),
+}
+MAIN_METRICS = ("perplexity", "entropy", "distinct_2", "repetition", "copied", "longest_copy")
+
+
+def is_study(jobs: list[Job]) -> bool:
+    """Whether jobs have measured samples, and trained nothing."""
+    return any("sampling" in job.summary and "val_loss" not in job.summary for job in jobs)
+
+
+def figure(job: Job, metric: str) -> float | None:
+    value = job.summary.get(metric)
+    return value if is_figure(value) else None
+
+
+def written(job: Job, metric: str) -> str:
+    value = figure(job, metric)
+    return "–" if value is None else METRICS[metric][1].format(value)
+
+
+def table_row(job: Job) -> dict[str, Any]:
+    """What was set, and all figures."""
+    return {"job": job.name, **job.setting, **{metric: figure(job, metric) for metric in METRICS}}
+
+
+def metric_cells(jobs: list[Job], metric: str) -> list[HeatCell]:
+    """For each job its cell in the heatmap of a metric, the higher the darker."""
+    shades = shades_by_size([figure(job, metric) for job in jobs])
+    return [*zip(shades, [written(job, metric) for job in jobs], strict=True)]
+
+
+def axes_of(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
+    """The swept keys: the one down the side of a heatmap, the one along its top, and the others."""
+    settings = [job.setting for job in jobs]
+    keys = swept_keys(settings)
+    if len(keys) < 2:
+        return None, keys[0] if keys else None, []
+    longest = sorted(keys, key=lambda key: -len(values_of(settings, key)))[:2]
+    down, along = sorted(longest, key=lambda key: (short_key(key) != "temperature", keys.index(key)))
+    return down, along, [key for key in keys if key not in longest]
+
+
+def subject_of(jobs: list[Job]) -> str:
+    """The checkpoint and its step; nothing if no job got so far as to load it."""
+    summary = next((job.summary for job in jobs if "checkpoint" in job.summary), None)
+    return f"{summary['checkpoint']}, step {summary['step']}" if summary else ""

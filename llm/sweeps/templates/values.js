@@ -1,0 +1,63 @@
+// The final loss over each swept key
+
+function axisOfKey(key) {
+  return key.numeric
+    ? { low: key.values[0], high: key.values.at(-1), log: key.log, title: key.name, ticks: key.values }
+    : { texts: key.values, title: key.name };
+}
+
+function axisOfLoss(numbers, title) {
+  const losses = numbers.map(number => jobs[number].loss);
+  const low = Math.min(...losses), high = Math.max(...losses);
+  return { low, high, log: low > 0 && high > 4 * low, title };
+}
+
+function addValues(keyNumber) {
+  const key = keys[keyNumber];
+  const figure = add(byId("values"), "figure");
+  const caption = add(figure, "figcaption");
+  add(caption, "b", key.name);
+  const means = key.means;  // [value, loss]
+  const lowest = means.length && means.reduce((a, b) => b[1] < a[1] ? b : a);
+  if (lowest) caption.append(" lowest mean " + lowest[1].toFixed(3) + " at " + cut(tickText(key, lowest[0])));
+  const host = addHost(figure, "Final loss over " + key.name + ". Up and down: another job, by rank. Escape: none.");
+  addChart(host, 280, (context, axes, width, height) => {
+    const there = lossOrder.filter(number => isSelected(number) && jobs[number].values[keyNumber] !== null);
+    const all = lossOrder.filter(number => jobs[number].values[keyNumber] !== null);
+    const { px, py } = frame(axes, width, height,
+      widened(axisOfKey(key), 0.06), widened(axisOfLoss(all, "final loss (nats per token)"), 0.06));
+    const at = number => [px(jobs[number].values[keyNumber]), py(jobs[number].loss)];
+    function dot(context, number, radius, alpha) {
+      context.globalAlpha = alpha;
+      context.strokeStyle = context.fillStyle = jobs[number].colour;
+      context.lineWidth = 1.4;
+      context.beginPath();
+      context.arc(...at(number), radius, 0, 7);
+      if (jobs[number].final) context.fill(); else context.stroke();
+      context.globalAlpha = 1;
+    }
+    [...there].reverse().forEach(number => dot(context, number, few ? 4 : 2.5, few ? 0.9 : 0.5));
+    context.strokeStyle = ink;
+    context.lineWidth = 1.6;
+    context.beginPath();
+    means.forEach(([value, loss]) => context.lineTo(px(value), py(loss)));
+    context.stroke();
+    if (lowest) {
+      context.beginPath();
+      context.arc(px(lowest[0]), py(lowest[1]), 8, 0, 7);
+      context.stroke();
+    }
+    return {
+      mark: (context, numbers) =>
+        numbers.filter(number => all.includes(number)).forEach(number => dot(context, number, 6, 1)),
+      nearest(x, y) {
+        let best = 30, found = null;
+        for (const number of there) {
+          const [a, b] = at(number), away = Math.hypot(a - x, b - y);
+          if (away < best) [best, found] = [away, { jobs: [number], step: null }];
+        }
+        return found;
+      },
+    };
+  });
+}
