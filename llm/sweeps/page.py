@@ -20,13 +20,12 @@ def write_page(path: Path, name: str, data: dict[str, Any]) -> None:
     for the data, which the page's scripts show as text and never as HTML."""
     folder = files("llm.sweeps") / "templates"
     # In a script element nothing but `<` could end it or begin a comment.
-    parts = {"data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")}
-    page = re.sub(
-        r"\{\{(.+?)\}\}",
-        lambda place: parts.get(place[1]) or (folder / place[1]).read_text("utf-8").strip(),
-        (folder / f"{name}.html").read_text("utf-8"),
-    )
-    write_text(path, writable(page))
+    written = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+    def part(place: re.Match[str]) -> str:
+        return written if place[1] == "data" else (folder / place[1]).read_text("utf-8").strip()
+
+    write_text(path, re.sub(r"\{\{(.+?)\}\}", part, (folder / f"{name}.html").read_text("utf-8")))
 
 
 def writable(text: str) -> str:

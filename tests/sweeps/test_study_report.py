@@ -2,49 +2,15 @@
 
 import csv
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llm.sweeps.study_report import METRICS, as_study, study_report
+from pages import HOSTILE, data_of, in_browser, needs_browser, rows_of
 
 from llm.sweeps.jobs import read_jobs
-
-HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- \ufffd"
-
-
-class Page(HTMLParser):
-    """The cells of each figure, the text of each element that matters, the data."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.figures: list[list[tuple[int, str]]] = []
-        self.data = self.text = self.code = ""
-        self.tables: list[list[str]] = []
-        self._open: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag == "figure":
-            self.figures.append([])
-        if tag not in ("meta", "!doctype"):
-            self._open.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._open and self._open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        tag, attributes = self._open[-1] if self._open else ("", {})
-        if tag == "script" and attributes.get("id") == "data":
-            self.data += data
-        elif tag == "button" and "data-job" in attributes:
-            self.figures[-1].append((int(attributes["data-job"] or ""), data))
-        elif tag == "code":
-            self.code += data + "\n"
-        elif tag not in ("script", "style"):
-            self.text += data
+from llm.sweeps.report import study_report
+from llm.sweeps.study import METRICS
 
 
 def write_job(folder: Path, number: int, setting: dict[str, str], **summary: Any) -> None:
@@ -77,8 +43,21 @@ def write_job(folder: Path, number: int, setting: dict[str, str], **summary: Any
     (job / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
 
 
-def report(folder: Path) -> Page:
-    return Page(study_report(as_study(read_jobs([folder])), folder).read_text("utf-8"))
+def report(folder: Path) -> dict[str, Any]:
+    """What the page shows."""
+    return data_of(study_report(read_jobs([folder]), [folder], folder))
+
+
+Cell = tuple[int, str]
+
+
+def heatmaps(page: dict[str, Any], metric: str = "perplexity") -> list[list[Cell]]:
+    """For each heatmap of a metric its cells, row by row: the job and what is shown."""
+    cells = page["metrics"][list(METRICS).index(metric)]["cells"]
+    return [
+        [(job, cells[job][1]) for row in grid["cells"] for job in row if job is not None]
+        for grid in page["grids"]
+    ]
 
 
 def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:
@@ -88,22 +67,23 @@ def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:
     for number, (temperature, top_k) in enumerate(settings):
         write_job(tmp_path, number, {"sampling.temperature": temperature, "sampling.top_k": top_k}, step=7)
     page = report(tmp_path)
-    assert len(page.figures) == len(METRICS)
-    for cells in page.figures:
-        assert [job for job, _ in cells] == [3, 2, 1, 0]  # numbers in order, down and across
-    assert [text for _, text in page.figures[0]] == ["3.0", "2.0", "1.0", "0.0"]
-    data = json.loads(page.data)
-    assert "run/last, step 7" in page.text
-    assert data[0]["title"] == "Job 0: temperature=10 top_k=100"
-    assert data[0]["samples"] == [
+    assert len(page["metrics"]) == len(METRICS)
+    # numbers in order, down and across
+    assert heatmaps(page) == [[(3, "3.0"), (2, "2.0"), (1, "1.0"), (0, "0.0")]]
+    assert [shade for shade, _ in page["metrics"][0]["cells"]] == [0, 1 / 3, 2 / 3, 1]
+    assert page["subject"] == "run/last, step 7"
+    assert page["jobs"][0]["title"] == "temperature=10 top_k=100"
+    assert page["jobs"][0]["samples"] == [
         {
             "prompt": "To <be>",
             "text": HOSTILE,
-            "about": "sample 0 · perplexity 2.7 · 3 tokens, ended by length · "
+            "note": "sample 0 · perplexity 2.7 · 3 tokens, ended by length · "
             "50% copied, at most 9 tokens in a row",
         }
     ]
-    assert "experiments/generate.py checkpoint=run sampling.temperature=0.5 sampling.top_k=5" in page.code
+    assert page["jobs"][3]["again"] == (
+        "python experiments/generate.py checkpoint=run sampling.temperature=0.5 sampling.top_k=5 study=true"
+    )
     with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["sampling.temperature"], row["sampling.top_k"]) for row in rows] == settings
@@ -119,19 +99,15 @@ def test_failed_jobs_are_named_and_what_is_missing_is_a_dash(tmp_path: Path) -> 
     write_job(tmp_path, 1, {"sampling.top_k": "<0>"}, status="failed", error="top_k=<0>: no", perplexity=None)
     write_job(tmp_path, 2, {"sampling.top_k": "7"})  # was killed before it wrote anything
     page = report(tmp_path)
-    assert "Job 1 (top_k=<0>) failed: top_k=<0>: no" in page.text
-    assert "Job 2 (top_k=7) failed: killed, or its machine went down" in page.text
-    assert [text for _, text in page.figures[0]] == ["0.0", "–", "–"]
-    copied = list(METRICS).index("copied")
-    assert page.figures[copied][0] == (0, "–")
-    data = json.loads(page.data)
-    assert data[0]["samples"][0]["about"].endswith("3 tokens, ended by length")
-    assert data[2] == {
-        "title": "Job 2: top_k=7",
-        "error": "killed, or its machine went down",
-        "copy": None,
-        "samples": [],
-    }
+    assert [job["error"] for job in page["jobs"]] == [
+        None,
+        "top_k=<0>: no",
+        "killed, or its machine went down",
+    ]
+    assert heatmaps(page) == [[(0, "0.0"), (2, "–"), (1, "–")]]
+    assert heatmaps(page, "copied")[0][0] == (0, "–")
+    assert page["jobs"][0]["samples"][0]["note"].endswith("3 tokens, ended by length")
+    assert page["jobs"][2]["samples"] == []
     with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
         assert [row["perplexity"] for row in csv.DictReader(file)] == ["0.0", "", ""]
 
@@ -139,8 +115,8 @@ def test_failed_jobs_are_named_and_what_is_missing_is_a_dash(tmp_path: Path) -> 
 def test_the_longest_copy_is_quoted(tmp_path: Path) -> None:
     copy = {"longest_copy": 12, "longest_copy_text": HOSTILE, "longest_copy_token": 12345}
     write_job(tmp_path, 0, {}, **copy)
-    (data,) = json.loads(report(tmp_path).data)
-    assert data["copy"] == f"Longest copy, 12 tokens, from training token 12,345 on: {HOSTILE}"
+    (job,) = report(tmp_path)["jobs"]
+    assert job["copy"] == f"Longest copy, 12 tokens, from training token 12,345 on: {HOSTILE}"
 
 
 def test_keys_with_the_most_values_are_the_axes_and_temperature_is_down(tmp_path: Path) -> None:
@@ -152,7 +128,9 @@ def test_keys_with_the_most_values_are_the_axes_and_temperature_is_down(tmp_path
             "sampling.temperature": temperature,
         }
         write_job(tmp_path, number, setting, step=7)
-    cells = [job for job, _ in report(tmp_path).figures[0]]
+    page = report(tmp_path)
+    cells = [job for cells in heatmaps(page) for job, _ in cells]
+    assert [grid["caption"] for grid in page["grids"]] == ["top_p 0.9", "top_p null"]
     ordered = [(p, k, t) for p in ("0.9", "null") for t in ("0.5", "1", "1.4") for k in ("5", "25", "100")]
     assert cells == [settings.index(each) for each in ordered]
 
@@ -171,6 +149,52 @@ def test_any_number_of_swept_keys(tmp_path: Path, keys: int) -> None:
         setting = {name: "ab"[number >> place & 1] for place, name in enumerate(names)}
         write_job(tmp_path, number, setting, step=7)
     page = report(tmp_path)
-    for cells in page.figures:
-        assert sorted(job for job, _ in cells) == list(range(2**keys))
+    assert sorted(job for cells in heatmaps(page) for job, _ in cells) == list(range(2**keys))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+READ = """
+const texts = selector => [...document.querySelectorAll(selector)].map(element => element.textContent);
+found.problems = texts("#problems p");
+found.captions = texts("figcaption b");
+found.heat = [...document.querySelector(".heat").rows].map(row => [...row.cells].map(c => c.textContent));
+found.first = byId("samples").textContent;
+document.querySelectorAll(".heat button")[1].click();
+found.pressed = texts(".heat [aria-pressed=true]").length;
+found.second = byId("samples").textContent;
+const heads = [...document.querySelectorAll("#settings th")];
+found.heads = heads.slice(0, 3).map(head => head.textContent);
+heads[2].firstChild.click();
+found.rising = texts("#settings td:nth-child(3)");
+heads[2].firstChild.click();
+found.falling = texts("#settings td:nth-child(3)");
+found.commands = texts("#commands li");
+found.bold = texts("#problems b, #samples b, td b, th b, li b");  // none but from a text taken for HTML
+"""
+
+
+@needs_browser
+def test_in_a_browser(tmp_path: Path) -> None:
+    copy = {"longest_copy": 12, "longest_copy_text": HOSTILE, "longest_copy_token": 12345}
+    write_job(tmp_path, 0, {"prompt": HOSTILE}, step=7)
+    write_job(tmp_path, 1, {"prompt": "a"}, **copy)
+    write_job(tmp_path, 2, {"prompt": "b"}, status="failed", error=f"{HOSTILE}\ud800", perplexity=None)
+    page = report(tmp_path)
+    assert [row[:2] for row in rows_of(page["table"])[1:]] == [["0", HOSTILE], ["1", "a"], ["2", "b"]]
+    found = in_browser(tmp_path / "report.html", READ, "--window-size=1200,900")
+    assert (found["errors"], found["hit"], found["bold"]) == ([], 0, [])
+    assert found["problems"] == [f"Job 2 (prompt=b) failed: {HOSTILE}\ud800"]
+    assert found["captions"] == [title for title, _, _ in METRICS.values()]
+    assert found["heat"] == [["prompt →", HOSTILE[:20] + "…", "a", "b"], ["", "0.0", "1.0", "–"]]
+    note = "sample 0 · perplexity 2.7 · 3 tokens, ended by length · 50% copied, at most 9 tokens in a row"
+    assert found["first"] == f"Job 0: prompt={HOSTILE}To <be>{HOSTILE}{note}"
+    assert found["second"] == (
+        "Job 1: prompt=aLongest copy, 12 tokens, from training token 12,345 on: "
+        f"{HOSTILE}To <be>{HOSTILE}{note}"
+    )
+    assert found["pressed"] == len(METRICS)
+    assert found["heads"] == ["job", "prompt", "Perplexity"]
+    assert (found["rising"], found["falling"]) == (["0.0", "1.0", "–"], ["1.0", "0.0", "–"])
+    assert found["commands"][1] == (
+        "Job 1: prompt=apython experiments/generate.py checkpoint=run prompt=a study=true"
+    )

@@ -1,72 +1,25 @@
 """A sweep's page, table and picture, from folders as jobs leave them, whole or not; the page in a browser."""
 
 import csv
-import html
 import json
 import math
 import random
 import re
-import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Script
+from pages import HOSTILE, data_of, in_browser, needs_browser, rows_of
 
 from llm.commands.report import write_report
 from llm.config import ReportConfig
 from llm.errors import UserError
-from llm.files import held
-from llm.run_folder import RUN_ID
+from llm.run_folder import claimed
 from llm.sweeps.jobs import write_record
 from llm.sweeps.results import read_metrics, smoothed, thinned
-
-HOSTILE = "</script><b>\"quoted\" & 'so'</b> <!-- $HOME \ufffd"
-
-
-class Page(HTMLParser):
-    """The tables as rows of texts, all other text, the code, the data."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.data = self.text = ""
-        self.code: list[str] = []
-        self._table: list[list[str]] = []
-        self._open: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-        self.jobs = json.loads(self.data)["jobs"]
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        given = dict(attributes)
-        if tag == "table":
-            self._table = self.tables[given.get("class") or "heatmap"] = []
-        elif tag == "tr":
-            self._table.append([])
-        elif tag in ("td", "th"):
-            self._table[-1].append("")
-        elif tag == "code":
-            self.code.append("")
-        if tag not in ("meta", "input", "br"):
-            self._open.append((tag, given))
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._open and self._open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        tags = [tag for tag, _ in self._open]
-        if tags[-1:] == ["script"] and self._open[-1][1].get("id") == "data":
-            self.data += data
-        elif "td" in tags or "th" in tags:
-            self._table[-1][-1] += data
-        elif "code" in tags:
-            self.code[-1] += data
-        elif not {"script", "style"} & set(tags):
-            self.text += data
 
 
 def write_job(
@@ -112,12 +65,13 @@ def write_job(
     return job
 
 
-def report(folder: Path | list[Path], **config: Any) -> Page:
+def report(folder: Path | list[Path], **config: Any) -> dict[str, Any]:
+    """What the page shows."""
     sweep = [str(each) for each in folder] if isinstance(folder, list) else str(folder)
-    return Page(write_report(ReportConfig(sweep, **config), Path("unused")).read_text("utf-8"))
+    return data_of(write_report(ReportConfig(sweep, **config), Path("unused")))
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
+def csv_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -139,49 +93,64 @@ def sweep(tmp_path: Path) -> Path:
 
 def test_settings_are_ranked_over_their_seeds(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = report(sweep)
-    heads, *rows = page.tables["sortable settings"]
+    heads, *rows = rows_of(page["ranked"])
     assert heads[:4] == ["rank", "lr", "n", "val loss"]
     assert [row[:4] for row in rows] == [
         ["1", "1e-2", "2", "2.150 ± 0.212"],  # sample standard deviation: |2.0 - 2.3| / √2
         ["2", "1e-1", "1", "2.500"],  # of one seed there is none
         ["3", "1e-3", "2", "3.100 ± 0.141"],
     ]
-    assert "Least validation loss: 2.150 ± 0.212 with lr=1e-2, n = 2" in page.text
-    assert [row[0] for row in page.tables["sortable jobs"][1:]] == list("01234")
-    assert [job["group"] for job in page.jobs] == [2, 2, 0, 0, 1]
-    assert "5 jobs: 5 finished" in page.text
-    assert "optimizer.lr1e-3, 1e-2, 1e-1" in page.text  # what varied, in order
-    assert "overridesmodel=tiny" in page.text  # what was common
+    best = page["groups"][0]
+    assert (best["title"], best["loss"], best["seeds"]) == ("lr=1e-2", "2.150 ± 0.212", 2)
+    assert [row[0] for row in rows_of(page["table"])[1:]] == list("01234")
+    assert [job["group"] for job in page["jobs"]] == [2, 2, 0, 0, 1]
+    assert "5 jobs: 5 finished" in page["about"]
+    assert page["varied"] == [["optimizer.lr", "1e-3, 1e-2, 1e-1"], ["seed", "0, 1"]]  # in order
+    assert page["common"][:2] == [["overrides", "model=tiny"], ["parameters", "1k"]]
     assert f"report      {sweep}/report.html" in capsys.readouterr().out
     assert (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_metric_of_an_evaluation_has_a_column(sweep: Path) -> None:
+    write_job(sweep, 5, {"optimizer.lr": "1e-2", "seed": "2"}, 2.0, val_perplexity=7.4, val_next_word=0.25)
+    page = report(sweep)
+    for table in ("ranked", "table"):
+        heads, *rows = rows_of(page[table])
+        assert [head for head in heads if head.startswith(("val", "bits"))] == [
+            "val loss",
+            "bits/byte",
+            "val next word",
+        ]
+        found = [row[heads.index("val next word")] for row in rows]
+        assert sorted(found) == ["0.250", *(len(rows) - 1) * ["–"]]
+    assert csv_of(sweep)[5]["val_next_word"] == "0.25"
+
+
 def test_the_page_needs_nothing_but_itself(sweep: Path) -> None:
     report(sweep)
-    text = (sweep / "report.html").read_text("utf-8")
+    text = re.sub(r'id="data">.*?</script>', "", (sweep / "report.html").read_text("utf-8"))
     assert not re.findall(r"(?:src|href)=|url\(|@import|https?://", text)
-    assert not re.findall(r"\$[a-z{]", text)  # all that the template leaves open is filled in
+    assert "{{" not in text  # all that the template leaves open is filled in
 
 
 def test_best_and_worst_samples_and_commands(sweep: Path) -> None:
     write_job(sweep, 5, {"optimizer.lr": HOSTILE, "seed": "0"}, None, status="interrupted")
     page = report(sweep)
-    assert f"The best, job 2: lr=1e-2 seed=0 validation loss 2.000To be sample of 2 {HOSTILE}" in page.text
-    assert f"The worst, job 1: lr=1e-3 seed=1 validation loss 3.200To be sample of 1 {HOSTILE}" in page.text
-    assert "old" not in page.text
-    assert page.code[:2] == [
-        "python experiments/pretrain.py model=tiny optimizer.lr=1e-3 seed=0",
-        f"python experiments/pretrain.py resume={sweep}/0",
+    assert page["samples"] == [
+        {"place": "The best", "job": 2, "prompt": "To be", "text": f" sample of 2 {HOSTILE}"},
+        {"place": "The worst", "job": 1, "prompt": "To be", "text": f" sample of 1 {HOSTILE}"},
     ]
-    assert page.text.count("it is finished: add a higher limit") == 5
-    again = subprocess.run(["sh", "-c", "printf '%s\\n' " + page.code[10]], capture_output=True, text=True)
+    first, *_, last = page["jobs"]
+    assert first["again"] == "python experiments/pretrain.py model=tiny optimizer.lr=1e-3 seed=0"
+    assert first["resume"] == f"python experiments/pretrain.py resume={sweep}/0"
+    again = subprocess.run(["sh", "-c", f"printf '%s\\n' {last['again']}"], capture_output=True, text=True)
     assert again.stdout.splitlines()[3] == f"optimizer.lr={HOSTILE}"  # as the shell reads it
 
 
 def test_table_of_figures(sweep: Path) -> None:
     write_job(sweep, 5, {"optimizer.lr": "-1", "seed": "0"}, None, 0, status="failed", error=HOSTILE)
     report(sweep)
-    rows = rows_of(sweep)
+    rows = csv_of(sweep)
     assert list(rows[0])[:4] == ["job", "optimizer.lr", "seed", "state"]
     assert list(rows[0])[-2:] == ["error", "folder"]
     assert [row["val_loss"] for row in rows] == ["3.0", "3.2", "2.0", "2.3", "2.5", ""]
@@ -217,24 +186,32 @@ def test_half_written_jobs(tmp_path: Path) -> None:
     (diverged / "samples.jsonl").unlink()
     jobs = [["model=tiny", f"optimizer.lr={lr}"] for lr in lrs]
     write_record(tmp_path, "pretrain", [], ["optimizer.lr"], jobs)
-    with held(running / RUN_ID):
+    with claimed(running):
         page = report(tmp_path)
-    states = [row[2] for row in page.tables["sortable jobs"][1:]]
+    states = [row[2] for row in rows_of(page["table"])[1:]]
     assert states == ["finished", "running", "killed", "stopped", "failed", "finished", "waiting"]
-    assert [job["loss"] for job in page.jobs] == [2.5, pytest.approx(3.5909, abs=1e-4)] + [
+    assert [job["loss"] for job in page["jobs"]] == [2.5, pytest.approx(3.5909, abs=1e-4)] + [
         pytest.approx(value) if value else None for value in (None, 3.5 + 1 / 31, None, 3.5 + 1 / 31, None)
     ]
-    assert [job["final"] for job in page.jobs] == [True] + 6 * [False]
-    assert page.tables["sortable jobs"][2][7:9] == ["15", "960"]  # its summary says nothing of them yet
-    assert page.jobs[1]["training"][0] == list(range(15))
-    assert page.jobs[3]["training"][0] == list(range(40))
-    assert page.jobs[3]["training"][3][:2] == [None, 4.3]
-    assert "1 failedJob 4 (lr=0.5): no: " + HOSTILE + "?" in page.text
-    assert "1 stopped earlyJob 3 (lr=0.4): worse half" in page.text
-    assert "1 interrupted or killedJob 2 (lr=0.3): killed, or its machine went down" in page.text
-    assert "1 running: figures are those so farJob 1 (lr=0.2): 15 updates" in page.text
-    assert page.code[0] == f"python experiments/pretrain.py -m sweep.resume={tmp_path}"
-    assert f"python experiments/pretrain.py resume={tmp_path}/6" not in page.code  # it never began
+    assert [job["final"] for job in page["jobs"]] == [True] + 6 * [False]
+    running_row = dict(zip(*[rows_of(page["table"])[row] for row in (0, 2)], strict=True))
+    # its summary says nothing of them yet
+    assert (running_row["steps"], running_row["tokens"]) == ("15", "960")
+    assert page["jobs"][1]["training"][0] == list(range(15))
+    assert page["jobs"][3]["training"][0] == list(range(40))
+    assert page["jobs"][3]["training"][3][:2] == [None, 4.3]
+    assert [job["reason"] for job in page["jobs"]] == [
+        "",
+        "15 updates",
+        "killed, or its machine went down",
+        "worse half",
+        f"no: {HOSTILE}\ud800",
+        "",
+        "",
+    ]
+    assert csv_of(tmp_path)[4]["error"] == f"no: {HOSTILE}?"
+    assert page["resume"] == [f"python experiments/pretrain.py -m sweep.resume={tmp_path}"]
+    assert page["jobs"][6]["resume"] is None  # it never began
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -242,7 +219,8 @@ def test_nothing_has_finished(tmp_path: Path) -> None:
     write_job(tmp_path, 0, {"optimizer.lr": "0.1"}, status="failed", steps=0, error="no")
     write_job(tmp_path, 1, {"optimizer.lr": "x"}, status="failed", steps=0, error="no")
     page = report(tmp_path)
-    assert "No job has a final validation loss yet." in page.text
+    assert [group["loss"] for group in page["groups"]] == [None, None]
+    assert page["samples"] == []
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -252,12 +230,14 @@ def test_two_keys_make_a_heatmap(tmp_path: Path) -> None:
         setting = {"optimizer.lr": lr, "model.n_layers": n, "seed": seed}
         write_job(tmp_path, number, setting, number + 1.0, steps=3)
     page = report(tmp_path)
-    assert page.tables["heatmap"] == [
-        ["n_layers ↓lr →", "0.01", "0.1", "1"],
-        ["2", "7.500", "3.500", ""],
-        ["4", "5.500", "1.500", "9.500"],
+    grid, cells = page["grid"], [group["cell"] for group in page["groups"]]
+    assert (grid["down"], grid["rows"]) == ("n_layers", ["2", "4"])
+    assert (grid["along"], grid["columns"]) == ("lr", ["0.01", "0.1", "1"])
+    assert [[None if n is None else cells[n] for n in row] for row in grid["cells"]] == [
+        [[0.25, "7.500"], [0.75, "3.500"], None],
+        [[0.5, "5.500"], [1, "1.500"], [0, "9.500"]],
     ]
-    [lr, layers] = json.loads(page.data)["keys"]
+    [lr, layers] = page["keys"]
     assert (lr["name"], lr["values"], lr["numeric"], lr["log"]) == ("lr", [0.01, 0.1, 1], True, True)
     assert lr["means"] == [[0.01, 6.5], [0.1, 2.5], [1, 9.5]]
     assert (layers["values"], layers["log"]) == ([2, 4], False)
@@ -267,7 +247,7 @@ def test_two_keys_make_a_heatmap(tmp_path: Path) -> None:
 def test_numbers_drawn_at_random_have_means_of_parts(tmp_path: Path) -> None:
     for number in range(50):
         write_job(tmp_path, number, {"optimizer.lr": f"{(number + 1) / 1000}"}, float(number), steps=0)
-    [key] = json.loads(report(tmp_path).data)["keys"]
+    [key] = report(tmp_path)["keys"]
     assert key["means"][:2] == [[pytest.approx(0.002), 1], [pytest.approx(0.005), 4]]  # of three each
     assert len(key["means"]) == 17
 
@@ -279,7 +259,7 @@ def test_any_number_of_swept_keys(tmp_path: Path, keys: int) -> None:
         setting = {name: [r"$\no", "2"][number >> place & 1] for place, name in enumerate(names)}
         write_job(tmp_path, number, setting, 2 + number / 10, steps=3)
     page = report(tmp_path)
-    assert [len(job["values"]) for job in page.jobs] == 2**keys * [keys]
+    assert [len(job["values"]) for job in page["jobs"]] == 2**keys * [keys]
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -287,8 +267,8 @@ def test_only_the_seed_varies(tmp_path: Path) -> None:
     for number in range(3):
         write_job(tmp_path, number, {"seed": str(number)}, 2 + number / 10, steps=3)
     page = report(tmp_path)
-    assert [row[1:3] for row in page.tables["sortable settings"][1:]] == [["3", "2.100 ± 0.100"]]
-    assert [key["name"] for key in json.loads(page.data)["keys"]] == ["seed"]
+    assert [row[1:3] for row in rows_of(page["ranked"])[1:]] == [["3", "2.100 ± 0.100"]]
+    assert [key["name"] for key in page["keys"]] == ["seed"]
 
 
 def test_one_run_and_several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,11 +276,12 @@ def test_one_run_and_several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run = write_job(Path("a"), 0, {"optimizer.lr": "0.1"}, 2.0)
     write_job(Path("b"), 0, {"optimizer.lr": "0.2"}, 1.5)
     write_job(Path("b"), 1, {"optimizer.lr": "0.3"}, 1.8)
-    assert "Nothing: it is one run." in report(run).text
+    page = report(run)
+    assert (page["kind"], page["folders"], page["varied"]) == ("Run", "a/0", [])
     assert (run / "report.png").exists()
     page = report([Path("a"), Path("b")], to="both")
-    assert [row["job"] for row in rows_of(Path("both"))] == ["a/0", "b/0", "b/1"]
-    assert page.tables["sortable settings"][1][:4] == ["1", "0.2", "1", "1.500"]
+    assert [row["job"] for row in csv_of(Path("both"))] == ["a/0", "b/0", "b/1"]
+    assert rows_of(page["ranked"])[1][:4] == ["1", "0.2", "1", "1.500"]
     with pytest.raises(UserError, match="nowhere holds neither a sweep nor a run"):
         report(Path("nowhere"))
 
@@ -346,7 +327,7 @@ def test_metrics_are_read_as_json_reads_them(tmp_path: Path) -> None:
         assert rows.T.tolist() == [[line[name] for name in names] for line in lines if loss in line]
 
 
-def test_thinning_keeps_the_least_and_the_greatest_of_every_part() -> None:
+def test_thinning_keeps_the_lowest_and_the_highest_of_every_part() -> None:
     rng = random.Random(1)
     for count in (0, 1, 2, 21, 22, 23, 100, 101, 999):
         values = np.array([rng.gauss(0, 1) if rng.random() < 0.95 else math.nan for _ in range(count)])
@@ -381,7 +362,7 @@ def test_curves_are_thinned_and_keep_their_spike(tmp_path: Path) -> None:
     lines = (job / "metrics.jsonl").read_text().splitlines()
     spike = json.loads(lines[3000]) | {"train/loss": 77.0}
     (job / "metrics.jsonl").write_text("\n".join([*lines[:3000], json.dumps(spike), *lines[3001:]]) + "\n")
-    [job_data] = report(job).jobs
+    [job_data] = report(job)["jobs"]
     steps, *_, losses, averages = job_data["training"]
     assert len(steps) <= 2002
     assert losses[steps.index(spike["step"])] == 77.0
@@ -391,25 +372,22 @@ def test_curves_are_thinned_and_keep_their_spike(tmp_path: Path) -> None:
 def test_several_processes_read_what_one_reads(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = report(sweep)
     monkeypatch.setattr("llm.sweeps.results.MUCH", 0)
-    assert report(sweep).jobs == alone.jobs
+    assert report(sweep)["jobs"] == alone["jobs"]
 
 
 # The page in a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 CLICKS = """
-const found = { errors };
 const column = (table, number, kind = "") =>
-  [...document.querySelectorAll(table + " tbody tr" + kind)].map(row => row.cells[number].textContent);
+  [...document.querySelectorAll("#" + table + " tbody tr" + kind)].map(row => row.cells[number].textContent);
 const pixels = () => document.querySelector("#curves canvas:nth-child(2)").toDataURL();
-found.before = column(".jobs", 4);
-const head = document.querySelector(".jobs th:nth-child(5)");
+found.before = column("jobs", 4);
+const head = document.querySelector("#jobs th:nth-child(5)");
 head.querySelector("button").click();
-found.rising = column(".jobs", 4);
+found.rising = column("jobs", 4);
 found.sorted = head.getAttribute("aria-sort");
 head.querySelector("button").click();
-found.falling = column(".jobs", 4);
+found.falling = column("jobs", 4);
 const overTokens = pixels();
 document.querySelector("[name=x][value=seconds]").click();
 found.overTime = view.x;
@@ -418,61 +396,51 @@ const chart = document.getElementById("curves");
 for (const key of ["ArrowDown", "ArrowDown", "ArrowRight"])
   chart.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 found.readout = document.querySelector(".readout").textContent;
-found.chosen = column(".jobs", 0, ".chosen");
+found.chosen = column("jobs", 0, ".chosen");
 chart.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
 const box = chart.getBoundingClientRect();
 chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 60, clientY: box.bottom - 60 }));
 found.pointedAt = chosen.length;
-document.querySelector(".settings td button").click();
-found.group = column(".jobs", 0, ".chosen").sort();
+document.querySelector("#ranked td button").click();
+found.group = column("jobs", 0, ".chosen").sort();
+document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+const axes = document.getElementById("parallel"), across = axes.getBoundingClientRect();
+axes.setPointerCapture = () => {};  // there is no pointer
+for (const [type, share] of [["pointerdown", 0.85], ["pointermove", 0.55], ["pointerup", 0.55]])
+  axes.dispatchEvent(new PointerEvent(type, {
+    clientX: across.right - 48, clientY: across.top + share * across.height, pointerType: "mouse" }));
+found.brushed = byId("all").textContent;
+byId("all").click();
+found.released = [byId("all").hidden, jobs.filter((_, number) => isSelected(number)).length];
 document.body.style.maxWidth = "360px";  // a window cannot be so narrow
 redraw();
 found.width = document.body.scrollWidth;
-document.body.innerHTML = "<pre id=found></pre>";
-document.getElementById("found").textContent = JSON.stringify(found);
+"""
+
+READ = """
+const texts = selector => [...document.querySelectorAll(selector)].map(element => element.textContent);
+for (const name of ["best", "problems", "varied", "common"]) found[name] = byId(name).textContent;
+found.heads = texts("#jobs th");
+found.acts = texts("#jobs tbody td:nth-child(3)");
+found.whole = [...document.querySelectorAll("#jobs tbody td:nth-child(3)")].map(cell => cell.title);
+found.heat = [...document.querySelector(".heat").rows].map(row => [...row.cells].map(c => c.textContent));
+found.shades = [...document.querySelectorAll(".heat button")].map(c => c.style.getPropertyValue("--heat"));
+document.querySelectorAll(".heat button")[1].click();
+found.pressed = texts(".heat [aria-pressed=true]");
+found.chosen = texts("#jobs .chosen td:first-child");
+found.samples = texts("#samples article");
+found.unfinished = texts("#all-unfinished code");
+found.commands = texts("#commands li");
+found.bold = texts("#problems b, #samples b, td b, th b, li b");  // none but from a text taken for HTML
 """
 
 
-def in_browser(page: Path, *flags: str) -> dict[str, Any]:
-    """What CLICKS finds in a copy of a page, among it what the console would show as errors."""
-    assert BROWSER
-    watch = (
-        "<script>const errors = []; addEventListener('error', event => errors.push(event.message));"
-        "console.error = (...what) => errors.push(what.join(' '));</script>"
-    )
-    text = page.read_text("utf-8").replace("<style>", watch + "<style>", 1)
-    copy = page.with_name("clicks.html")
-    copy.write_text(text.replace("</html>", f"<script>{CLICKS}</script></html>"), encoding="utf-8")
-    done = subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={page.parent / 'browser'}",
-            *flags,
-            "--dump-dom",
-            copy.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    result = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert result, done.stderr
-    return json.loads(html.unescape(result[1]))
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_in_a_browser(sweep: Path) -> None:
+@needs_browser
+def test_charts_and_tables_in_a_browser(sweep: Path) -> None:
     write_job(sweep, 5, {"optimizer.lr": HOSTILE, "seed": "0"}, None, 0, status="failed", error=HOSTILE)
     report(sweep)
-    found = in_browser(sweep / "report.html", "--window-size=1200,900")
-    assert found["errors"] == []
+    found = in_browser(sweep / "report.html", CLICKS, "--window-size=1200,900")
+    assert (found["errors"], found["hit"]) == ([], 0)
     assert found["before"] == ["3.000", "3.200", "2.000", "2.300", "2.500", "–"]
     assert found["rising"] == ["2.000", "2.300", "2.500", "3.000", "3.200", "–"]
     assert found["sorted"] == "ascending"
@@ -484,4 +452,51 @@ def test_in_a_browser(sweep: Path) -> None:
     assert found["chosen"] == ["3"]
     assert found["pointedAt"] == 1
     assert found["group"] == ["2", "3"]
+    assert found["brushed"] == "2 of 6 jobs are shown; show all"  # the losses 2.3 and 2.5
+    assert found["released"] == [True, 6]
     assert found["width"] == 360
+
+
+@needs_browser
+def test_texts_and_the_heatmap_in_a_browser(tmp_path: Path) -> None:
+    for number, (lr, act) in enumerate((lr, act) for lr in ("0.1", "0.01") for act in ("gelu", HOSTILE)):
+        setting = {"optimizer.lr": lr, "model.activation": act}
+        if number < 3:
+            write_job(tmp_path, number, setting, 2.0 + number)
+        else:
+            write_job(tmp_path, number, setting, status="failed", error=f"{HOSTILE}\ud800")
+    overrides = [json.loads((tmp_path / str(n) / ".hydra/overrides.yaml").read_text()) for n in range(4)]
+    write_record(tmp_path, "pretrain", [], ["optimizer.lr", "model.activation"], overrides)
+    report(tmp_path)
+    found = in_browser(tmp_path / "report.html", READ, "--window-size=1200,900")
+    assert (found["errors"], found["hit"], found["bold"]) == ([], 0, [])
+    assert found["best"] == "Lowest validation loss: 2.000 with lr=0.1 activation=gelu"
+    assert found["problems"] == f"1 failedJob 3 (lr=0.01 activation={HOSTILE}): {HOSTILE}\ud800"
+    assert found["varied"] == f"optimizer.lr0.01, 0.1model.activation{HOSTILE}, gelu"
+    assert found["common"] == "overridesmodel=tinyparameters1k"
+    assert found["heads"][:5] == ["job", "lr", "activation", "state", "val loss"]
+    assert found["acts"] == ["gelu", HOSTILE[:40] + "…", "gelu", HOSTILE[:40] + "…"]
+    assert found["whole"] == ["", HOSTILE, "", HOSTILE]
+    assert found["heat"] == [
+        ["lr ↓activation →", HOSTILE[:20] + "…", "gelu"],
+        ["0.01", "–", "4.000"],
+        ["0.1", "3.000", "2.000"],
+    ]
+    assert found["shades"] == ["0%", "0%", "50%", "100%"]
+    assert (found["pressed"], found["chosen"]) == (["4.000"], ["2"])
+    assert found["samples"] == [
+        f"{place}: lr={lr} activation=gelu validation loss {loss}To be sample of {number} {HOSTILE}"
+        for place, lr, loss, number in (
+            ("The best, job 0", "0.1", "2.000", 0),
+            ("The worst, job 2", "0.01", "4.000", 2),
+        )
+    ]
+    resume = "python experiments/pretrain.py resume="
+    assert found["unfinished"] == [f"python experiments/pretrain.py -m sweep.resume={tmp_path}"]
+    assert found["commands"][0] == (
+        "Job 0: lr=0.1 activation=gelu (finished)"
+        "python experiments/pretrain.py model=tiny optimizer.lr=0.1 model.activation=gelu"
+        f"{resume}{tmp_path}/0it is finished: add a higher limit, as training.max_steps=…"
+    )
+    assert found["commands"][3].endswith(f"{resume}{tmp_path}/3")
+    assert len(found["commands"]) == 4
