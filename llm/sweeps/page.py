@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from llm.files import write_text
+from llm.files import replacing
 from llm.sweeps.jobs import compact, short_key
 from llm.sweeps.ranking import Setting, is_numeric, swept_keys, values_of
 
@@ -20,12 +20,15 @@ def write_page(path: Path, name: str, data: dict[str, Any]) -> None:
     for the data, which the page's scripts show as text and never as HTML."""
     folder = files("llm.sweeps") / "templates"
     # In a script element nothing but `<` could end it or begin a comment.
-    written = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    written = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").encode()
 
-    def part(place: re.Match[str]) -> str:
-        return written if place[1] == "data" else (folder / place[1]).read_text("utf-8").strip()
+    def part(place: re.Match[bytes]) -> bytes:
+        file = place[1].decode()
+        return written if file == "data" else (folder / file).read_bytes().strip()
 
-    write_text(path, re.sub(r"\{\{(.+?)\}\}", part, (folder / f"{name}.html").read_text("utf-8")))
+    page = re.sub(rb"\{\{(.+?)\}\}", part, (folder / f"{name}.html").read_bytes())
+    with replacing(path) as temporary:
+        temporary.write_bytes(page)
 
 
 def writable(text: str) -> str:

@@ -207,7 +207,7 @@ def draw_heatmap(axes: Any, grid: Grid, cells: list[HeatCell]) -> None:
     """The cells of settings at their places, with their texts where there is room for them."""
     places = [[None if number is None else cells[number] for number in row] for row in grid.cells]
     shades = [[math.nan if cell is None or cell[0] is None else cell[0] for cell in row] for row in places]
-    axes.imshow(shades, cmap="Blues", aspect="auto", vmin=-0.1, vmax=1.3)
+    axes.imshow(shades, cmap="Blues", aspect="auto", vmin=-0.1, vmax=1.3)  # neither white nor all but black
     if len(grid.rows) * len(grid.columns) <= 150:
         for (y, row), x in product(enumerate(places), range(len(grid.columns))):
             if cell := row[x]:

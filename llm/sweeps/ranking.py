@@ -148,7 +148,8 @@ def loss_cells(groups: list[list[Result]]) -> list[HeatCell]:
 
 
 def shades_by_rank(values: list[float | None]) -> list[float | None]:
-    """From 1 for the lowest to 0 for the highest in even steps: one that diverged does not blank the rest."""
+    """From 1 for the lowest to 0 for the highest in even steps, so that one that diverged does not make all
+    others look alike."""
     ordered = sorted(value for value in values if value is not None)
     return [
         None if value is None else 1 - ordered.index(value) / max(1, len(ordered) - 1) for value in values

@@ -16,11 +16,7 @@ METRICS = {
     "distinct_3": ("Distinct-3", "{:.3f}", "share of different triples of tokens"),
     "repetition": ("Repetition", "{:.1%}", "share of 4-grams that occur earlier in their own sample"),
     "length": ("Length", "{:.1f}", "mean new tokens of a sample"),
-    "copied": (
-        "Copied",
-        "{:.1%}",
-        "share of new tokens in runs of 8 or more from the training text",
-    ),
+    "copied": ("Copied", "{:.1%}", "share of new tokens in runs of 8 or more from the training text"),
     "longest_copy": ("Longest copy", "{:.0f}", "tokens of the longest run from the training text"),
 }
 MAIN_METRICS = ("perplexity", "entropy", "distinct_2", "repetition", "copied", "longest_copy")
@@ -32,6 +28,7 @@ def is_study(jobs: list[Job]) -> bool:
 
 
 def figure(job: Job, metric: str) -> float | None:
+    """None where it could not be measured, or the job did not come to it."""
     value = job.summary.get(metric)
     return value if is_figure(value) else None
 

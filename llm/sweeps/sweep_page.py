@@ -33,8 +33,8 @@ from llm.sweeps.ranking import (
 from llm.sweeps.results import SMOOTHED_SHARE, Result
 
 SHOWN_VALUES = 12
-NAMES = {"val_bits_per_byte": "bits/byte"}  # of metrics; others have their own, with spaces
-KNOWN = ("val_loss", "val_perplexity")  # has a column of its own; follows from the loss
+NAMES = {"val_bits_per_byte": "bits/byte"}  # of columns; other metrics have their own, with spaces
+REDUNDANT = "val_perplexity"  # follows from the loss
 
 Axis = dict[str, float | str]  # the values of a key, each as it is plotted
 Figure = Callable[[Result], float | None]
@@ -242,9 +242,9 @@ def _job_columns(results: list[Result]) -> list[Column]:
 
 
 def _loss_columns(groups: list[list[Result]], with_last: bool) -> list[Column]:
-    """The losses and all other metrics that an evaluation left, without those that no job has."""
+    """The losses, and between them whatever else evaluations have measured."""
     found = dict.fromkeys(name for group in groups for result in group for name in result.figures)
-    metrics = [name for name in found if name.startswith("val_") and name not in KNOWN]
+    metrics = [name for name in found if name.startswith("val_") and name not in ("val_loss", REDUNDANT)]
     columns = [
         _figures(NAMES.get(name, name.replace("_", " ")), groups, _figure(name), _spread)
         for name in ("val_loss", *metrics, "train_loss")

@@ -5,7 +5,7 @@ const charts = [];
 
 function addChart(host, height, draw) {
   const [axes, base, over] = Array.from({ length: 3 }, () => add(host, "canvas"));
-  const chart = { host, step: null };
+  const chart = { busy: false };  // with a drag, which is not to point at jobs
   host.style.height = height + "px";
   chart.redraw = () => {
     const width = host.clientWidth, sharp = Math.min(devicePixelRatio, 2);

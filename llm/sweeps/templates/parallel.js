@@ -2,6 +2,7 @@
 
 const brushes = new Map();  // by axis: the part of it that jobs must pass
 let parallelAxes = [];
+const allAgain = byId("all");
 
 function parallelPlace(axisNumber, job) {
   const key = keys[axisNumber], value = key ? job.values[axisNumber] : job.loss;
@@ -132,9 +133,8 @@ function addParallel() {
     setTimeout(() => { chart.busy = false; });  // after the click that this ends in
   });
 }
-const allAgain = byId("all");
 
-function select() {
+function select() {  // the jobs that pass all brushes
   pinned = false;
   show([], null);
   const kept = jobs.filter((_, number) => isSelected(number)).length;
@@ -142,6 +142,7 @@ function select() {
   allAgain.textContent = kept + " of " + jobs.length + " jobs are shown; show all";
   redraw();
 }
+
 allAgain.addEventListener("click", () => {
   brushes.clear();
   select();

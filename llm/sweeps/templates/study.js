@@ -20,7 +20,8 @@ function show(number) {
 
 function press(number) {
   show(number);
-  if (panel.getBoundingClientRect().top > innerHeight) panel.scrollIntoView();  // on a phone it is below
+  const { top, bottom } = panel.getBoundingClientRect();
+  if (top > innerHeight || bottom < 0) panel.scrollIntoView();  // below on a phone, above from the table
 }
 
 function nameOf(job) {

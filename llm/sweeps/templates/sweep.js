@@ -79,7 +79,7 @@ byId("about").textContent = data.about;
 addBest(byId("best"));
 addProblems(byId("problems"));
 addFacts(byId("varied"), data.varied);
-if (!data.varied.length) byId("varied").append(jobs.length > 1 ? "Nothing." : "Nothing: it is one run.");
+if (!data.varied.length) byId("varied").replaceWith(jobs.length > 1 ? "Nothing." : "Nothing: it is one run.");
 addFacts(byId("common"), data.common);
 byId("smoothed").textContent = "1/" + data.smoothedShare;
 marks.jobs = addTable(byId("jobs"), "all jobs", data.table, number => press([number]));
