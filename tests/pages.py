@@ -26,26 +26,25 @@ def data_of(page: Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def rows_of(columns: list[dict[str, Any]]) -> list[list[str]]:
-    """A table as it is shown, its heads first."""
-    shown = [[column["name"], *(text for _, text in column["cells"])] for column in columns]
-    return [list(row) for row in zip(*shown, strict=True)]
-
-
 def in_browser(page: Path, script: str, *flags: str) -> dict[str, Any]:
     """What `script` leaves in `found` after it ran in a copy of the page; as `errors` what the console would
-    show of them, as `hit` whether a HOSTILE text was run."""
+    show of them, as `hit` whether a HOSTILE text was run. It may use `texts` and `table` of a selector."""
     assert BROWSER
     watch = (
         "<script>const errors = []; addEventListener('error', event => errors.push(event.message));"
         "console.error = (...what) => errors.push(what.join(' ')); var hit = 0;</script>"
+    )
+    reading = (
+        "const texts = selector => [...document.querySelectorAll(selector)].map(each => each.textContent);"
+        "const table = selector => [...document.querySelector(selector).rows].map("
+        "row => [...row.cells].map(cell => cell.textContent));"
     )
     ending = (
         "document.body.innerHTML = '<pre id=found></pre>';"
         "document.getElementById('found').textContent = JSON.stringify(found);"
     )
     text = page.read_text("utf-8").replace("<style>", watch + "<style>", 1)
-    script = f"const found = {{ errors }};\n{script}\nfound.hit = hit;\n{ending}"
+    script = f"const found = {{ errors }};\n{reading}\n{script}\nfound.hit = hit;\n{ending}"
     copy = page.with_name("clicks.html")
     copy.write_text(text.replace("</html>", f"<script>{script}</script></html>"), encoding="utf-8")
     done = subprocess.run(

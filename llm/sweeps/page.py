@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llm.files import replacing
-from llm.sweeps.jobs import compact, short_key
-from llm.sweeps.ranking import Setting, is_numeric, swept_keys, values_of
-
-Cell = tuple[float | str | None, str]  # what a table is sorted by, and what it shows
-Column = dict[str, Any]  # see `column`
 
 
 def write_page(path: Path, name: str, data: dict[str, Any]) -> None:
@@ -34,20 +29,3 @@ def write_page(path: Path, name: str, data: dict[str, Any]) -> None:
 def writable(text: str) -> str:
     """Half a surrogate pair, which JSON and a file's name may hold, cannot be written as UTF-8."""
     return text.encode("utf-8", "replace").decode()
-
-
-def column(name: str, cells: list[Cell], text: bool = False) -> Column:
-    """A column of a table, which begins at the left if it holds texts."""
-    return {"name": name, "cells": cells, "text": text}
-
-
-def setting_columns(settings: list[Setting]) -> list[Column]:
-    """What varies, and a row's value of it."""
-    return [
-        column(
-            short_key(key),
-            [(setting.get(key), compact(setting.get(key, "–"))) for setting in settings],
-            text=not is_numeric(values_of(settings, key)),
-        )
-        for key in swept_keys(settings)
-    ]

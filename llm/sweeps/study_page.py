@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llm.files import as_typed, read_json_lines
-from llm.sweeps.jobs import Job, short_key
-from llm.sweeps.page import Column, column, setting_columns
+from llm.sweeps.jobs import Job, compact, short_key
 from llm.sweeps.ranking import grid_of, values_of
-from llm.sweeps.study import METRICS, axes_of, figure, metric_cells, subject_of, written
+from llm.sweeps.study import METRICS, axes_of, metric_cells, subject_of, written
 
 
 def study_page(jobs: list[Job], folders: list[Path]) -> dict[str, Any]:
@@ -27,7 +26,6 @@ def study_page(jobs: list[Job], folders: list[Path]) -> dict[str, Any]:
         ],
         "grids": _grids(jobs),
         "jobs": shown,
-        "table": _columns(jobs),
     }
 
 
@@ -70,6 +68,7 @@ def _job(job: Job) -> dict[str, Any]:
     return {
         "name": job.name,
         "title": job.title,
+        "setting": {key: compact(value) for key, value in job.setting.items()},
         "error": job.error,
         "copy": copy,
         "samples": [
@@ -90,13 +89,3 @@ def _note(line: dict[str, Any]) -> str:
     if line.get("copied") is not None:
         parts.append(f"{line['copied']:.0%} copied, at most {line['longest_copy']} tokens in a row")
     return " · ".join(parts)
-
-
-def _columns(jobs: list[Job]) -> list[Column]:
-    """The table of all settings."""
-    metrics = [
-        column(title, [(figure(job, metric), written(job, metric)) for job in jobs])
-        for metric, (title, _, _) in METRICS.items()
-    ]
-    numbered = column("job", [(number, job.name) for number, job in enumerate(jobs)])
-    return [numbered, *setting_columns([job.setting for job in jobs]), *metrics]

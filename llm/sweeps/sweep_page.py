@@ -8,21 +8,18 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
 from llm.files import as_typed
 from llm.progress import format_count, format_seconds
-from llm.sweeps.jobs import DONE, RECORD, short_key, title_of
-from llm.sweeps.page import Column, column, setting_columns
+from llm.sweeps.jobs import DONE, RECORD, compact, short_key, title_of
 from llm.sweeps.pictures import COLOURS, FEW
 from llm.sweeps.ranking import (
     is_numeric,
     loss_cells,
     loss_grid,
-    mean_rank,
     means_over,
     plotted_keys,
     settings_of,
@@ -33,11 +30,8 @@ from llm.sweeps.ranking import (
 from llm.sweeps.results import SMOOTHED_SHARE, Result
 
 SHOWN_VALUES = 12
-NAMES = {"val_bits_per_byte": "bits/byte"}  # of columns; other metrics have their own, with spaces
-REDUNDANT = "val_perplexity"  # follows from the loss
 
 Axis = dict[str, float | str]  # the values of a key, each as it is plotted
-Figure = Callable[[Result], float | None]
 
 
 def sweep_page(results: list[Result], groups: list[list[Result]], folders: list[Path]) -> dict[str, Any]:
@@ -56,11 +50,12 @@ def sweep_page(results: list[Result], groups: list[list[Result]], folders: list[
         "varied": [[key, _listed(values_of(settings, key))] for key in swept_keys(settings)],
         "common": [[name, _listed(values)] for name, values in _common(results).items() if values],
         "keys": [_key(results, key, axis) for key, axis in axes.items()],
-        "groups": [_group(group, cell) for group, cell in zip(groups, loss_cells(groups), strict=True)],
+        "groups": [
+            {"title": title_of(group[0].setting) or "the one setting", "cell": cell}
+            for group, cell in zip(groups, loss_cells(groups), strict=True)
+        ],
         "jobs": _jobs(results, groups, axes),
         "grid": grid and asdict(grid),
-        "ranked": _group_columns(groups),
-        "table": _job_columns(results),
         "samples": _samples(results),
         "resume": _resume_all(results, folders),
         "smoothedShare": SMOOTHED_SHARE,
@@ -135,17 +130,6 @@ def _key(results: list[Result], key: str, axis: Axis) -> dict[str, Any]:
     }
 
 
-def _group(group: list[Result], cell: tuple[float | None, str]) -> dict[str, Any]:
-    """A setting, with its cell in the heatmap."""
-    losses = [result.val_loss for result in group if result.val_loss is not None]
-    return {
-        "title": title_of(group[0].setting) or "the one setting",
-        "loss": _spread(losses) if losses else None,
-        "seeds": len(losses),
-        "cell": cell,
-    }
-
-
 def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axis]) -> list[dict[str, Any]]:
     group_of = {result: number for number, group in enumerate(groups) for result in group}
     return [
@@ -155,6 +139,8 @@ def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axi
             "state": result.state,
             "reason": _reason(result),
             "group": group_of[result],
+            "setting": {key: compact(value) for key, value in result.job.setting.items()},
+            "figures": _figures(result),
             "values": [axis.get(result.job.setting.get(key, "")) for key, axis in axes.items()],
             "loss": result.last_val_loss if result.val_loss is None else result.val_loss,
             "final": result.val_loss is not None,
@@ -165,6 +151,19 @@ def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axi
         }
         for result in results
     ]
+
+
+def _figures(result: Result) -> dict[str, float | None]:
+    """What the tables show: all metrics of the final evaluation, and how far the job is."""
+    final = {name: value for name, value in result.figures.items() if name.startswith(("val_", "train_"))}
+    return {
+        **final,
+        "last_val_loss": result.last_val_loss,
+        "steps": result.steps,
+        "tokens_seen": result.tokens_seen,
+        "seconds": result.seconds or None,
+        "tokens_per_second": result.tokens_per_second,
+    }
 
 
 def _reason(result: Result) -> str:
@@ -202,88 +201,6 @@ def _resume_all(results: list[Result], folders: list[Path]) -> list[str]:
         for folder in folders
         if folder in unfinished and (folder / RECORD).exists()
     ]
-
-
-# Tables
-
-
-def _group_columns(groups: list[list[Result]]) -> list[Column]:
-    """A row for each setting: means over its seeds."""
-    incomplete = any(result.val_loss is None for group in groups for result in group)
-    ranks = [min(mean_rank(group)) < math.inf for group in groups]
-    finished = [sum(result.val_loss is not None for result in group) for group in groups]
-    return [
-        column("rank", [(n, str(n) if ranked else "–") for n, ranked in enumerate(ranks, 1)]),
-        *setting_columns([group[0].setting for group in groups]),
-        column(
-            "n",
-            [
-                (n, str(n) if n == len(group) else f"{n} of {len(group)}")
-                for n, group in zip(finished, groups, strict=True)
-            ],
-        ),
-        *_loss_columns(groups, incomplete),
-        *_speed_columns(groups),
-    ]
-
-
-def _job_columns(results: list[Result]) -> list[Column]:
-    """A row for each job."""
-    alone = [[result] for result in results]
-    return [
-        column("job", [(number, result.job.name) for number, result in enumerate(results)]),
-        *setting_columns(settings_of(results)),
-        column("state", [(result.state, result.state) for result in results], text=True),
-        *_loss_columns(alone, True),
-        _figures("steps", alone, lambda result: result.steps, _whole),
-        _figures("tokens", alone, lambda result: result.tokens_seen, _whole),
-        *_speed_columns(alone),
-    ]
-
-
-def _loss_columns(groups: list[list[Result]], with_last: bool) -> list[Column]:
-    """The losses, and between them whatever else evaluations have measured."""
-    found = dict.fromkeys(name for group in groups for result in group for name in result.figures)
-    metrics = [name for name in found if name.startswith("val_") and name not in ("val_loss", REDUNDANT)]
-    columns = [
-        _figures(NAMES.get(name, name.replace("_", " ")), groups, _figure(name), _spread)
-        for name in ("val_loss", *metrics, "train_loss")
-    ]
-    if with_last:
-        columns.append(_figures("last evaluated", groups, lambda result: result.last_val_loss, _spread))
-    return columns
-
-
-def _speed_columns(groups: list[list[Result]]) -> list[Column]:
-    return [
-        _figures("time", groups, lambda result: result.seconds or None, _duration),
-        _figures("tokens/s", groups, lambda result: result.tokens_per_second, _whole),
-    ]
-
-
-def _figures(
-    name: str, groups: list[list[Result]], figure: Figure, shown: Callable[[list[float]], str]
-) -> Column:
-    """A column of means over each group of those results that have the figure."""
-    there = [[value for result in group if (value := figure(result)) is not None] for group in groups]
-    return column(name, [(mean(values), shown(values)) if values else (None, "–") for values in there])
-
-
-def _figure(name: str) -> Figure:
-    return lambda result: result.figures.get(name)
-
-
-def _spread(values: list[float]) -> str:
-    """The mean, and the sample standard deviation where there is more than one."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _duration(values: list[float]) -> str:
-    return format_seconds(mean(values))
-
-
-def _whole(values: list[float]) -> str:
-    return f"{mean(values):,.0f}"
 
 
 # Samples

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import HOSTILE, data_of, in_browser, needs_browser, rows_of
+from pages import HOSTILE, data_of, in_browser, needs_browser
 
 from llm.sweeps.jobs import read_jobs
 from llm.sweeps.report import study_report
@@ -154,16 +154,15 @@ def test_any_number_of_swept_keys(tmp_path: Path, keys: int) -> None:
 
 
 READ = """
-const texts = selector => [...document.querySelectorAll(selector)].map(element => element.textContent);
 found.problems = texts("#problems p");
 found.captions = texts("figcaption b");
-found.heat = [...document.querySelector(".heat").rows].map(row => [...row.cells].map(c => c.textContent));
+found.heat = table(".heat");
+found.settings = table("#settings table");
 found.first = byId("samples").textContent;
 document.querySelectorAll(".heat button")[1].click();
 found.pressed = texts(".heat [aria-pressed=true]").length;
 found.second = byId("samples").textContent;
 const heads = [...document.querySelectorAll("#settings th")];
-found.heads = heads.slice(0, 3).map(head => head.textContent);
 heads[2].firstChild.click();
 found.rising = texts("#settings td:nth-child(3)");
 heads[2].firstChild.click();
@@ -179,8 +178,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     write_job(tmp_path, 0, {"prompt": HOSTILE}, step=7)
     write_job(tmp_path, 1, {"prompt": "a"}, **copy)
     write_job(tmp_path, 2, {"prompt": "b"}, status="failed", error=f"{HOSTILE}\ud800", perplexity=None)
-    page = report(tmp_path)
-    assert [row[:2] for row in rows_of(page["table"])[1:]] == [["0", HOSTILE], ["1", "a"], ["2", "b"]]
+    report(tmp_path)
     found = in_browser(tmp_path / "report.html", READ, "--window-size=1200,900")
     assert (found["errors"], found["hit"], found["bold"]) == ([], 0, [])
     assert found["problems"] == [f"Job 2 (prompt=b) failed: {HOSTILE}\ud800"]
@@ -193,7 +191,12 @@ def test_in_a_browser(tmp_path: Path) -> None:
         f"{HOSTILE}To <be>{HOSTILE}{note}"
     )
     assert found["pressed"] == len(METRICS)
-    assert found["heads"] == ["job", "prompt", "Perplexity"]
+    assert [row[:4] for row in found["settings"]] == [
+        ["job", "prompt", "Perplexity", "Log-probability"],
+        ["0", HOSTILE[:40] + "…", "0.0", "0.01"],
+        ["1", "a", "1.0", "1.01"],
+        ["2", "b", "–", "2.01"],
+    ]
     assert (found["rising"], found["falling"]) == (["0.0", "1.0", "–"], ["1.0", "0.0", "–"])
     assert found["commands"][1] == (
         "Job 1: prompt=apython experiments/generate.py checkpoint=run prompt=a study=true"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Script
-from pages import HOSTILE, data_of, in_browser, needs_browser, rows_of
+from pages import HOSTILE, data_of, in_browser, needs_browser
 
 from llm.commands.report import write_report
 from llm.config import ReportConfig
@@ -93,37 +93,20 @@ def sweep(tmp_path: Path) -> Path:
 
 def test_settings_are_ranked_over_their_seeds(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = report(sweep)
-    heads, *rows = rows_of(page["ranked"])
-    assert heads[:4] == ["rank", "lr", "n", "val loss"]
-    assert [row[:4] for row in rows] == [
-        ["1", "1e-2", "2", "2.150 ± 0.212"],  # sample standard deviation: |2.0 - 2.3| / √2
-        ["2", "1e-1", "1", "2.500"],  # of one seed there is none
-        ["3", "1e-3", "2", "3.100 ± 0.141"],
+    assert [(group["title"], group["cell"]) for group in page["groups"]] == [
+        ("lr=1e-2", [1, "2.150"]),
+        ("lr=1e-1", [0.5, "2.500"]),
+        ("lr=1e-3", [0, "3.100"]),
     ]
-    best = page["groups"][0]
-    assert (best["title"], best["loss"], best["seeds"]) == ("lr=1e-2", "2.150 ± 0.212", 2)
-    assert [row[0] for row in rows_of(page["table"])[1:]] == list("01234")
     assert [job["group"] for job in page["jobs"]] == [2, 2, 0, 0, 1]
+    assert [job["name"] for job in page["jobs"]] == list("01234")
+    assert page["jobs"][3]["setting"] == {"optimizer.lr": "1e-2", "seed": "1"}
+    assert page["jobs"][3]["figures"]["val_loss"] == 2.3
     assert "5 jobs: 5 finished" in page["about"]
     assert page["varied"] == [["optimizer.lr", "1e-3, 1e-2, 1e-1"], ["seed", "0, 1"]]  # in order
     assert page["common"][:2] == [["overrides", "model=tiny"], ["parameters", "1k"]]
     assert f"report      {sweep}/report.html" in capsys.readouterr().out
     assert (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_every_metric_of_an_evaluation_has_a_column(sweep: Path) -> None:
-    write_job(sweep, 5, {"optimizer.lr": "1e-2", "seed": "2"}, 2.0, val_perplexity=7.4, val_next_word=0.25)
-    page = report(sweep)
-    for table in ("ranked", "table"):
-        heads, *rows = rows_of(page[table])
-        assert [head for head in heads if head.startswith(("val", "bits"))] == [
-            "val loss",
-            "bits/byte",
-            "val next word",
-        ]
-        found = [row[heads.index("val next word")] for row in rows]
-        assert sorted(found) == ["0.250", *(len(rows) - 1) * ["–"]]
-    assert csv_of(sweep)[5]["val_next_word"] == "0.25"
 
 
 def test_the_page_needs_nothing_but_itself(sweep: Path) -> None:
@@ -188,15 +171,14 @@ def test_half_written_jobs(tmp_path: Path) -> None:
     write_record(tmp_path, "pretrain", [], ["optimizer.lr"], jobs)
     with claimed(running):
         page = report(tmp_path)
-    states = [row[2] for row in rows_of(page["table"])[1:]]
+    states = [job["state"] for job in page["jobs"]]
     assert states == ["finished", "running", "killed", "stopped", "failed", "finished", "waiting"]
     assert [job["loss"] for job in page["jobs"]] == [2.5, pytest.approx(3.5909, abs=1e-4)] + [
         pytest.approx(value) if value else None for value in (None, 3.5 + 1 / 31, None, 3.5 + 1 / 31, None)
     ]
     assert [job["final"] for job in page["jobs"]] == [True] + 6 * [False]
-    running_row = dict(zip(*[rows_of(page["table"])[row] for row in (0, 2)], strict=True))
-    # its summary says nothing of them yet
-    assert (running_row["steps"], running_row["tokens"]) == ("15", "960")
+    running_figures = page["jobs"][1]["figures"]  # its summary says nothing of them yet
+    assert (running_figures["steps"], running_figures["tokens_seen"]) == (15, 960)
     assert page["jobs"][1]["training"][0] == list(range(15))
     assert page["jobs"][3]["training"][0] == list(range(40))
     assert page["jobs"][3]["training"][3][:2] == [None, 4.3]
@@ -219,7 +201,7 @@ def test_nothing_has_finished(tmp_path: Path) -> None:
     write_job(tmp_path, 0, {"optimizer.lr": "0.1"}, status="failed", steps=0, error="no")
     write_job(tmp_path, 1, {"optimizer.lr": "x"}, status="failed", steps=0, error="no")
     page = report(tmp_path)
-    assert [group["loss"] for group in page["groups"]] == [None, None]
+    assert [group["cell"] for group in page["groups"]] == [[None, "–"], [None, "–"]]
     assert page["samples"] == []
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -267,7 +249,7 @@ def test_only_the_seed_varies(tmp_path: Path) -> None:
     for number in range(3):
         write_job(tmp_path, number, {"seed": str(number)}, 2 + number / 10, steps=3)
     page = report(tmp_path)
-    assert [row[1:3] for row in rows_of(page["ranked"])[1:]] == [["3", "2.100 ± 0.100"]]
+    assert page["groups"] == [{"title": "the one setting", "cell": [1, "2.100"]}]
     assert [key["name"] for key in page["keys"]] == ["seed"]
 
 
@@ -281,7 +263,7 @@ def test_one_run_and_several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (run / "report.png").exists()
     page = report([Path("a"), Path("b")], to="both")
     assert [row["job"] for row in csv_of(Path("both"))] == ["a/0", "b/0", "b/1"]
-    assert rows_of(page["ranked"])[1][:4] == ["1", "0.2", "1", "1.500"]
+    assert page["groups"][0] == {"title": "lr=0.2", "cell": [1, "1.500"]}
     with pytest.raises(UserError, match="nowhere holds neither a sweep nor a run"):
         report(Path("nowhere"))
 
@@ -378,8 +360,11 @@ def test_several_processes_read_what_one_reads(sweep: Path, monkeypatch: pytest.
 # The page in a browser
 
 CLICKS = """
-const column = (table, number, kind = "") =>
-  [...document.querySelectorAll("#" + table + " tbody tr" + kind)].map(row => row.cells[number].textContent);
+const column = (name, number, kind = "") =>
+  [...document.querySelectorAll("#" + name + " tbody tr" + kind)].map(row => row.cells[number].textContent);
+found.best = byId("best").textContent;
+found.ranked = table("#ranked table");
+found.jobs = table("#jobs table");
 const pixels = () => document.querySelector("#curves canvas:nth-child(2)").toDataURL();
 found.before = column("jobs", 4);
 const head = document.querySelector("#jobs th:nth-child(5)");
@@ -418,12 +403,11 @@ found.width = document.body.scrollWidth;
 """
 
 READ = """
-const texts = selector => [...document.querySelectorAll(selector)].map(element => element.textContent);
 for (const name of ["best", "problems", "varied", "common"]) found[name] = byId(name).textContent;
 found.heads = texts("#jobs th");
 found.acts = texts("#jobs tbody td:nth-child(3)");
 found.whole = [...document.querySelectorAll("#jobs tbody td:nth-child(3)")].map(cell => cell.title);
-found.heat = [...document.querySelector(".heat").rows].map(row => [...row.cells].map(c => c.textContent));
+found.heat = table(".heat");
 found.shades = [...document.querySelectorAll(".heat button")].map(c => c.style.getPropertyValue("--heat"));
 document.querySelectorAll(".heat button")[1].click();
 found.pressed = texts(".heat [aria-pressed=true]");
@@ -438,9 +422,29 @@ found.bold = texts("#problems b, #samples b, td b, th b, li b");  // none but fr
 @needs_browser
 def test_charts_and_tables_in_a_browser(sweep: Path) -> None:
     write_job(sweep, 5, {"optimizer.lr": HOSTILE, "seed": "0"}, None, 0, status="failed", error=HOSTILE)
+    figures = {"train_loss": 1.5, "val_next_word": 0.25, "val_perplexity": 10.0}
+    summary = json.loads((sweep / "2" / "summary.json").read_text("utf-8")) | figures
+    (sweep / "2" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     report(sweep)
     found = in_browser(sweep / "report.html", CLICKS, "--window-size=1200,900")
     assert (found["errors"], found["hit"]) == ([], 0)
+    assert found["best"] == "Lowest validation loss: 2.150 ± 0.212 with lr=1e-2, n = 2"
+    # every metric has its column but the perplexity, which follows from the loss; |2.0 - 2.3| / √2 = 0.212
+    # is the sample standard deviation, and of one seed there is none
+    heads = "rank,lr,n,val loss,bits/byte,val next word,train loss,last evaluated,time,tokens/s"
+    last = "3.532 ± 0.000"
+    assert found["ranked"] == [
+        heads.split(","),
+        ["1", "1e-2", "2", "2.150 ± 0.212", "3.102 ± 0.306", "0.250", "1.500", last, "5s", "512"],
+        ["2", "1e-1", "1", "2.500", "3.607", "–", "–", "3.532", "5s", "512"],
+        ["3", "1e-3", "2", "3.100 ± 0.141", "4.472 ± 0.204", "–", "–", last, "5s", "512"],
+        ["–", HOSTILE[:40] + "…", "0 of 1", *6 * ["–"], "512"],
+    ]
+    assert [row[0] for row in found["jobs"]] == ["job", *"012345"]
+    assert found["jobs"][0][7:] == ["train loss", "last evaluated", "steps", "tokens", "time", "tokens/s"]
+    assert found["jobs"][3][1:] == (
+        ["1e-2", "0", "finished", "2.000", "2.885", "0.250", "1.500", "3.532", "40", "2,560", "5s", "512"]
+    )
     assert found["before"] == ["3.000", "3.200", "2.000", "2.300", "2.500", "–"]
     assert found["rising"] == ["2.000", "2.300", "2.500", "3.000", "3.200", "–"]
     assert found["sorted"] == "ascending"

@@ -59,6 +59,16 @@ function addTable(parent, label, columns, press) {
   return rows;
 }
 
+// The columns of what is set in each row.
+function settingColumns(settings) {
+  const keys = [...new Set(settings.flatMap(Object.keys))].sort((a, b) => (a == "seed") - (b == "seed"));
+  return keys.map(key => ({
+    name: key.split(".").at(-1),
+    cells: settings.map(setting => key in setting ? [setting[key], setting[key]] : [null, "–"]),
+    text: settings.some(setting => key in setting && isNaN(setting[key])),
+  }));
+}
+
 function compared(a, b) {  // numbers, also those in texts, before other texts
   const [x, y] = [Number(a), Number(b)];
   return isNaN(x) - isNaN(y) || x - y || String(a).localeCompare(b);

@@ -41,7 +41,11 @@ for (const metric of data.metrics) {
   const titles = jobs.map(job => metric.title + ", " + job.title);
   for (const grid of data.grids) maps.push(addHeatmap(figure, grid, metric.cells, titles, press));
 }
-addTable(byId("settings"), "all settings", data.table, press);
+addTable(byId("settings"), "all settings", [
+  { name: "job", cells: jobs.map((job, number) => [number, job.name]) },
+  ...settingColumns(jobs.map(job => job.setting)),
+  ...data.metrics.map(metric => ({ name: metric.title, cells: metric.cells })),
+], press);
 for (const job of jobs) {
   const item = add(byId("commands"), "li");
   add(item, "p", nameOf(job));

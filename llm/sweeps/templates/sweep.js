@@ -22,15 +22,15 @@ function addProblems(parent) {
 }
 
 function addBest(parent) {
-  const { loss, title, seeds } = groups[0];
-  if (loss === null) {
+  const losses = figuresOf("val_loss", jobsOfGroup[0]);
+  if (!losses.length) {
     parent.append("No job has a final validation loss yet.");
     return;
   }
   parent.append("Lowest validation loss: ");
-  add(parent, "b", loss);
-  if (groups.length > 1) parent.append(" with "), add(parent, "b", title);
-  if (seeds > 1) parent.append(", n = " + seeds);
+  add(parent, "b", spread(losses));
+  if (groups.length > 1) parent.append(" with "), add(parent, "b", groups[0].title);
+  if (losses.length > 1) parent.append(", n = " + losses.length);
 }
 
 function addLossMap(parent) {
@@ -43,7 +43,7 @@ function addLossMap(parent) {
 }
 
 function pressGroup(group) {
-  press([...jobs.keys()].filter(number => jobs[number].group == group));
+  press(jobsOfGroup[group]);
 }
 
 function addSamples(parent) {
@@ -82,7 +82,7 @@ addFacts(byId("varied"), data.varied);
 if (!data.varied.length) byId("varied").replaceWith(jobs.length > 1 ? "Nothing." : "Nothing: it is one run.");
 addFacts(byId("common"), data.common);
 byId("smoothed").textContent = "1/" + data.smoothedShare;
-marks.jobs = addTable(byId("jobs"), "all jobs", data.table, number => press([number]));
+marks.jobs = addTable(byId("jobs"), "all jobs", jobColumns(), number => press([number]));
 addSamples(byId("samples"));
 byId("all-unfinished").hidden = !data.resume.length;
 for (const command of data.resume) add(byId("all-unfinished"), "code", command);
@@ -92,7 +92,7 @@ document.querySelectorAll(".readout").forEach(readout => { readout.textContent =
 fillColourChoice();
 addChart(byId("curves"), innerWidth < 600 ? 340 : 460, drawCurves);
 if (keys.length && lossOrder.length && jobs.length > 1) {
-  marks.groups = addTable(byId("ranked"), "settings, ranked", data.ranked, pressGroup);
+  marks.groups = addTable(byId("ranked"), "settings, ranked", groupColumns(), pressGroup);
   keys.forEach((_, number) => addValues(number));
   if (data.grid) addLossMap(byId("values"));
   addParallel();

@@ -1,0 +1,77 @@
+// The columns of the tables: means over the jobs of each row, whatever has been measured of them
+
+const TITLES = { val_bits_per_byte: "bits/byte", last_val_loss: "last evaluated", tokens_seen: "tokens",
+  seconds: "time", tokens_per_second: "tokens/s" };  // other figures have their names, with spaces
+const REDUNDANT = "val_perplexity";  // follows from the loss
+const METRICS = [...new Set(jobs.flatMap(job => Object.keys(job.figures)))].filter(name =>
+  name.startsWith("val_") && name != "val_loss" && name != REDUNDANT);
+const jobsOfGroup = groups.map((_, group) => [...jobs.keys()].filter(number => jobs[number].group == group));
+
+function groupColumns() {
+  const firsts = jobsOfGroup.map(numbers => jobs[numbers[0]]);
+  const finished = jobsOfGroup.map(numbers => figuresOf("val_loss", numbers).length);
+  const ranked = numbers => numbers.some(number => jobs[number].loss !== null);
+  return [
+    { name: "rank", cells: jobsOfGroup.map((numbers, place) => [place, ranked(numbers) ? String(place + 1) : "–"]) },
+    ...settingColumns(firsts.map(({ setting: { seed, ...others } }) => others)),
+    { name: "n", cells: jobsOfGroup.map(({ length }, group) =>
+      [finished[group], finished[group] + (finished[group] < length ? " of " + length : "")]) },
+    ...lossColumns(jobsOfGroup, jobs.some(job => !job.final)),
+    ...speedColumns(jobsOfGroup),
+  ];
+}
+
+function jobColumns() {
+  const alone = jobs.map((_, number) => [number]);
+  return [
+    { name: "job", cells: jobs.map((job, number) => [number, job.name]) },
+    ...settingColumns(jobs.map(job => job.setting)),
+    { name: "state", cells: jobs.map(job => [job.state, job.state]), text: true },
+    ...lossColumns(alone, true),
+    figureColumn("steps", alone, whole),
+    figureColumn("tokens_seen", alone, whole),
+    ...speedColumns(alone),
+  ];
+}
+
+function lossColumns(rows, withLast) {
+  return ["val_loss", ...METRICS, "train_loss", ...(withLast ? ["last_val_loss"] : [])].map(name =>
+    figureColumn(name, rows, spread));
+}
+
+function speedColumns(rows) {
+  return [figureColumn("seconds", rows, duration), figureColumn("tokens_per_second", rows, whole)];
+}
+
+function figureColumn(name, rows, shown) {
+  return {
+    name: TITLES[name] ?? name.replaceAll("_", " "),
+    cells: rows.map(row => figuresOf(name, row)).map(there =>
+      there.length ? [mean(there), shown(there)] : [null, "–"]),
+  };
+}
+
+function figuresOf(name, numbers) {
+  return numbers.map(number => jobs[number].figures[name] ?? null).filter(value => value !== null);
+}
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}
+
+function spread(values) {  // with the sample standard deviation where there is more than one
+  const middle = mean(values), squares = values.map(value => (value - middle) ** 2);
+  const deviation = Math.sqrt(squares.reduce((sum, square) => sum + square, 0) / (values.length - 1));
+  return middle.toFixed(3) + (values.length > 1 ? " ± " + deviation.toFixed(3) : "");
+}
+
+function whole(values) {
+  return Math.round(mean(values)).toLocaleString("en");
+}
+
+function duration(values) {
+  const seconds = Math.round(mean(values)), minutes = Math.floor(seconds / 60);
+  const two = number => String(number).padStart(2, "0");
+  return seconds < 60 ? seconds + "s" : minutes < 60 ? minutes + "m" + two(seconds % 60) + "s"
+    : Math.floor(minutes / 60) + "h" + two(minutes % 60) + "m";
+}
