@@ -27,6 +27,7 @@ from llm.sweeps.results import Result
 from llm.sweeps.study import MAIN_METRICS, METRICS, axes_of, figure, metric_cells, subject_of
 
 FEW = 8  # settings that can be told apart by colour
+MOST_TICKS = 20  # along a side of a heatmap
 
 # Colours that people see apart who do not see all of them: an order from good to bad, and eight kinds.
 COLOURS = {
@@ -100,9 +101,8 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -
         low, high = _loss_range(shown, losses[np.isfinite(losses)])
         axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
         axes.set_xlim(0, 1.01 * max(tokens))
-    axes.set_title(
-        "Validation loss" + ", and dotted the smoothed training loss" * few_jobs, loc="left", fontsize=10
-    )
+    title = "Validation loss" + ", and dotted the smoothed training loss" * few_jobs
+    axes.set_title(title, loc="left", fontsize=10, y=1)  # not above the colour bar
     axes.set_xlabel("Tokens seen")
     axes.set_ylabel("Loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -155,8 +155,9 @@ def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
 
     bar = axes.figure.colorbar(
         ScalarMappable(cmap=_ramp()),
-        cax=axes.inset_axes([0.42, 0.95, 0.54, 0.02]),  # where losses have fallen from by then
+        cax=axes.inset_axes([0.55, 1.02, 0.4, 0.015]),  # beside the title
         orientation="horizontal",
+        ticklocation="top",
     )
     places = [0, 0.25, 0.5, 0.75, 1]
     bar.set_ticks(places, labels=[f"{value:.3f}" for value in np.quantile(losses, places)] if losses else [])
@@ -213,8 +214,9 @@ def draw_heatmap(axes: Any, grid: Grid, cells: list[HeatCell]) -> None:
             if cell := row[x]:
                 colour = "white" if (cell[0] or 0) > 0.75 else "black"
                 axes.text(x, y, cell[1], ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(grid.columns)), map(_label, grid.columns))
-    axes.set_yticks(range(len(grid.rows)), map(_label, grid.rows))
+    for set_ticks, values in ((axes.set_xticks, grid.columns), (axes.set_yticks, grid.rows)):
+        every = math.ceil(len(values) / MOST_TICKS)
+        set_ticks(range(0, len(values), every), map(_label, values[::every]))
     axes.tick_params(labelsize=8)
     axes.set_xlabel(_label(grid.along))
     axes.set_ylabel(_label(grid.down))

@@ -134,10 +134,13 @@ def grid_of(
 
 
 def loss_grid(groups: list[list[Result]]) -> Grid | None:
-    """Settings over the two keys that vary, the one with fewer values down; None for more keys or fewer."""
+    """Settings over the two keys that vary, the one with fewer values down; None for more keys or fewer, and
+    where more than half of the places would be empty, as when values were drawn at random."""
     settings = [group[0].setting for group in groups]
     keys = sorted(swept_keys(settings), key=lambda key: len(values_of(settings, key)))
-    return grid_of(settings, keys[0], keys[1]) if len(keys) == 2 else None
+    if len(keys) != 2 or len(settings) < math.prod(len(values_of(settings, key)) for key in keys) / 2:
+        return None
+    return grid_of(settings, keys[0], keys[1])
 
 
 def loss_cells(groups: list[list[Result]]) -> list[HeatCell]:

@@ -226,6 +226,14 @@ def test_two_keys_make_a_heatmap(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_drawn_at_random_make_no_heatmap(tmp_path: Path) -> None:
+    for number in range(5):
+        write_job(
+            tmp_path, number, {"optimizer.lr": f"0.{number}1", "data.stride": f"{number}"}, 1.0, steps=0
+        )
+    assert report(tmp_path)["grid"] is None  # of 5 places in 25
+
+
 def test_numbers_drawn_at_random_have_means_of_parts(tmp_path: Path) -> None:
     for number in range(50):
         write_job(tmp_path, number, {"optimizer.lr": f"{(number + 1) / 1000}"}, float(number), steps=0)

@@ -33,6 +33,7 @@ byId("subject").textContent = data.subject;
 byId("about").textContent = data.folders + " · " + data.about;
 for (const job of jobs.filter(job => job.error))
   add(byId("problems"), "p", "Job " + job.name + " (" + job.title + ") failed: " + job.error, { class: "failed" });
+byId("maps").style.setProperty("--map", 7 + 3.5 * data.grids[0].columns.length + "rem");  // wide enough for all
 for (const metric of data.metrics) {
   const figure = add(byId("maps"), "figure");
   const caption = add(figure, "figcaption");

@@ -37,7 +37,7 @@ function addLossMap(parent) {
   const figure = add(parent, "figure");
   const caption = add(figure, "figcaption");
   add(caption, "b", "Mean validation loss over two keys");
-  caption.append(" darker is lower (by rank); a cell shows its jobs in the charts");
+  caption.append(" the bluer, the lower (by rank); a cell shows its jobs in the charts");
   const titles = groups.map(group => group.title);
   marks.cells = addHeatmap(figure, data.grid, groups.map(group => group.cell), titles, pressGroup);
 }
