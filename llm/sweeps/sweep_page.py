@@ -58,7 +58,7 @@ def sweep_page(results: list[Result], groups: list[list[Result]], folders: list[
         "grid": grid and asdict(grid),
         "samples": _samples(results),
         "resume": _resume_all(results, folders),
-        "smoothedShare": SMOOTHED_SHARE,
+        "smoothed_share": SMOOTHED_SHARE,
         "few": FEW,
         "colours": COLOURS,
     }
@@ -221,11 +221,11 @@ def _samples(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def _last_sample(folder: Path) -> dict[str, str]:
-    """The prompt and its continuation, of the last whole line; nothing if there is none."""
+    """The prompt and its continuation, of the last whole line."""
     file = folder / "samples.jsonl"
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     for line in reversed(lines):
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             sample = json.loads(line)
             return {"prompt": sample["prompt"], "text": sample["text"].removeprefix(sample["prompt"])}
-    return {"prompt": "", "text": ""}
+    return {"prompt": "", "text": "(it left no sample)"}

@@ -77,8 +77,7 @@ function compared(a, b) {  // numbers, also those in texts, before other texts
 // A heatmap of settings over two keys: `grid` has the number of the setting at each place, `cells` for each setting
 // [its shade, from 0 to 1, its text]. A cell is a button, which tells `press` its number. Returns these by number.
 function addHeatmap(parent, grid, cells, titles, press) {
-  const box = add(parent, "div", "", { class: "wide", tabindex: 0, role: "region", "aria-label": "heatmap" });
-  const table = add(box, "table", "", { class: "heat" });
+  const table = add(add(parent, "div", "", { class: "wide" }), "table", "", { class: "heat" });
   if (grid.caption) add(table, "caption", grid.caption);
   const head = add(add(table, "thead"), "tr"), body = add(table, "tbody");
   const corner = add(head, "th");
@@ -86,10 +85,10 @@ function addHeatmap(parent, grid, cells, titles, press) {
   if (grid.along) corner.append(grid.along + " →");
   for (const column of grid.columns) addCut(head, "th", column, { scope: "col" }, LONG_LABEL);
   const buttons = [];
-  grid.cells.forEach((line, place) => {
+  grid.cells.forEach((numbers, down) => {
     const row = add(body, "tr");
-    addCut(row, "th", grid.rows[place], { scope: "row" }, LONG_LABEL);
-    for (const number of line) {
+    addCut(row, "th", grid.rows[down], { scope: "row" }, LONG_LABEL);
+    for (const number of numbers) {
       const place = add(row, "td");
       if (number === null) continue;
       const [shade, text] = cells[number];
@@ -113,5 +112,5 @@ function addFacts(list, pairs) {
 function addSample(parent, { prompt, text }) {
   const shown = add(parent, "pre");
   add(shown, "span", prompt);
-  shown.append(text || (prompt ? "" : "(it left no sample)"));
+  shown.append(text);
 }

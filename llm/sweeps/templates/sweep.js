@@ -81,7 +81,7 @@ addProblems(byId("problems"));
 addFacts(byId("varied"), data.varied);
 if (!data.varied.length) byId("varied").replaceWith(jobs.length > 1 ? "Nothing." : "Nothing: it is one run.");
 addFacts(byId("common"), data.common);
-byId("smoothed").textContent = "1/" + data.smoothedShare;
+byId("smoothed").textContent = "1/" + data.smoothed_share;
 marks.jobs = addTable(byId("jobs"), "all jobs", jobColumns(), number => press([number]));
 addSamples(byId("samples"));
 byId("all-unfinished").hidden = !data.resume.length;
