@@ -81,7 +81,7 @@ def format_seconds(seconds: float) -> str:
 def format_count(count: float) -> str:
     """A large count as `812`, `45.2k`, `16.1M` or `1.25G`."""
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= scale:
+        if count >= 0.9995 * scale:  # what rounds to 1000 of one unit is 1 of the next
             return f"{count / scale:.3g}{unit}"
     return f"{count:.3g}"
 
