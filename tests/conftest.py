@@ -1,19 +1,22 @@
 """What all tests share: no network, one cache for the session, and the scripts as a user runs them."""
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import ROOT, Result, run_here, run_python, script_path
 
 from llm.files import read_json_lines
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in two processes; before torch is imported
-
-ROOT = Path(__file__).parents[1]
+# A proxy that nobody listens at stands for a machine with no network; some clients read it once, so it is set
+# for all tests.
+os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
 
 TINY = (
     "model=tiny",
@@ -27,7 +30,25 @@ TINY = (
 )
 
 Begin = Callable[..., "subprocess.Popen[str]"]
-Script = Callable[..., subprocess.CompletedProcess[str]]
+Script = Callable[..., Result]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _brief_measurement() -> Iterator[None]:
+    """Each run measures how fast a large matrix product is, for 0.3 seconds; here it need not be precise."""
+    from llm.runtime import measure_matmul_flops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_matmul_flops, "__defaults__", (0.05,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """For files that do not look at `loss.png`: to draw it takes most of the time of a run of few updates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm.training.plots.plot_losses", lambda run_dir: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -37,34 +58,22 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(cache_dir: Path) -> dict[str, str]:
-    # A proxy that nobody listens at stands for a machine with no network.
-    nowhere = "http://127.0.0.1:9"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**kept, "XDG_CACHE_HOME": str(cache_dir), "http_proxy": nowhere, "https_proxy": nowhere}
-
-
-def python_in(
-    folder: Path, environment: dict[str, str], *arguments: str, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder to its end."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return {**kept, "XDG_CACHE_HOME": str(cache_dir), "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
 def script(environment: dict[str, str], tmp_path: Path) -> Script:
-    """Run `experiments/NAME.py ARGUMENTS…` in an empty folder."""
+    """Run `experiments/NAME.py ARGUMENTS…` in an empty folder, in this process."""
+    return functools.partial(run_here, tmp_path, environment)
 
-    def run(name: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        path = str(ROOT / "experiments" / f"{name}.py")
-        return python_in(tmp_path, environment, path, *arguments, stdin=stdin)
+
+@pytest.fixture
+def process(environment: dict[str, str], tmp_path: Path) -> Script:
+    """Like `script`, in a process of its own: for the interpreter's status, and for what starts children."""
+
+    def run(name: str, *arguments: str, stdin: str = "") -> Result:
+        return run_python(tmp_path, environment, script_path(name), *arguments, stdin=stdin)
 
     return run
 
@@ -75,7 +84,7 @@ def begin(environment: dict[str, str], tmp_path: Path) -> Begin:
 
     def run(*arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
+            [sys.executable, script_path("pretrain"), *arguments],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,

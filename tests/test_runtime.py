@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import python_in
+from scripts import run_python
 
 from llm.config import RuntimeConfig
 from llm.errors import UserError
@@ -34,5 +34,5 @@ def test_a_script_that_each_process_would_run_again_is_told_so(
         "with processes(RuntimeConfig(device='cpu', processes=2), print):\n"
         "    pass\n"
     )
-    result = python_in(tmp_path, environment, str(script))
+    result = run_python(tmp_path, environment, str(script))
     assert "UserError: runtime.processes: another process could not begin" in result.stderr

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import wandb
 from click.testing import CliRunner
-from conftest import ROOT, python_in
 from omegaconf import OmegaConf
+from scripts import ROOT, run_python
 from wandb.cli.cli import cli
 from wandb_server import KEY, ArrivedRun, WandbServer
 
@@ -238,7 +238,7 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    agent = python_in(
+    agent = run_python(
         tmp_path, environment, "-m", "wandb", "agent", "--count", "1", "us/gpt-experiment-runner/sweep1"
     )
     assert agent.returncode == 0, agent.stderr

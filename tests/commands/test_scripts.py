@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Begin, Script, numbers, python_in
+from conftest import TINY, Begin, Script, numbers
+from scripts import HANGS, ROOT, run_python, script_path
 
 from llm.files import read_json_lines
 from llm.progress import format_count
@@ -109,8 +110,9 @@ def test_two_processes_train_as_one(
     )
     assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-    pretrain = str(ROOT / "experiments" / "pretrain.py")
-    launched = python_in(tmp_path, environment, *torchrun, pretrain, *common, "hydra.run.dir=launched")
+    launched = run_python(
+        tmp_path, environment, *torchrun, script_path("pretrain"), *common, "hydra.run.dir=launched"
+    )
     assert launched.returncode == 0, launched.stderr
     assert numbers(tmp_path / "launched") == numbers(tmp_path / "by2")
     assert launched.stdout.count("Ep 1 (Step 000000)") == 1  # the first process speaks for all
@@ -125,7 +127,7 @@ def test_a_signal_ends_a_run_cleanly(begin: Begin, tmp_path: Path, text: str, nu
     while process.poll() is None and not metrics.exists():
         time.sleep(0.05)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -177,6 +179,13 @@ def test_errors_are_one_line(script: Script, arguments: list[str], line: str) ->
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
     assert line in result.stderr
+
+
+def test_an_error_is_the_status_of_the_process(process: Script) -> None:
+    result = process("pretrain", "training.max_steps=-1")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: training.max_steps=-1: must be at least 1 ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_help_lists_groups_without_torch(script: Script) -> None:

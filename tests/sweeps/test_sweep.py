@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from arguments import with_recorded_sweep
-from conftest import ROOT, Script
+from conftest import Script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -27,6 +27,7 @@ from hydra_errors import one_line
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from omegaconf import DictConfig
 from rich.console import Console
+from scripts import ROOT
 from sweeping.launchers import BASIC, SUBMITIT, Traits, traits_of
 
 from llm.config import PretrainConfig

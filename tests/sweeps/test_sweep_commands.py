@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Begin, Script, numbers
+from scripts import HANGS
 
 from llm.sweeps.jobs import read_jobs
 
@@ -75,7 +76,7 @@ def test_jobs_side_by_side_share_the_cores_and_one_that_is_killed_does_not_stop_
     for job in "01":
         wait_for_checkpoint(process, tmp_path / "sweep" / job)
     kill_process_of(tmp_path / "sweep" / "1")
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=HANGS)
     assert (process.returncode, errors) == (0, ""), output  # joblib breaks: both are resumed
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for each in read_jobs([tmp_path / "sweep"]):
@@ -93,7 +94,7 @@ def test_jobs_side_by_side_save_and_end_when_their_sweep_is_killed(
     for job in "01":
         wait_for_checkpoint(process, tmp_path / "sweep" / job)
     process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while processes_in(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["interrupted", "interrupted", "waiting"]
@@ -116,7 +117,7 @@ def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_continue(
     process = begin(*SWEEP, "hydra/launcher=submitit_local", text, "seed=1,2", "hydra.sweep.dir=sweep")
     wait_for_checkpoint(process, tmp_path / "sweep" / "0")
     kill_process_of(tmp_path / "sweep" / "0")
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 1
     assert errors == "error: job 0 (seed=1): its process was killed; it may have run out of memory\n"
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
@@ -137,7 +138,7 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_jobs(
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANGS)
     assert (process.returncode, errors) == (130, ""), output
     jobs = read_jobs([tmp_path / "sweep"])
     assert [job.state for job in jobs] == ["interrupted"] * running + ["waiting"] * (3 - running)

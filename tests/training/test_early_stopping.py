@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import optuna
 import pytest
-from conftest import ROOT
 from drill import outcome
+from launch import Interrupted, Invocation
+from pretrain import run
 from settings import changed, settings
 
 from llm.commands.pretrain import pretrain
@@ -31,6 +32,8 @@ from llm.training.early_stopping import (
 from llm.training.summary import Summary
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 class Job:
@@ -283,17 +286,6 @@ RATES = (0.005, 0.01, 0.02, 1e-6, 0.03)  # each learns faster than those before,
 HOPELESS = 3
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    skip_slow_parts(monkeypatch)
-
-
-def skip_slow_parts(patch: pytest.MonkeyPatch) -> None:
-    """What takes most of the time of such small runs."""
-    patch.setattr("llm.training.lifecycle.measure_matmul_flops", lambda runtime: 1e12)
-    patch.setattr("llm.training.plots.plot_losses", lambda run_dir: None)
-
-
 def sweep(folder: Path, rule: str) -> list[Summary]:
     """Train the jobs one after another, in folders as Hydra names them."""
     folder.mkdir()
@@ -310,12 +302,10 @@ def evaluations(run_dir: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, no_pictures: None) -> Path:
     """The sweep without early stopping."""
     folder = tmp_path_factory.mktemp("whole") / "sweep"
-    with pytest.MonkeyPatch.context() as patch:
-        skip_slow_parts(patch)
-        summaries = sweep(folder, "none")
+    summaries = sweep(folder, "none")
     assert [(each.status, each.stopped_early) for each in summaries] == 5 * [("finished", None)]
     return folder
 
@@ -388,10 +378,6 @@ def test_who_stops_by_hand_a_job_that_stops_early_has_stopped_it(
 
 
 def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    from launch import Interrupted, Invocation
-    from pretrain import run
-
     summary = Summary(run_dir="sweep/3", status="interrupted", best_val_loss=2.0, stopped_early="a reason")
     monkeypatch.setattr("llm.commands.pretrain.pretrain", lambda config, run_dir, given: summary)
     invocation = Invocation(tmp_path, frozenset())

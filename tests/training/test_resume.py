@@ -24,6 +24,8 @@ from llm.training.loop import watch
 from llm.training.plots import plot_losses
 from llm.training.summary import Counters
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.mark.parametrize(
     ("values", "line"),
@@ -116,9 +118,9 @@ def test_a_run_limited_by_the_clock_comes_out_the_same_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    config = changed(settings(tmp_path, max_steps=None, max_minutes=0.02), seed=5)
+    config = changed(settings(tmp_path, max_steps=None, max_minutes=0.01), seed=5)
     first = pretrain(config, tmp_path / "run")
-    assert first.steps > 1
+    assert first.steps >= 1
     again = pretrain(
         changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled"), tmp_path / "again"
     )

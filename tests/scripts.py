@@ -1,0 +1,160 @@
+"""Run `experiments/NAME.py`, in this process or in one of its own, and get what it printed and its status.
+
+To start Python and import torch takes longer than most of what tests ask of a script. So a script runs in the
+tests' own process wherever no signal, crash or child process is at stake: `run_here` gives it what a new
+process would have, and takes back all it leaves behind, so that tests may run in any order.
+"""
+
+import io
+import logging
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from llm.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
+
+Result = subprocess.CompletedProcess[str]
+
+
+def script_path(name: str) -> str:
+    return str(ROOT / "experiments" / f"{name}.py")
+
+
+def run_python(folder: Path, environment: dict[str, str], *arguments: str, stdin: str = "") -> Result:
+    """Run Python in a process of its own, in a folder, to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+
+
+def run_here(
+    folder: Path, environment: dict[str, str], name: str, *arguments: str, stdin: str = ""
+) -> Result:
+    """Run a script in this process, in a folder, to its end."""
+    path, stdout, stderr = script_path(name), io.StringIO(), io.StringIO()
+    command = [path, *arguments]
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, environment, clear=True))
+        stack.enter_context(patch.object(sys, "argv", command))
+        stack.enter_context(patch.object(sys, "path", [str(ROOT / "experiments"), *sys.path]))
+        stack.enter_context(patch.object(sys, "stdin", io.StringIO(stdin)))
+        stack.enter_context(redirect_stdout(stdout))
+        stack.enter_context(redirect_stderr(stderr))
+        stack.enter_context(chdir(folder))
+        for kept in (_warnings, _logging, _signals, _torch, _caches):
+            stack.enter_context(kept())
+        status = _run(path)
+    return Result(command, status, stdout.getvalue(), stderr.getvalue())
+
+
+def _run(path: str) -> int:
+    """Run a script as `__main__`, and return the status that its process would end with."""
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@contextmanager
+def _warnings() -> Iterator[None]:
+    """Python's own filters, and warnings on standard error, rather than pytest's."""
+
+    def show(message: Warning | str, category: type[Warning], file: str, line: int, *_: object) -> None:
+        print(warnings.formatwarning(message, category, file, line), end="", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = show  # type: ignore[assignment]  # restored by catch_warnings
+        yield
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """No handlers at the root; afterwards those that were there, without Hydra's."""
+
+    def loggers() -> list[logging.Logger]:
+        known = logging.root.manager.loggerDict.values()
+        return [logging.root, *(each for each in known if isinstance(each, logging.Logger))]
+
+    before = {each: (each.level, each.handlers[:], each.propagate, each.disabled) for each in loggers()}
+    raises = logging.raiseExceptions
+    logging.root.handlers.clear()
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = raises
+        for each in loggers():
+            level, handlers, each.propagate, each.disabled = before.get(each, (0, [], True, False))
+            for handler in set(each.handlers) - set(handlers):
+                handler.close()
+            each.handlers[:] = handlers
+            each.setLevel(level)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _torch() -> Iterator[None]:
+    import torch  # not above: conftest.py, which imports this module, limits torch's threads first
+
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _caches() -> Iterator[None]:
+    """Forget what Hydra, W&B and our own modules keep for the life of a process."""
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
+        Tracker.passed_over = False
+        if wandb := sys.modules.get("wandb"):
+            wandb.teardown()
+        for name, module in [*sys.modules.items()]:
+            if name.partition(".")[0] in ("llm", "launch"):
+                for value in [*vars(module).values()]:
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
