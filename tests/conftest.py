@@ -2,18 +2,18 @@
 
 import functools
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import ROOT, Result, run_here, run_python, script_path
+from scripts import ROOT, Result, ScriptProcess, run_here, run_python, script_path
 
 from llm.files import read_json_lines
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in two processes; before torch is imported
+os.environ["PYTHONPATH"] = str(ROOT)  # processes test this code, wherever `llm` is installed from
 # A proxy that nobody listens at stands for a machine with no network; some clients read it once, so it is set
 # for all tests.
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
@@ -29,7 +29,7 @@ TINY = (
     "model.drop_rate=0.1",
 )
 
-Begin = Callable[..., "subprocess.Popen[str]"]
+Begin = Callable[..., ScriptProcess]
 Script = Callable[..., Result]
 
 
@@ -59,7 +59,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def environment(cache_dir: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**kept, "XDG_CACHE_HOME": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    return {**kept, "XDG_CACHE_HOME": str(cache_dir)}
 
 
 @pytest.fixture
@@ -79,21 +79,18 @@ def process(environment: dict[str, str], tmp_path: Path) -> Script:
 
 
 @pytest.fixture
-def begin(environment: dict[str, str], tmp_path: Path) -> Begin:
-    """Start pretrain.py, in a process group of its own, and do not wait for it."""
+def begin(environment: dict[str, str], tmp_path: Path) -> Iterator[Begin]:
+    """Start pretrain.py in a process of its own, and do not wait for it."""
+    begun: list[ScriptProcess] = []
 
-    def run(*arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, script_path("pretrain"), *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def run(*arguments: str) -> ScriptProcess:
+        begun.append(ScriptProcess(tmp_path, environment, "pretrain", *arguments))
+        return begun[-1]
 
-    return run
+    yield run
+    for process in begun:
+        if process.is_alive():  # its test has failed
+            process.send_signal(signal.SIGKILL, group=True)
 
 
 @pytest.fixture

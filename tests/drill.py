@@ -11,8 +11,6 @@ import os
 import random
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from scripts import ScriptProcess
+
 STEPS = 48
 COMMON = (
     f"training.max_steps={STEPS}",
@@ -60,17 +59,10 @@ class Drill:
     def __post_init__(self) -> None:
         (self.folder / "text.txt").write_text(TEXT, encoding="utf-8")
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "experiments" / "pretrain.py"), *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, *arguments: str) -> ScriptProcess:
+        return ScriptProcess(self.folder, self.environment, "pretrain", *arguments)
 
-    def begin(self, variant: int, name: str) -> subprocess.Popen[str]:
+    def begin(self, variant: int, name: str) -> ScriptProcess:
         return self.start(*COMMON, "data.path=text.txt", *VARIANTS[variant], f"hydra.run.dir={name}")
 
     def reference(self, variant: int) -> Path:
@@ -81,9 +73,9 @@ class Drill:
         return folder
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def finish(process: ScriptProcess) -> str:
+    output = "".join(process.output())
+    assert process.exitcode == 0, output
     return output
 
 
@@ -115,18 +107,15 @@ def drill(work: Drill, seed: int) -> str:
     for _ in range(chance.randint(1, 3)):
         starve = chance.random() < 0.3
         befallen.append(_starve(process, run, chance) if starve else _kill(process, run, work, chance))
-        output, _ = process.communicate(timeout=300)
-        to_find = _check_output(output, damaged, to_find, work)
-        if process.returncode == 0:
+        to_find = _check_output("".join(process.output()), damaged, to_find, work)
+        if process.exitcode == 0:
             break
         if chance.random() < 0.6 and (damage := _damage(run, work, chance, reference)):
             befallen.append(damage)
             damaged = to_find = True
         begun = (run / "run-id.txt").exists()
         process = work.start(f"resume={run.name}") if begun else work.begin(variant, run.name)
-    output, _ = process.communicate(timeout=300)
-    _check_output(output, damaged, to_find, work)
-    assert process.returncode == 0, output
+    _check_output(finish(process), damaged, to_find, work)
     expected, found = outcome(reference), outcome(run)
     for what, value in expected.items():
         assert found[what] == value, f"seed {seed}: {what} differ after {', '.join(befallen)}"
@@ -147,36 +136,37 @@ def _check_output(output: str, damaged: bool, to_find: bool, work: Drill) -> boo
     return to_find and not found
 
 
-def _kill(process: subprocess.Popen[str], run: Path, work: Drill, chance: random.Random) -> str:
+def _kill(process: ScriptProcess, run: Path, work: Drill, chance: random.Random) -> str:
     """`kill -9` while it starts, at a random update, or inside the write of a checkpoint."""
     kind = chance.choice(("start", "update", "update", "write", "write"))
     step, delay = chance.randrange(STEPS), chance.uniform(0, 0.05)
     if kind == "start":
-        time.sleep(chance.uniform(0, 5))
-    while process.poll() is None and kind != "start":
+        time.sleep(chance.uniform(0, 1))
+    while process.is_alive() and kind != "start":
         reached = _steps(run) >= step
         if reached and (kind == "update" or list((run / "checkpoints").glob(".*.tmp"))):
             time.sleep(delay if kind == "update" else delay / 10)
             break
         time.sleep(0.0005)
-    if process.poll() is not None:
+    if not process.is_alive():
         return "nothing: it was done"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     inside = bool(list((run / "checkpoints").glob(".*.tmp")))
     work.counts["kills"] += 1
     work.counts["kills inside a write"] += inside
     return f"killed after {_steps(run)} updates{' inside a write' if inside else ''}"
 
 
-def _starve(process: subprocess.Popen[str], run: Path, chance: random.Random) -> str:
+def _starve(process: ScriptProcess, run: Path, chance: random.Random) -> str:
     """Let no file grow past some size for a while: writes fail as on a full disk, and succeed again later."""
     step = chance.randrange(STEPS // 2)
-    while process.poll() is None and _steps(run) < step:
+    while process.is_alive() and _steps(run) < step:
         time.sleep(0.001)
-    if process.poll() is not None:
+    if not process.is_alive():
         return "nothing: it was done"
     size = chance.choice((0, 2_000, 100_000))
+    assert process.pid
     unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
     time.sleep(chance.uniform(0.1, 0.6))

@@ -2,20 +2,27 @@
 
 To start Python and import torch takes longer than most of what tests ask of a script. So a script runs in the
 tests' own process wherever no signal, crash or child process is at stake: `run_here` gives it what a new
-process would have, and takes back all it leaves behind, so that tests may run in any order.
+process would have, and takes back all it leaves behind, so that tests may run in any order. A script that is
+to be killed is a `ScriptProcess`, forked from a process that has imported torch already.
 """
 
+import atexit
 import io
 import logging
+import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,6 +33,9 @@ from llm.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["llm.training.loop", "torch._dynamo", "matplotlib.figure", "hydra.main"])
 
 Result = subprocess.CompletedProcess[str]
 
@@ -65,6 +75,60 @@ def run_here(
             stack.enter_context(kept())
         status = _run(path)
     return Result(command, status, stdout.getvalue(), stderr.getvalue())
+
+
+class ScriptProcess(ForkServerProcess):
+    """`experiments/NAME.py` in a process of its own, at the head of a process group of its own.
+
+    It begins with torch imported, and is a process like any other from there on.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str], name: str, *arguments: str) -> None:
+        super().__init__()
+        self.folder, self.environment, self.command = folder, environment, [script_path(name), *arguments]
+        pipes = [FORKED.Pipe(duplex=False) for _ in range(2)]
+        self.streams = [writer for _, writer in pipes]
+        self.start()
+        for writer in self.streams:
+            writer.close()
+        readers = ThreadPoolExecutor(2)  # all the time, so that no pipe is ever full
+        self._printed = [readers.submit(_read_to_the_end, reader) for reader, _ in pipes]
+        readers.shutdown(wait=False)
+
+    def run(self) -> None:
+        """In the new process."""
+        os.setsid()
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for number, stream in enumerate(self.streams, 1):
+            os.dup2(stream.fileno(), number)
+            stream.close()
+        sys.argv[:] = self.command
+        sys.path.insert(0, str(Path(self.command[0]).parent))
+        status = _run(self.command[0])
+        # End as Python does. `multiprocessing` would first wait for joblib's workers, which wait for work.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def send_signal(self, number: int, group: bool = False) -> None:
+        """To the process, or to all of its group, as a terminal does."""
+        assert self.pid
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    def output(self) -> tuple[str, str]:
+        """Wait for the end; what was printed on standard output and on standard error."""
+        self.join(HANGS)
+        stdout, stderr = (printed.result(HANGS) for printed in self._printed)
+        return stdout, stderr
+
+
+def _read_to_the_end(reader: Connection) -> str:
+    with reader, open(os.dup(reader.fileno()), encoding="utf-8") as file:
+        return file.read()
 
 
 def _run(path: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Begin, Script, numbers
-from scripts import HANGS, ROOT, run_python, script_path
+from scripts import ROOT, run_python, script_path
 
 from llm.files import read_json_lines
 from llm.progress import format_count
@@ -124,11 +124,11 @@ def test_two_processes_train_as_one(
 def test_a_signal_ends_a_run_cleanly(begin: Begin, tmp_path: Path, text: str, number: signal.Signals) -> None:
     process = begin(*TINY, "data=text", text, "training.max_steps=100000", "hydra.run.dir=run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not metrics.exists():
-        time.sleep(0.05)
+    while process.is_alive() and not metrics.exists():
+        time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, errors
+    _, errors = process.output()
+    assert process.exitcode == 0, errors
     assert "Traceback" not in errors
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted"

@@ -3,22 +3,21 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import TINY, Begin, Script, numbers
-from scripts import HANGS
+from scripts import HANGS, ScriptProcess
 
 from llm.sweeps.jobs import read_jobs
 
 SWEEP = ("-m", *TINY, "data=text", "training.max_steps=40", "checkpoint.every_steps=2")
 
 
-def wait_for_checkpoint(process: "subprocess.Popen[str]", job: Path) -> None:
-    while process.poll() is None and not (job / "checkpoints" / "last").exists():
+def wait_for_checkpoint(process: ScriptProcess, job: Path) -> None:
+    while process.is_alive() and not (job / "checkpoints" / "last").exists():
         time.sleep(0.02)
 
 
@@ -37,8 +36,8 @@ def test_a_sweep_that_was_killed_resumes_as_if_it_had_not_been(
     assert whole.returncode == 1
     killed = begin(*SWEEP, *values, "hydra.sweep.dir=sweep")
     wait_for_checkpoint(killed, tmp_path / "sweep" / "2")
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.send_signal(signal.SIGKILL, group=True)
+    killed.output()
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["finished", "failed", "killed"]
     refused = script("pretrain", "-m", "sweep.resume=sweep", "training.max_steps=50")
     assert refused.stderr == (
@@ -76,8 +75,8 @@ def test_jobs_side_by_side_share_the_cores_and_one_that_is_killed_does_not_stop_
     for job in "01":
         wait_for_checkpoint(process, tmp_path / "sweep" / job)
     kill_process_of(tmp_path / "sweep" / "1")
-    output, errors = process.communicate(timeout=HANGS)
-    assert (process.returncode, errors) == (0, ""), output  # joblib breaks: both are resumed
+    output, errors = process.output()
+    assert (process.exitcode, errors) == (0, ""), output  # joblib breaks: both are resumed
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for each in read_jobs([tmp_path / "sweep"]):
         assert each.state == "finished"
@@ -117,8 +116,8 @@ def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_continue(
     process = begin(*SWEEP, "hydra/launcher=submitit_local", text, "seed=1,2", "hydra.sweep.dir=sweep")
     wait_for_checkpoint(process, tmp_path / "sweep" / "0")
     kill_process_of(tmp_path / "sweep" / "0")
-    _, errors = process.communicate(timeout=HANGS)
-    assert process.returncode == 1
+    _, errors = process.output()
+    assert process.exitcode == 1
     assert errors == "error: job 0 (seed=1): its process was killed; it may have run out of memory\n"
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
 
@@ -137,9 +136,9 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_jobs(
     if asked.startswith("SIGTERM"):
         process.terminate()
     else:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, errors = process.communicate(timeout=HANGS)
-    assert (process.returncode, errors) == (130, ""), output
+        process.send_signal(signal.SIGINT, group=True)
+    output, errors = process.output()
+    assert (process.exitcode, errors) == (130, ""), output
     jobs = read_jobs([tmp_path / "sweep"])
     assert [job.state for job in jobs] == ["interrupted"] * running + ["waiting"] * (3 - running)
     for job in jobs[:running]:
