@@ -127,7 +127,7 @@ class ScriptProcess(ForkServerProcess):
 
 
 def _read_to_the_end(reader: Connection) -> str:
-    with reader, open(os.dup(reader.fileno()), encoding="utf-8") as file:
+    with reader, os.fdopen(os.dup(reader.fileno()), encoding="utf-8") as file:
         return file.read()
 
 
