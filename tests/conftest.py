@@ -36,7 +36,7 @@ Script = Callable[..., Result]
 @pytest.fixture(scope="session", autouse=True)
 def _brief_measurement() -> Iterator[None]:
     """Each run measures how fast a large matrix product is, for 0.3 seconds; here it need not be precise."""
-    from llm.runtime import measure_matmul_flops
+    from llm.device import measure_matmul_flops
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_matmul_flops, "__defaults__", (0.05,))

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["llm.training.loop", "torch._dynamo", "matplotlib.figure", "hydra.main"])
+FORKED.set_forkserver_preload(["llm.commands.pretrain", "torch._dynamo", "matplotlib.figure", "hydra.main"])
 
 Result = subprocess.CompletedProcess[str]
 
@@ -214,11 +214,11 @@ def _caches() -> Iterator[None]:
     finally:
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
-        Tracker.passed_over = False
+        Tracker.failed_to_start = False
         if wandb := sys.modules.get("wandb"):
             wandb.teardown()
-        for name, module in [*sys.modules.items()]:
-            if name.partition(".")[0] in ("llm", "launch"):
+        for module in [*sys.modules.values()]:
+            if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
                 for value in [*vars(module).values()]:
                     if hasattr(value, "cache_clear"):
                         value.cache_clear()

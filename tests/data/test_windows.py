@@ -1,7 +1,6 @@
 """Corpus, token files, windows and orders against the book's loops and plain Python."""
 
 import hashlib
-import multiprocessing
 import tracemalloc
 from itertools import chain
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from scripts import FORKED
 
 from llm.config import DataConfig, PretrainConfig
 from llm.data import corpus
@@ -143,7 +143,7 @@ def _tokenise(cache: Path) -> int:
 
 
 def test_several_processes_may_tokenise_at_once(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with FORKED.Pool(3) as pool:
         sums = pool.map(_tokenise, [tmp_path] * 6)
     assert sums == [sum(("to be " * 5000).encode())] * 6
     assert len(list((tmp_path / "tokens").iterdir())) == 1  # no temporary file stays

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from hydra_errors import one_line
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from omegaconf import DictConfig
 from rich.console import Console
-from scripts import ROOT
+from scripts import FORKED, ROOT
 from sweeping.launchers import BASIC, SUBMITIT, Traits, traits_of
 
 from llm.config import PretrainConfig
@@ -356,10 +355,9 @@ def hold(lock: Path, ready: Any, end: Any) -> None:
 
 
 def test_a_sweep_has_its_folder_for_itself(sweep: Sweep, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready, end = context.Event(), context.Event()
+    ready, end = FORKED.Event(), FORKED.Event()
     sweep(GridSweeper(), finished, "seed=1")
-    other = context.Process(target=hold, args=(tmp_path / "sweep" / ".sweep.lock", ready, end))
+    other = FORKED.Process(target=hold, args=(tmp_path / "sweep" / ".sweep.lock", ready, end))
     other.start()
     ready.wait()
     with pytest.raises(UserError, match="is being run by another process"):

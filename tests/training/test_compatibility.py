@@ -1,0 +1,97 @@
+"""The run folder of an older version still opens: it resumes, and is sampled, evaluated, reported, exported.
+
+`fixtures/run_v1` was written by commit e22341d, before checkpoints named their format: 8 updates of a model of
+3,048 parameters, with checkpoints after 5 and 8.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Script, numbers
+from drill import TEXT
+from transformers import GPT2LMHeadModel
+
+from llm.files import read_json_lines
+
+RUN_V1 = Path(__file__).parents[1] / "fixtures" / "run_v1"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A copy of the run, beside the text that it was trained on."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return shutil.copytree(RUN_V1, tmp_path / "run_v1", symlinks=True)
+
+
+def recorded() -> dict[str, Any]:
+    return json.loads((RUN_V1 / "summary.json").read_text("utf-8"))
+
+
+def assert_recorded_numbers(lines: list[dict[str, Any]]) -> None:
+    """On the machine that wrote the run they are the same to the bit; others may differ in the last ones."""
+    assert len(lines) == len(numbers(RUN_V1)) == 11
+    for line, expected in zip(lines, numbers(RUN_V1), strict=True):
+        assert line == pytest.approx(expected, abs=1e-5)
+
+
+def test_it_is_resumed_from_an_earlier_checkpoint(script: Script, run: Path) -> None:
+    result = script("pretrain", "resume=run_v1/checkpoints/step-00000005")
+    assert result.returncode == 0, result.stderr
+    assert_recorded_numbers(numbers(run))
+    assert (run / "checkpoints" / "last").readlink().name == "step-00000008"
+    [sample], [expected] = (read_json_lines(folder / "samples.jsonl") for folder in (run, RUN_V1))
+    assert sample["token_ids"] == expected["token_ids"]
+
+
+def test_it_is_continued_beyond_its_end(script: Script, run: Path) -> None:
+    result = script("pretrain", "resume=run_v1", "training.max_steps=12")
+    assert result.returncode == 0, result.stderr
+    lines = numbers(run)
+    assert_recorded_numbers(lines[:11])
+    assert [line["step"] for line in lines[11:]] == [8, 9, 9, 10, 11]
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    assert (summary["status"], summary["steps"]) == ("finished", 12)
+    assert summary["val_loss"] < recorded()["val_loss"]
+
+
+def test_it_is_sampled_as_it_was(script: Script, run: Path, tmp_path: Path) -> None:
+    [expected] = read_json_lines(RUN_V1 / "samples.jsonl")
+    arguments = ["checkpoint=run_v1", "prompt=9 bot", "max_new_tokens=5", "runtime.precision=fp32"]
+    for name in ("one", "other"):
+        result = script("generate", *arguments, f"hydra.run.dir={name}")
+        assert result.returncode == 0, result.stderr
+    [one], [other] = (read_json_lines(tmp_path / name / "samples.jsonl") for name in ("one", "other"))
+    assert one == other
+    assert [one[key] for key in ("text", "token_ids")] == [expected[key] for key in ("text", "token_ids")]
+    assert one["sampling"].items() >= expected["sampling"].items()
+
+
+def test_it_is_evaluated_as_it_was(script: Script, run: Path, tmp_path: Path) -> None:
+    result = script("evaluate", "checkpoint=run_v1", "runtime.precision=fp32", "hydra.run.dir=evaluation")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text("utf-8"))
+    assert figures["loss"] == pytest.approx(recorded()["val_loss"], abs=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(recorded()["val_bits_per_byte"], abs=1e-5)
+
+
+def test_it_is_reported(script: Script, run: Path) -> None:
+    result = script("report", "sweep=run_v1")
+    assert result.returncode == 0, result.stderr
+    page = (run / "report.html").read_text("utf-8")
+    assert f"{recorded()['val_loss']:.3f}" in page
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_is_exported(script: Script, run: Path, tmp_path: Path) -> None:
+    for kind in ("huggingface", "book"):
+        result = script("export", "checkpoint=run_v1", f"format={kind}", f"to={kind}")
+        assert result.returncode == 0, result.stderr
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "huggingface").eval()
+    ids = torch.tensor([[*TEXT[-12:].encode()]])
+    assert model(ids).logits.shape == (1, 12, 257)
+    weights = torch.load(tmp_path / "book" / "model.pth", weights_only=True)
+    torch.testing.assert_close(weights["tok_emb.weight"], model.transformer.wte.weight, atol=0, rtol=0)
