@@ -1,7 +1,7 @@
 """The run folder of an older version still opens: it resumes, and is sampled, evaluated, reported, exported.
 
-`fixtures/run_v1` was written by commit e22341d, before checkpoints named their format: 8 updates of a model of
-3,048 parameters, with checkpoints after 5 and 8.
+`fixtures/run_v1` was written by commit e22341d, before checkpoints named their format: 8 updates of a model
+of 3,048 parameters, with checkpoints after 5 and 8.
 """
 
 import json
