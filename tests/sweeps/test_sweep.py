@@ -200,6 +200,7 @@ class FakeLauncher:
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLauncher]:
     """Sweep with overrides by a sweeper whose launcher is fake; returns the launcher."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    monkeypatch.setattr("llm.commands.conclude.sweep_report", lambda *_: "none")  # see test_sweep_report.py
 
     def run(
         sweeper: RecordedSweeper,
