@@ -45,7 +45,7 @@ def test_a_sweep_that_was_killed_resumes_as_if_it_had_not_been(
     )
     resumed = script("pretrain", "-m", "sweep.resume=sweep")
     assert resumed.returncode == 1
-    assert resumed.stderr.startswith("error: job 1 (lr=-1): optimizer.lr=-1.0: must be above 0 (peak learning")
+    assert resumed.stderr.startswith("error: job 1 (lr=-1): optimizer.lr=-1.0: must be above 0 (peak")
     assert len(resumed.stderr.splitlines()) == 1
     assert "job 0" not in resumed.stdout[: resumed.stdout.index("job  set")]  # it was finished
     summary = json.loads((tmp_path / "sweep" / "2" / "summary.json").read_text("utf-8"))
