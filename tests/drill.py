@@ -1,9 +1,9 @@
-"""The fault drill: real runs that are killed, damaged and starved of disk must end as one left alone.
+"""The fault drill: runs that are killed, damaged and starved of disk must end like a run without faults.
 
     python tests/drill.py 40        forty seeds; tests/test_drill.py runs a few
 
-Each seed decides the settings of a run and what befalls it. Compared at the end: every line of metrics (but
-what a clock decides), every sample, the weights, the optimizer's state and the random states, bit for bit.
+Each seed decides the settings of a run and its faults. Compared at the end, bit for bit: each line of metrics
+(except timings), every sample, the weights, the optimizer's state and the random states.
 """
 
 import json
@@ -66,7 +66,7 @@ class Drill:
         return self.start(*COMMON, "data.path=text.txt", *VARIANTS[variant], f"hydra.run.dir={name}")
 
     def reference(self, variant: int) -> Path:
-        """A run of these settings that nothing befalls."""
+        """A run of these settings without faults."""
         folder = self.folder / f"reference-{variant}"
         if not folder.exists():
             finish(self.begin(variant, folder.name))
@@ -80,7 +80,7 @@ def finish(process: ScriptProcess) -> str:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All of a run that must not depend on what befell it."""
+    """Everything in a run folder that must not depend on its faults."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     sums = (run / "checkpoints" / "last" / "SHA256SUMS").read_text().splitlines()
     return {
@@ -92,41 +92,41 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def drill(work: Drill, seed: int) -> str:
-    """Let things befall one run, and compare; returns what befell it.
+    """Let one run suffer faults, and compare; returns the faults.
 
     Raises:
-        AssertionError: the run did not end as one left alone.
+        AssertionError: the run did not end like one without faults.
     """
     chance = random.Random(seed)
     variant = seed % len(VARIANTS)
     reference = work.reference(variant)
     run = work.folder / f"run-{seed}"
     process = work.begin(variant, run.name)
-    befallen = []
+    faults = []
     damaged, to_find = False, False
     for _ in range(chance.randint(1, 3)):
         starve = chance.random() < 0.3
-        befallen.append(_starve(process, run, chance) if starve else _kill(process, run, work, chance))
+        faults.append(_starve(process, run, chance) if starve else _kill(process, run, work, chance))
         to_find = _check_output("".join(process.output()), damaged, to_find, work)
         if process.exitcode == 0:
             break
         if chance.random() < 0.6 and (damage := _damage(run, work, chance, reference)):
-            befallen.append(damage)
+            faults.append(damage)
             damaged = to_find = True
         begun = (run / "run-id.txt").exists()
         process = work.start(f"resume={run.name}") if begun else work.begin(variant, run.name)
     _check_output(finish(process), damaged, to_find, work)
     expected, found = outcome(reference), outcome(run)
     for what, value in expected.items():
-        assert found[what] == value, f"seed {seed}: {what} differ after {', '.join(befallen)}"
+        assert found[what] == value, f"seed {seed}: {what} differ after {', '.join(faults)}"
     assert not list(run.rglob(".*.tmp"))
     shutil.rmtree(run)
     work.counts["runs"] += 1
-    return f"{' '.join(VARIANTS[variant])}: {', '.join(befallen)}"
+    return f"{' '.join(VARIANTS[variant])}: {', '.join(faults)}"
 
 
 def _check_output(output: str, damaged: bool, to_find: bool, work: Drill) -> bool:
-    """Hold what a process said against what befell the run; whether a damaged file is still to be found."""
+    """Compare what a process printed with the run's faults; returns whether damage is still undetected."""
     assert "Traceback" not in output, output
     found = "is skipped" in output
     assert not found or damaged, output

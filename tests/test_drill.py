@@ -10,5 +10,5 @@ SEEDS = (0, 1, 2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_what_befalls_a_run_leaves_no_trace(tmp_path: Path, environment: dict[str, str], seed: int) -> None:
+def test_faults_leave_no_trace_in_a_run(tmp_path: Path, environment: dict[str, str], seed: int) -> None:
     drill(Drill(tmp_path, environment), seed)
