@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -300,6 +301,8 @@ def open_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenFrom:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    pauses = SimpleNamespace(sleep=lambda seconds: None)  # between tries to download again
+    monkeypatch.setattr(huggingface_hub.file_download, "time", pauses)
 
     def open_it(address: str | None, name: str) -> str:
         endpoint = address or "http://127.0.0.1:9"
