@@ -206,12 +206,13 @@ def test_one_of_each_sweeps_and_reports(conf: str, script: Script, tmp_path: Pat
     assert "accuracy" in printed
     with (tmp_path / "sweep" / "report.csv").open() as file:
         jobs = list(csv.DictReader(file))
-    assert [(job["model"], job["optimizer"]) for job in jobs] == [
+    assert {(job["model"], job["optimizer"]) for job in jobs} == {
         ("tiny", "lion"),
         ("tiny", "adamw"),
         ("modern", "lion"),
         ("modern", "adamw"),
-    ]
+    }
+    assert {job["state"] for job in jobs} == {"finished"}
     assert all(0 <= float(job["val_accuracy"]) <= 1 for job in jobs)
     assert "accuracy" in (tmp_path / "sweep" / "report.html").read_text("utf-8")
 
