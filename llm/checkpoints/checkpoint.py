@@ -94,8 +94,9 @@ class CheckpointWriter:
         self._writing: Future[UserError | None] | None = None
 
     def write(self, snapshot: Snapshot) -> None:
-        """Start writing; `wait` first."""
-        self._writing = self._pool.submit(self._write, snapshot)
+        """Start writing; `wait` first. The best weights are those of now, as the snapshot is: by the time the
+        thread runs, training may have found better ones, which this snapshot does not know."""
+        self._writing = self._pool.submit(self._write, snapshot, self.best)
 
     def has_saved(self, steps: int) -> bool:
         """Whether the state after `steps` updates is on disk, once a write in progress is done."""
@@ -106,8 +107,7 @@ class CheckpointWriter:
         """Wait for a write in progress; returns why it failed, if it did."""
         return self._writing.result() if self._writing else None
 
-    def _write(self, snapshot: Snapshot) -> UserError | None:
-        best = self.best
+    def _write(self, snapshot: Snapshot, best: tuple[int, dict[str, Tensor]] | None) -> UserError | None:
         try:
             if best:
                 write_best(self.run_dir, best[0], best[1], snapshot.config)

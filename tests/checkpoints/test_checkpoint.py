@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,22 @@ def test_the_last_and_the_best_are_kept_and_load_the_same(tmp_path: Path) -> Non
     assert (kept["calls"], saved.batches) == (4, {"epoch": 0, "position": 4})
     assert json.loads((folder / "config.json").read_text())["format_version"] == FORMAT_VERSION
     assert (folder / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_a_best_that_is_found_while_a_checkpoint_waits_to_be_written_is_kept(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2)
+    writer.best = 1, copy_weights(model_after(1))
+    turn = threading.Event()
+    writer._pool.submit(turn.wait)  # as on a busy machine, the thread is late
+    writer.write(snapshot(tmp_path, 1, best_step=0))
+    writer.best = 2, copy_weights(model_after(2))  # training continues meanwhile
+    turn.set()
+    assert writer.wait() is None
+    assert names(tmp_path) == ["best", "best-00000001", "last", "step-00000001"]
+    writer.write(snapshot(tmp_path, 3, best_step=1))
+    assert writer.wait() is None
+    assert (tmp_path / "checkpoints" / "best").readlink().name == "best-00000002"
+    assert find_checkpoint(str(tmp_path / "checkpoints" / "best")).name == "best-00000002"
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
