@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,10 +168,11 @@ def _starve(process: ScriptProcess, run: Path, chance: random.Random) -> str:
         return "nothing: it was done"
     size = chance.choice((0, 2_000, 100_000))
     assert process.pid
-    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
-    time.sleep(chance.uniform(0.1, 0.6))
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+    with suppress(ProcessLookupError):  # it may end meanwhile
+        unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        time.sleep(chance.uniform(0.1, 0.6))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
     return f"no file over {size} bytes for a while from step {step}"
 
 
