@@ -1,11 +1,13 @@
 """Errors, Hydra's above all, as one line."""
 
+import errno
 import re
 from dataclasses import fields
 from typing import Any
 
 from llm.errors import UserError
 
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
 
 
@@ -19,6 +21,10 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return (
+            f"the disk is full ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
+        )
     if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
         parent = unknown[1].rpartition(".")[0]
         keys = ", ".join(_keys_of(schema, parent))

@@ -18,7 +18,7 @@ from given import given_keys
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra_errors import one_line
+from hydra_errors import DISK_FULL, one_line
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sweeping.job import Place, complete, is_called_off, place_of, say_failed
@@ -67,7 +67,7 @@ def launch(config_name: str, schema: type, work: Work) -> None:
     except KeyboardInterrupt:  # before a run has begun, or after it
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, HydraException) and not error.filename:
+        if isinstance(error, OSError) and not (error.filename or error.errno in DISK_FULL):
             raise  # about no file: a bug, not the user's
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from scripts import ScriptProcess
 
+from llm.run_folder import is_claimed
+
 STEPS = 48
 COMMON = (
     f"training.max_steps={STEPS}",
@@ -162,7 +164,7 @@ def _kill(process: ScriptProcess, run: Path, work: Drill, chance: random.Random)
 def _starve(process: ScriptProcess, run: Path, chance: random.Random) -> str:
     """Let no file grow past some size for a while: writes fail as on a full disk, and succeed again later."""
     step = chance.randrange(STEPS // 2)
-    while process.is_alive() and _steps(run) < step:
+    while process.is_alive() and not (_steps(run) >= step and is_claimed(run)):
         time.sleep(0.001)
     if not process.is_alive():
         return "nothing: it was done"
