@@ -119,7 +119,7 @@ def test_greedy_equals_transformers() -> None:
         assert torch.equal(generate(gpt, prompt, 24 - length, context_size=24), expected)
 
 
-def test_a_row_ends_at_eos_and_the_others_go_on() -> None:
+def test_a_row_ends_at_eos_and_the_others_continue() -> None:
     prompt = torch.randint(61, (3, 5))
     gpt = model()
     free = generate(gpt, prompt, 20, context_size=8)

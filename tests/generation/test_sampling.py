@@ -149,7 +149,7 @@ def test_drawing_at_numbers_follows_the_probabilities_in_a_large_vocabulary() ->
     assert torch.equal(extremes, possible[[0, -1]])
 
 
-def test_streams_repeat_differ_and_go_on() -> None:
+def test_streams_repeat_differ_and_continue() -> None:
     stream = uniform_stream(123, (0, 1), 1000)
     assert np.array_equal(uniform_stream(123, (0, 1), 2000)[:1000], stream)
     assert not np.isin(stream[:10], uniform_stream(123, (1, 0), 1000)).any()

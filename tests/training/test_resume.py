@@ -147,7 +147,7 @@ def test_a_rerun_that_comes_out_otherwise_says_where_and_what_differs(tmp_path: 
     assert f"torch {torch.__version__} (originally 1.0)" in str(error.value)
 
 
-def test_updates_that_are_not_finite_are_left_out_and_counted(
+def test_updates_that_are_not_finite_are_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = torch.nn.Module.__call__
@@ -242,7 +242,7 @@ def test_out_of_memory_of_accelerators_is_known(error: RuntimeError) -> None:
         raise RuntimeError("another bug")
 
 
-def test_a_compiled_run_has_the_losses_of_a_plain_one_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_compiled_run_has_the_losses_of_a_plain_one_and_resumes_exactly(tmp_path: Path) -> None:
     plain = settings(tmp_path)
     plain.model.drop_rate = 0.0  # whose random draws are the compiler's own
     plain.schedule = ScheduleConfig("constant", warmup=0)  # the same rates in a shorter run

@@ -198,7 +198,7 @@ def test_the_books_two_files_are_written(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, saved["model_state_dict"][name]) for name, tensor in plain.items())
 
 
-def test_a_tied_model_goes_on_in_the_book(tmp_path: Path) -> None:
+def test_a_tied_model_continues_in_the_book(tmp_path: Path) -> None:
     ours = GPTModel(ModelConfig(40, 8, 64, 1, 2, tie_weights=True))
     optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"))
     ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
