@@ -32,6 +32,7 @@ from hydra.core.hydra_config import HydraConfig
 from llm.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
+OURS = (str(ROOT / "llm"), str(ROOT / "experiments"))  # and not a virtual environment inside the checkout
 HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -218,7 +219,7 @@ def _caches() -> Iterator[None]:
         if wandb := sys.modules.get("wandb"):
             wandb.teardown()
         for module in [*sys.modules.values()]:
-            if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
+            if (getattr(module, "__file__", None) or "").startswith(OURS):
                 for value in [*vars(module).values()]:
                     if hasattr(value, "cache_clear"):
                         value.cache_clear()
