@@ -67,7 +67,9 @@ def launch(config_name: str, schema: type, work: Work) -> None:
     except KeyboardInterrupt:  # before a run has begun, or after it
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-        if isinstance(error, OSError) and not (error.filename or error.errno in DISK_FULL):
+        # Hydra's own errors are the user's, though one of them is an OSError without a file.
+        users = isinstance(error, HydraException) or getattr(error, "errno", None) in DISK_FULL
+        if isinstance(error, OSError) and not (error.filename or users):
             raise  # about no file: a bug, not the user's
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
