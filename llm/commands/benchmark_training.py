@@ -64,7 +64,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         progress.update(step / config.steps, f"round {step} of {config.steps}")
     progress.clear()
     tokens = config.batch_size * config.model.context_length
-    flops = tokens * training_flops_per_token(GPTModel(config.model))
+    flops = tokens * training_flops_per_token(model)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rates = {
         precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions

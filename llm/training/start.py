@@ -51,7 +51,7 @@ class Start:
     was_finished: bool = False
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # since the checkpoint: (was, is)
     rerun_of: Path | None = None
-    weights: Weights | None = None  # opened once, until the model has taken them
+    weights: Weights | None = None  # of init_from, which decide the config; until the model has taken them
 
     def __getstate__(self) -> dict[str, Any]:
         """Other processes of the run get all but the weights, which each reads for itself."""
@@ -113,7 +113,6 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     if checkpoint is None:
         log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
         return find_start(replace(config, resume=None), run_dir, given)
-    weights = read_weights(checkpoint)
     recorded = read_config(checkpoint)
     if config.rerun:
         config = replace(recorded, resume=config.resume, tracking=config.tracking)
@@ -136,7 +135,6 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
         was_finished=read_summary(run_dir).get("status") == "finished",
         changes=changes,
         rerun_of=Path(config.rerun) if config.rerun else None,
-        weights=weights,
     )
 
 
