@@ -5,10 +5,20 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from hydra.errors import HydraException
+
 from llm.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
+
+
+def is_users(error: Exception) -> bool:
+    """Whether a user can fix an error. An OSError about no file is a bug, unless the disk is full; but one of
+    Hydra's own errors is such an OSError."""
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return bool(error.filename) or error.errno in DISK_FULL
+    return True
 
 
 def one_line(error: BaseException, schema: type | None = None) -> str:

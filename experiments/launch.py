@@ -18,15 +18,16 @@ from given import given_keys
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra_errors import DISK_FULL, one_line
+from hydra_errors import is_users, one_line
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from sweeping.job import Place, complete, is_called_off, place_of, say_failed
+from sweeping.job import Place, complete, is_called_off, place_of
 from sweeping.launchers import configure_slurm
 from sweeping.stopping import watched_sweep
 
 from llm.errors import UserError
-from llm.files import as_typed, modified, write_json, write_text
+from llm.files import as_typed, modified, write_text
+from llm.run_folder import SUMMARY, mark_failed, write_summary
 
 HERE = Path(__file__).parent
 
@@ -67,10 +68,8 @@ def launch(config_name: str, schema: type, work: Work) -> None:
     except KeyboardInterrupt:  # before a run has begun, or after it
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-        # Hydra's own errors are the user's, though one of them is an OSError without a file.
-        users = isinstance(error, HydraException) or getattr(error, "errno", None) in DISK_FULL
-        if isinstance(error, OSError) and not (error.filename or users):
-            raise  # about no file: a bug, not the user's
+        if not is_users(error):
+            raise
         print(f"error: {one_line(error, schema)}", file=sys.stderr)
         sys.exit(1)
 
@@ -86,7 +85,7 @@ def run_once(config: DictConfig, work: Work, overwritten: dict[Path, str]) -> fl
     if is_called_off(place):
         return math.nan
     folders = [Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"]
-    summary = place.run_dir / "summary.json"
+    summary = place.run_dir / SUMMARY
     before = modified(summary)
     try:
         if place.sweep and torchrun_rank() is not None:
@@ -95,7 +94,7 @@ def run_once(config: DictConfig, work: Work, overwritten: dict[Path, str]) -> fl
         invocation = Invocation(as_typed(place.run_dir), given_keys(overrides, folders))
         result = work(OmegaConf.to_object(config), invocation)
         if place.sweep and modified(summary) == before:  # a sweep knows its jobs by their summaries
-            write_json(summary, {"status": "finished", "result": result})
+            write_summary(place.run_dir, {"status": "finished", "result": result})
         return result
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         return _end_without_result(error, place, overwritten)
@@ -107,7 +106,7 @@ def _end_without_result(error: BaseException, place: Place, overwritten: dict[Pa
         case UserError():
             error_log.error("error: %s", error)
             if place.sweep:
-                say_failed(place.run_dir, str(error))
+                mark_failed(place.run_dir, str(error))
                 return math.nan
             for file, content in overwritten.items():  # else each resume from now on would be refused too
                 write_text(file, content)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.files import held, is_held
+from llm.files import held, is_held, write_json
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-RECORDS = (METRICS, SAMPLES)  # the files that grow line by line
+RECORDS = ("metrics.jsonl", "samples.jsonl")  # the files that grow line by line
 SUMMARY = "summary.json"
 RUN_ID = "run-id.txt"
 LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, so that the lock holds
@@ -62,6 +61,20 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """The inverse of `read_summary`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_json(run_dir / SUMMARY, summary)
+
+
+def mark_failed(run_dir: Path, reason: str) -> None:
+    """Let a job's summary say why it has no result: a sweep knows its jobs by their summaries."""
+    write_summary(run_dir, {**read_summary(run_dir), "status": "failed", "error": reason})
 
 
 def steps_of(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""What a run knows of the sweep that it is a job of, and what it leaves for that sweep."""
+"""What a run knows of the sweep that it is a job of."""
 
 from dataclasses import dataclass
 from multiprocessing import current_process
@@ -8,8 +8,8 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from llm.files import as_typed, remove, write_json
-from llm.run_folder import holds_run, read_summary
+from llm.files import as_typed, remove
+from llm.run_folder import holds_run
 from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of, title_of
 from sweeping.launchers import traits_of
 from sweeping.stopping import asked_to_stop, watched_sweep
@@ -64,8 +64,3 @@ def _title(sweep: Path | None, overrides: list[str]) -> str:
         return title_of(setting_of(overrides, read_record(sweep)["varied"]))
     [setting, _] = settings_of([overrides, []])
     return title_of(setting)
-
-
-def say_failed(run_dir: Path, reason: str) -> None:
-    """Let a job's summary say that it failed: a sweep knows its jobs by their summaries."""
-    write_json(run_dir / "summary.json", {**read_summary(run_dir), "status": "failed", "error": reason})

@@ -11,8 +11,9 @@ from hydra_errors import one_line
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.errors import first_line
-from llm.files import modified, write_json
+from llm.files import modified
 from llm.overrides import quoted, split_override
+from llm.run_folder import mark_failed
 from llm.sweeps.jobs import DONE, RECORD, Job, state_since, write_record
 from sweeping.launchers import Traits, deaths_as_results
 from sweeping.stopping import asked_to_stop
@@ -51,9 +52,8 @@ class Sweep:
         return state_since(self.job(number), self.since)
 
     def fail(self, number: int, reason: str) -> None:
-        """Say in a job's summary why it has no result, for the job could not do so itself."""
-        job = self.job(number)
-        write_json(job.folder / "summary.json", {**job.summary, "status": "failed", "error": reason})
+        """Mark a job as failed, which could not do so itself."""
+        mark_failed(self.job(number).folder, reason)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.checkpoints.weights import Weights, build_model, in_fp32, new_folder, refuse_unless_gpt2
+from llm.checkpoints.weights import (
+    Weights,
+    build_model,
+    count_layers,
+    in_fp32,
+    new_folder,
+    refuse_unless_gpt2,
+)
 from llm.config import ModelConfig, OptimizerConfig, validate
 from llm.errors import UserError, first_line
 from llm.model.gpt import GPTModel
@@ -90,7 +97,7 @@ def _sizes(weights: dict[str, Tensor]) -> ModelConfig:
         context_length=weights["pos_emb.weight"].shape[0],
         emb_dim=emb_dim,
         n_heads=emb_dim // HEAD_DIM,
-        n_layers=len({name.split(".")[1] for name in weights if name.startswith("trf_blocks.")}),
+        n_layers=count_layers(weights, "trf_blocks."),
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
         tie_weights=False,
     )

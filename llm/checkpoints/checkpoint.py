@@ -48,6 +48,8 @@ STEP_FILES = (WEIGHTS, CONFIG, STATE_TENSORS, STATE, *RECORDS)
 # optimizer keeps (`optimizer_numbers`) to training_state.json, and the parts of the model to its config.
 FORMAT_VERSION = 2
 
+NOT_SAVED = "checkpoint not saved: %s; training continues, and the next one tries again"
+
 log = logging.getLogger(__name__)
 
 
@@ -87,9 +89,8 @@ class CheckpointWriter:
         self.run_dir = run_dir
         self.keep = keep
         self.saved_steps: int | None = None  # of the newest snapshot on disk
-        self.best: tuple[int, dict[str, Tensor]] | None = (
-            None  # steps and weights; written with the next snapshot
-        )
+        # Steps and weights with the lowest validation loss, written with the next snapshot.
+        self.best: tuple[int, dict[str, Tensor]] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[UserError | None] | None = None
 
@@ -113,7 +114,7 @@ class CheckpointWriter:
                 write_best(self.run_dir, best[0], best[1], snapshot.config)
             write_step(self.run_dir, snapshot)
         except UserError as error:
-            log.warning("checkpoint not saved: %s; training continues, and the next one tries again", error)
+            log.warning(NOT_SAVED, error)
             return error
         prune(self.run_dir, snapshot.steps, self.keep)
         self.saved_steps = snapshot.steps

@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llm.checkpoints.checkpoint import save_tensors
-from llm.checkpoints.weights import Weights, compare_shapes, in_fp32, new_folder, refuse_unless_gpt2
+from llm.checkpoints.weights import (
+    Weights,
+    compare_shapes,
+    count_layers,
+    in_fp32,
+    new_folder,
+    refuse_unless_gpt2,
+)
 from llm.config import ModelConfig, validate
 from llm.data.tokenizer import END_OF_TEXT, as_huggingface, load_tokenizer
 from llm.errors import UserError, first_line
@@ -161,7 +168,7 @@ def _named_plainly(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_huggingface_shapes(config: ModelConfig, found: dict[str, tuple[int, ...]], origin: str) -> None:
-    layers = len({name.split(".")[1] for name in found if name.startswith("h.")})
+    layers = count_layers(found, "h.")
     if layers != config.n_layers:  # before a list for a billion layers is made
         raise UserError(
             f"{origin}: config.json says n_layer={config.n_layers}, and the weights have {layers}"

@@ -1,7 +1,7 @@
 """Weights in memory, whatever format they came from, and the model that they make."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def build_model(weights: Weights) -> GPTModel:
         UserError: a tensor is missing, has another shape, or does not belong.
     """
     config, tensors = weights.model, weights.tensors
-    layers = len({name.split(".")[1] for name in tensors if name.startswith("trf_blocks.")})
+    layers = count_layers(tensors, "trf_blocks.")
     embeddings = tensors.get("tok_emb.weight", torch.empty(0))
     found = {"n_layers": layers, "vocab_size": embeddings.shape[0], "emb_dim": embeddings.shape[-1]}
     for name, size in found.items():  # before a model of a billion layers is made
@@ -49,6 +49,11 @@ def build_model(weights: Weights) -> GPTModel:
     check_shapes(model, tensors, weights.origin)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many blocks there are among the names of tensors, as `trf_blocks.0.norm1.scale`."""
+    return len({name.split(".")[1] for name in names if name.startswith(prefix)})
 
 
 class _WithoutInitialisation(TorchFunctionMode):

@@ -16,12 +16,13 @@ from llm.data.corpus import find_files, read_text
 from llm.data.token_file import token_files
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
-from llm.files import append_json_lines, cache_folder, remove, write_json
+from llm.files import append_json_lines, cache_folder, remove
 from llm.generation.copying import NgramIndex, load_ngram_index
 from llm.generation.inference import Loaded, load_for_inference
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
 from llm.progress import format_table
+from llm.run_folder import write_summary
 from llm.runtime import start_runtime
 from llm.sweeps.jobs import Job
 from llm.sweeps.report import study_report
@@ -60,7 +61,7 @@ def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
         summary["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise
     finally:
-        write_json(run_dir / "summary.json", summary)
+        write_summary(run_dir, summary)
         tracker.finish(summary, failed=summary["status"] == "failed")
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from llm.errors import UserError
 from llm.files import is_held, modified, write_json
 from llm.overrides import split_override
-from llm.run_folder import is_claimed, read_summary
+from llm.run_folder import SUMMARY, is_claimed, read_summary
 
 RECORD = "sweep.json"  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
@@ -84,7 +84,7 @@ def begun(job: Job) -> float:
 def state_since(job: Job, since: float) -> str:
     """A job's state for the process that has run its sweep since then. A job not begun since is waiting,
     unless it has a result from before; one begun since is running until its summary says how it ended."""
-    written = modified(job.folder / "summary.json")
+    written = modified(job.folder / SUMMARY)
     if written >= max(since, begun(job)):
         return "running" if job.summary.get("status") == "running" else job.state
     if begun(job) >= since:
@@ -106,7 +106,7 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
         jobs = _jobs_in(folder)
         if jobs or (folder / RECORD).exists():  # a search begins without jobs
             found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
-        elif (folder / "summary.json").exists() or (folder / "metrics.jsonl").exists():
+        elif (folder / SUMMARY).exists() or (folder / "metrics.jsonl").exists():
             found.append((folder, folder.name, _recorded_overrides(folder)))
         else:
             raise UserError(f"{folder} holds neither a sweep nor a run")

@@ -1,7 +1,6 @@
 """What the page of a sampling study shows, as plain values; templates/study.html draws it."""
 
 import math
-import shlex
 from dataclasses import asdict
 from datetime import datetime
 from itertools import product
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.files import as_typed, read_json_lines
+from llm.overrides import as_command
 from llm.sweeps.jobs import Job, compact, short_key
 from llm.sweeps.ranking import grid_of, values_of
 from llm.sweeps.study import METRICS, axes_of, metric_cells, subject_of, written
@@ -75,7 +75,7 @@ def _job(job: Job) -> dict[str, Any]:
             {"prompt": line["prompt"], "text": line["text"][len(line["prompt"]) :], "note": _note(line)}
             for line in lines
         ],
-        "again": shlex.join(["python", "experiments/generate.py", *job.overrides_alone, "study=true"]),
+        "again": as_command("generate", *job.overrides_alone, "study=true"),
     }
 
 

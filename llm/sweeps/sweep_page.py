@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm.files import as_typed
+from llm.overrides import as_command, as_override
 from llm.progress import format_count, format_seconds
 from llm.sweeps.jobs import DONE, RECORD, compact, short_key, title_of
 from llm.sweeps.pictures import COLOURS, FEW
@@ -146,7 +147,7 @@ def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axi
             "final": result.val_loss is not None,
             "training": _rounded(result.training),
             "validation": _rounded(result.evaluations),
-            "again": _command(*result.job.overrides_alone),
+            "again": as_command("pretrain", *result.job.overrides_alone),
             "resume": _resume(result),
         }
         for result in results
@@ -183,21 +184,17 @@ def _rounded(rows: np.ndarray) -> list[list[float | None]]:
     return whole + [[value if math.isfinite(value) else None for value in row.tolist()] for row in rounded]
 
 
-def _command(*arguments: str) -> str:
-    return shlex.join(["python", "experiments/pretrain.py", *arguments])
-
-
 def _resume(result: Result) -> str | None:
     if result.state == "waiting":
         return None
-    return _command(f"resume={as_typed(result.job.folder)}")
+    return as_command("pretrain", as_override("resume", as_typed(result.job.folder)))
 
 
 def _resume_all(results: list[Result], folders: list[Path]) -> list[str]:
     """How to resume each sweep that is not done."""
     unfinished = {result.job.folder.parent for result in results if result.state not in DONE}
     return [
-        _command("-m", f"sweep.resume={as_typed(folder)}")
+        as_command("pretrain", "-m", as_override("sweep.resume", as_typed(folder)))
         for folder in folders
         if folder in unfinished and (folder / RECORD).exists()
     ]

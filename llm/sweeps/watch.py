@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from llm.config import TrainingConfig
 from llm.files import modified
 from llm.progress import format_bar, format_count, format_figure, format_seconds, format_table
+from llm.run_folder import SUMMARY
 from llm.sweeps.jobs import RECORD, Job, begun, read_jobs, state_since
 from llm.training.schedules import spent
 
@@ -208,7 +209,7 @@ def live_table(progress: SweepProgress) -> Any:
     running = progress.named("running")[:room]
     waiting = progress.named("waiting")
     ended = progress.named("finished", "stopped", "failed", "interrupted")
-    ended.sort(key=lambda job: modified(job.folder / "summary.json"))
+    ended.sort(key=lambda job: modified(job.folder / SUMMARY))
     left = room - len(running) - min(1, len(waiting))  # at least one that waits is shown
     shown = ended[max(0, len(ended) - max(0, left)) :]
     table = Table(box=None, pad_edge=False, expand=True)

@@ -8,6 +8,7 @@ import torch
 from llm.config import PretrainConfig
 from llm.device import device_name
 from llm.model.gpt import GPTModel, parameter_count
+from llm.overrides import as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run_folder import step_folders, steps_of
 from llm.tracking import sync_command
@@ -143,12 +144,12 @@ def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None
     width = max(map(len, rows))
     log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
-    log.info("sample      python experiments/generate.py checkpoint=%s", run.run_dir)
+    log.info("sample      %s", as_command("generate", as_override("checkpoint", run.run_dir)))
     key, value = run.binding_limit()
-    further = f" {key}={format_value(4 * value)}" if summary.status == "finished" else ""
+    further = [f"{key}={format_value(4 * value)}"] if summary.status == "finished" else []
     if summary.stopped_early:
-        further = " early_stopping.rule=none"
-    log.info("resume      python experiments/pretrain.py resume=%s%s", run.run_dir, further)
+        further = ["early_stopping.rule=none"]
+    log.info("resume      %s", as_command("pretrain", as_override("resume", run.run_dir), *further))
     if wandb_folder:
         log.info("W&B         %s", sync_command(wandb_folder))
         log.info("W&B, here   wandb leet %s", wandb_folder)

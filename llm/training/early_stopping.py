@@ -120,7 +120,7 @@ class EarlyStopping:
             reason = halving_rule(own, curves.values(), settings.reduction, settings.from_progress)
         if reason is None:
             return None
-        reason = f"{settings.rule} rule at step {run.counters.steps - 1}: {reason}"
+        reason = f"{settings.rule} rule at step {run.counters.step}: {reason}"
         log.info("stopped early: %s", reason)
         return reason
 

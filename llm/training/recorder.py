@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import asdict, replace
 
-from llm.checkpoints.checkpoint import CheckpointWriter
+from llm.checkpoints.checkpoint import NOT_SAVED, CheckpointWriter
 from llm.errors import UserError
 from llm.generation.inference import for_inference
 from llm.generation.texts import generate_texts
@@ -97,7 +97,7 @@ class Recorder:
         try:
             record_sizes = self.tracker.record_sizes()
         except UserError as error:
-            log.warning("checkpoint not saved: %s; training continues, and the next one tries again", error)
+            log.warning(NOT_SAVED, error)
             return
         self.writer.write(snapshot(self.run, self.run_id, generators, record_sizes))
 

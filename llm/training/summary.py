@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llm.files import write_json
-from llm.run_folder import SUMMARY
+from llm.run_folder import write_summary
 from llm.training.circumstances import Circumstances
 from llm.training.evaluation import METRICS
 
@@ -83,4 +82,4 @@ class Summary(Counts):
         }
 
     def write(self, run_dir: Path) -> None:
-        write_json(run_dir / SUMMARY, self.as_dict())
+        write_summary(run_dir, self.as_dict())

@@ -29,7 +29,7 @@ from llm.training.early_stopping import (
     read_curve,
     rungs,
 )
-from llm.training.summary import Summary
+from llm.training.summary import Counters, Summary
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -43,7 +43,7 @@ class Job:
         config = PretrainConfig(early_stopping=stopping)
         config.training = TrainingConfig(max_steps=max_steps, max_epochs=4 * max_steps / epoch_steps)
         self.progress = 0.0
-        run = SimpleNamespace(run_dir=folder, config=config, counters=SimpleNamespace(steps=0))
+        run = SimpleNamespace(run_dir=folder, config=config, counters=Counters())
         run.progress = lambda: self.progress
         self.run = cast(Any, run)
         self.metrics, self.max_steps, self.epoch_steps = folder / "metrics.jsonl", max_steps, epoch_steps
