@@ -1,52 +1,55 @@
-"""The command line as Hydra is to read it: `resume=` and `sweep.resume=` become what began the run or sweep,
-and texts for people are quoted."""
+"""The command line as Hydra is to read it: folders to resume are found, and texts and paths are quoted."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from sweeping.recorded import harmless
 
 from llm.errors import UserError
 from llm.overrides import quoted
-from llm.run_folder import find_run, refuse_to_overwrite
+from llm.run_folder import find_run
 from llm.sweeps.jobs import find_sweep, read_record
 
-TEXT_KEYS = ("prompt", "text", "samples.prompt")
+TEXTS = ("prompt", "text", "samples.prompt")  # for people: in these, ${…} means nothing
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.resume")
 SWEEP_FLAGS = {"-m", "--multirun"}
 ONE_CONFIG_FLAGS = {"-c", "--cfg", "-i", "--info"}
 # With these Hydra prints something and runs nothing.
 SHOWING_FLAGS = ONE_CONFIG_FLAGS | {"-h", "--help", "--hydra-help", "--version", "-sc", "--shell-completion"}
+ESCAPED = r"\${"
+REFERENCE = re.compile(r"(?<!\\)(\\\\)*\$\{")  # ${…}, unless a backslash makes it text
 FREE_ON_RERUN = ("rerun", "resume", "tracking", "hydra", "data.path", "data.cache_dir")
-FREE_ON_SWEEP_RESUME = ("hydra", "tracking")
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """What Hydra gets, and what the files were that it will overwrite."""
-
-    arguments: list[str]
-    overwritten: dict[Path, str] = field(default_factory=dict)  # .hydra/*.yaml of the run that is resumed
-
-
-def rewritten(arguments: list[str], script: str) -> CommandLine:
+def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
     """
     Raises:
-        UserError: what is to be resumed is not there, or cannot be changed like this; or the folder for a new
-            run already holds one.
+        UserError: what is to be resumed is not there, or cannot be changed like this.
         HydraException: an override does not parse.
     """
-    if SWEEP_FLAGS & set(arguments) and ONE_CONFIG_FLAGS & _flag_names(arguments):
+    sweeps = bool(SWEEP_FLAGS & set(arguments))
+    if sweeps and ONE_CONFIG_FLAGS & _flag_names(arguments):
         raise UserError("--cfg and --info show one config, not a sweep: remove -m")
-    arguments = with_recorded_sweep(_with_quoted_texts(arguments), script)
-    overrides = _by_key(arguments)
+    texts = {*_text_keys(schema), *FOLDERS}
+    arguments = [_with_quotes(each, texts, sweeps) if _is_override(each) else each for each in arguments]
+    flags, overrides = _flags(arguments), _by_key(arguments)
+    if "hydra.output_subdir" in overrides:
+        raise UserError("hydra.output_subdir: the record of a run is always in its folder .hydra; remove it")
+    if "sweep.resume" in overrides:
+        return _resumed_sweep(flags, overrides, script, schema)
     if "rerun" in overrides:
         _check_rerun(overrides)
-    if "resume" in overrides:
-        return _with_recorded_run(arguments)
-    if script == "pretrain" and "hydra.run.dir" in overrides:  # before Hydra writes its record there
-        refuse_to_overwrite(Path(_value(overrides["hydra.run.dir"])))
-    return CommandLine(arguments)
+    if "resume" in overrides and script == "pretrain":
+        if sweeps:
+            raise UserError(
+                "resume continues a single run: remove -m; to continue a sweep, use sweep.resume=FOLDER"
+            )
+        overrides |= _resumed_run(overrides)
+    return [*flags, *overrides.values()]  # argparse, which Hydra uses, wants them in this order
 
 
 def only_shows(arguments: list[str]) -> bool:
@@ -58,80 +61,8 @@ def _flag_names(arguments: list[str]) -> set[str]:
     return {argument.partition("=")[0] for argument in arguments}
 
 
-def _with_quoted_texts(arguments: list[str]) -> list[str]:
-    """Quote texts for people, whose commas and brackets would trip Hydra. In a sweep, and where a text is
-    quoted already, they keep their meaning."""
-    if SWEEP_FLAGS & set(arguments):
-        return arguments
-    return [_with_quoted_text(argument) for argument in arguments]
-
-
-def _with_quoted_text(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    if name not in TEXT_KEYS or not equals or value[:1] in ("'", '"') or value == "null":
-        return argument
-    return f"{name}={quoted(value)}"
-
-
-def with_recorded_sweep(arguments: list[str], script: str) -> list[str]:
-    """With `sweep.resume=SWEEP_FOLDER`, the command line that began that sweep. Its jobs cannot change, but
-    the way they are launched and tracked can."""
-    overrides = _by_key(arguments)
-    if "sweep.resume" not in overrides:
-        return arguments
-    flags = _flags(arguments)
-    folder = find_sweep(_value(overrides.pop("sweep.resume")))
-    if others := [each for key, each in overrides.items() if not key.startswith(FREE_ON_SWEEP_RESUME)]:
-        raise UserError(f"sweep.resume continues a sweep as it was begun: remove {' '.join(others)}")
-    sweep = read_record(folder)
-    if sweep["script"] != script:
-        raise UserError(f"{folder} was begun by experiments/{sweep['script']}.py: resume it with that script")
-    merged = {
-        **_by_key(sweep["arguments"]),
-        **overrides,
-        "hydra.sweep.dir": f"hydra.sweep.dir={quoted(str(folder))}",
-    }
-    if not only_shows(arguments):
-        flags = ["--multirun", *(flag for flag in flags if flag not in SWEEP_FLAGS)]
-    return [*flags, *merged.values(), "hydra.sweeper.resume=true"]
-
-
-def _check_rerun(overrides: dict[str, str]) -> None:
-    """With `rerun=`, the config is that of that run, whatever today's defaults, and takes no changes."""
-    if others := [each for key, each in overrides.items() if not key.startswith(FREE_ON_RERUN)]:
-        raise UserError(
-            f"rerun repeats a run as it was: remove {' '.join(others)}, or begin a new run with it"
-        )
-
-
-def _with_recorded_run(arguments: list[str]) -> CommandLine:
-    """With `resume=RUN_FOLDER`, the command line that began that run, changed by what is given now. Hydra
-    writes to that folder, so its record of the config there stays true."""
-    if SWEEP_FLAGS & set(arguments):
-        raise UserError(
-            "resume continues a single run: remove -m; to continue a sweep, use sweep.resume=FOLDER"
-        )
-    overrides = _by_key(arguments)
-    name = _value(overrides["resume"])
-    run_dir = find_run(name, with_checkpoint=False)
-    record = run_dir / ".hydra" / "overrides.yaml"
-    if not record.exists():
-        raise UserError(
-            f"{record} is missing: a run begun from Python is resumed there, with PretrainConfig(resume=…)"
-        )
-    merged = {
-        **_by_key([str(override) for override in OmegaConf.load(record)]),
-        **overrides,
-        "resume": f"resume={quoted(str(run_dir) if name == 'latest' else name)}",
-        "hydra.run.dir": f"hydra.run.dir={quoted(str(run_dir))}",
-        "hydra.mode": "hydra.mode=RUN",  # it may be a sweep's job, whose experiment asks for a sweep
-    }
-    overwritten = {file: file.read_text("utf-8") for file in record.parent.glob("*.yaml")}
-    return CommandLine([*_flags(arguments), *merged.values()], overwritten)
-
-
 def _is_override(argument: str) -> bool:
-    return "=" in argument and argument[0] != "-"
+    return argument[:1] == "~" or ("=" in argument and argument[0] != "-")
 
 
 def _flags(arguments: list[str]) -> list[str]:
@@ -139,7 +70,7 @@ def _flags(arguments: list[str]) -> list[str]:
     return [argument for argument in arguments if not _is_override(argument)]
 
 
-def _by_key(arguments: list[str]) -> dict[str, str]:
+def _by_key(arguments: Iterable[str]) -> dict[str, str]:
     """The overrides among arguments, by the keys that they set: `optimizer.lr` of `+optimizer.lr=1`."""
     parser = OverridesParser.create()
     overrides = filter(_is_override, arguments)
@@ -151,3 +82,101 @@ def _value(override: str) -> str:
     parsed = OverridesParser.create().parse_override(override)
     value = parsed.value()
     return value if isinstance(value, str) else parsed.get_value_string()
+
+
+# Quotes
+
+
+def _text_keys(schema: type, prefix: str = "") -> Iterable[str]:
+    """The keys of a schema that take any text."""
+    for item in fields(schema):
+        kind: Any = item.type
+        if is_dataclass(kind):
+            yield from _text_keys(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        elif kind in (str, str | None) and not (item.metadata["choices"] or item.metadata["table"]):
+            yield prefix + item.name
+
+
+def _with_quotes(argument: str, texts: set[str], sweeps: bool) -> str:
+    """Quote a text or a path, whose commas, brackets and letters would trip Hydra. Where it is quoted
+    already, refers to something by `${…}`, or is one of several in a sweep, it keeps its meaning."""
+    name, _, value = argument.partition("=")
+    key = name.lstrip("+")
+    if key not in texts or value == "null" or _is_quoted(argument):
+        return argument
+    if sweeps and key not in FOLDERS:
+        if _parses(argument):
+            return argument
+        values = [each if _parses(f"{key}={each}") else quoted(each) for each in value.split(",")]
+        return f"{name}={','.join(values)}"
+    as_text = quoted(value)
+    return f"{name}={as_text if key in TEXTS else as_text.replace(ESCAPED, '${')}"
+
+
+def _is_quoted(argument: str) -> bool:
+    return argument.partition("=")[2][:1] in ("'", '"') and _parses(argument)
+
+
+def _parses(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+# What is resumed or repeated
+
+
+def _check_rerun(overrides: dict[str, str]) -> None:
+    """With `rerun=`, the config is that of that run, whatever today's defaults, and takes no changes."""
+    if others := [each for key, each in overrides.items() if not key.startswith(FREE_ON_RERUN)]:
+        raise UserError(
+            f"rerun repeats a run as it was: remove {' '.join(others)}, or begin a new run with it"
+        )
+
+
+def _resumed_run(overrides: dict[str, str]) -> dict[str, str]:
+    """Overrides with which Hydra uses the folder of the run that is resumed. The run's config is not
+    composed again: what is given now replaces values of its record, see llm/training/start.py."""
+    for key, override in overrides.items():
+        if REFERENCE.search(override) and not key.startswith("hydra"):  # which a text for people has not
+            raise UserError(f"{override}: with resume, give a value; ${{…}} would refer to today's defaults")
+    name = _value(overrides["resume"])
+    run_dir = find_run(name, with_checkpoint=False)
+    return {
+        "resume": f"resume={quoted(str(run_dir) if name == 'latest' else name)}",
+        "hydra.run.dir": f"hydra.run.dir={quoted(str(run_dir))}",
+        "hydra.mode": "hydra.mode=RUN",  # an experiment that is given may ask for a sweep
+    }
+
+
+def _resumed_sweep(flags: list[str], overrides: dict[str, str], script: str, schema: type) -> list[str]:
+    """The command line that began a sweep, as far as its record may decide it. Its jobs cannot change, but
+    the way they are launched and tracked can."""
+    folder = find_sweep(_value(overrides.pop("sweep.resume")), script)
+    record = read_record(folder)
+    if record["script"] != script:
+        raise UserError(
+            f"{folder} was begun by experiments/{record['script']}.py: resume it with that script"
+        )
+    recorded, left_open = harmless(record["arguments"], schema, folder)
+    if others := [
+        each for key, each in overrides.items() if not key.startswith(("hydra", "tracking", *left_open))
+    ]:
+        raise UserError(f"sweep.resume continues a sweep as it was begun: remove {' '.join(others)}")
+    missing = [key for key in left_open if key not in overrides]
+    if own := [key for key in missing if not key.startswith("hydra")]:
+        raise UserError(
+            f"{folder} was begun with {own[0]} from outside its config: give {own[0]}=VALUE again"
+        )
+    if missing:
+        print(f"{', '.join(missing)}: not taken from the sweep's record; give it again if it is still wanted")
+    if not only_shows(flags):
+        flags = ["--multirun", *(flag for flag in flags if flag not in SWEEP_FLAGS)]
+    merged = {
+        **_by_key(recorded),
+        **overrides,
+        "hydra.sweep.dir": f"hydra.sweep.dir={quoted(str(folder))}",
+    }
+    return [*flags, *merged.values(), "hydra.sweeper.resume=true"]

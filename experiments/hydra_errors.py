@@ -2,7 +2,7 @@
 
 import errno
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.errors import HydraException
@@ -36,9 +36,7 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
             f"the disk is full ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
         )
     if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
-        parent = unknown[1].rpartition(".")[0]
-        keys = ", ".join(_keys_of(schema, parent))
-        return f"{unknown[1]}: there is no such key; {parent or 'the config'} has {keys}"
+        return _no_such_key(unknown[1], _keys_of(schema, unknown[1].rpartition(".")[0]))
     if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
         extra = missing[1]
         return f"hydra/launcher={extra} needs a plugin: pip install -c constraints.txt -e '.[{extra}]'"
@@ -54,6 +52,24 @@ def _lines(error: BaseException) -> list[str]:
         cause = cause.__cause__
     stripped = [line.strip() for line in lines]
     return [line for line in stripped if line not in ("", "None") and not line.startswith(NOISE)]
+
+
+def refuse_unknown_keys(config: Any, schema: Any, prefix: str = "") -> None:
+    """
+    Raises:
+        UserError: the config has a key that nobody reads; `+new.key=1` lets Hydra add any.
+    """
+    known = {item.name: item.type for item in fields(schema)}
+    for name in config:
+        if name not in known:
+            raise UserError(_no_such_key(prefix + name, [item.name for item in fields(schema)]))
+        if is_dataclass(known[name]):
+            refuse_unknown_keys(config[name], known[name], f"{prefix}{name}.")
+
+
+def _no_such_key(key: str, known: list[str]) -> str:
+    parent = key.rpartition(".")[0]
+    return f"{key}: there is no such key; {parent or 'the config'} has {', '.join(known)}"
 
 
 def _keys_of(schema: type, path: str) -> list[str]:

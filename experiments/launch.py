@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,19 @@ from given import given_keys
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra_errors import is_users, one_line
+from hydra_errors import is_users, one_line, refuse_unknown_keys
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from sweeping.job import Place, complete, is_called_off, place_of
+from record import error_log, logged, write_record
+from sweeping.job import Place, claimed_place, complete, is_called_off, place_of
 from sweeping.launchers import configure_slurm
 from sweeping.stopping import watched_sweep
 
 from llm.errors import UserError
-from llm.files import as_typed, modified, write_text
+from llm.files import as_typed, modified
 from llm.run_folder import SUMMARY, mark_failed, write_summary
 
 HERE = Path(__file__).parent
-
-error_log = logging.getLogger("error")  # to standard error and the run's log; see conf/common.yaml
 
 
 class Interrupted(BaseException):
@@ -49,20 +49,22 @@ class Invocation:
 Work = Callable[[Any, Invocation], float | None]
 
 
-def launch(config_name: str, schema: type, work: Work) -> None:
+def launch(config_name: str, schema: type, work: Work, recorded: bool = True) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
     `work` gets the config as a `schema` dataclass, and returns the figure that sweeps compare. A `UserError`,
     or an override that does not fit, is one line and exit status 1. In a sweep, a job that fails so does not
     stop the others.
+
+    Args:
+        recorded: the work is a run, whose config and log are kept in its folder.
     """
     _prepare_process(schema)
     try:
-        command = rewritten(sys.argv[1:], config_name)
-        sys.argv = [sys.argv[0], *command.arguments]
+        sys.argv = [sys.argv[0], *rewritten(sys.argv[1:], config_name, schema)]
 
         def run(config: DictConfig) -> float | None:
-            return run_once(config, work, command.overwritten)
+            return run_once(config, work, recorded)
 
         hydra.main(version_base="1.3", config_path=str(HERE.parent / "conf"), config_name=config_name)(run)()
     except KeyboardInterrupt:  # before a run has begun, or after it
@@ -74,43 +76,53 @@ def launch(config_name: str, schema: type, work: Work) -> None:
         sys.exit(1)
 
 
-def run_once(config: DictConfig, work: Work, overwritten: dict[Path, str]) -> float | None:
+def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
     """Do the work of one config that Hydra has composed: of a run, or of a job of a sweep.
 
-    Args:
-        overwritten: files as they were, to be put back if the work is refused.
+    Hydra itself writes nothing: the folder is claimed first; see conf/common.yaml and record.py.
     """
     hydra_config = HydraConfig.get()
     place, overrides = place_of(hydra_config), list(hydra_config.overrides.task)
     if is_called_off(place):
         return math.nan
-    folders = [Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"]
-    summary = place.run_dir / SUMMARY
-    before = modified(summary)
-    try:
-        if place.sweep and torchrun_rank() is not None:
-            raise UserError("torchrun begins one run, not a sweep: run without it, and set runtime.processes")
-        complete(config, place, overrides)
-        invocation = Invocation(as_typed(place.run_dir), given_keys(overrides, folders))
-        result = work(OmegaConf.to_object(config), invocation)
-        if place.sweep and modified(summary) == before:  # a sweep knows its jobs by their summaries
-            write_summary(place.run_dir, {"status": "finished", "result": result})
-        return result
-    except (Exception, Interrupted, KeyboardInterrupt) as error:
-        return _end_without_result(error, place, overwritten)
+    with ExitStack() as stack:
+        try:
+            stack.callback(place.remove_if_empty)
+            resumes = bool(config.get("resume"))
+            place = stack.enter_context(claimed_place(place, resumes))
+            if recorded:
+                stack.enter_context(logged(place, hydra_config.job.config_name))
+            if recorded and not resumes:
+                write_record(config, place)
+            if place.sweep and torchrun_rank() is not None:
+                raise UserError(
+                    "torchrun begins one run, not a sweep: run without it, and set runtime.processes"
+                )
+            refuse_unknown_keys(config, OmegaConf.get_type(config))
+            settings = complete(OmegaConf.to_object(config), place, overrides)
+            folders = [
+                Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"
+            ]
+            given = given_keys(overrides, folders, values=resumes)
+            before = modified(place.run_dir / SUMMARY)
+            result = work(settings, Invocation(as_typed(place.run_dir), given))
+            if place.sweep and modified(place.run_dir / SUMMARY) == before:  # by which a sweep knows its jobs
+                write_summary(place.run_dir, {"status": "finished", "result": result})
+            return result
+        except (Exception, Interrupted, KeyboardInterrupt) as error:
+            return _end_without_result(error, place)
 
 
-def _end_without_result(error: BaseException, place: Place, overwritten: dict[Path, str]) -> float:
+def _end_without_result(error: BaseException, place: Place) -> float:
     """Say why there is none: in a line, in the exit status, or to the sweep."""
     match error:
         case UserError():
             error_log.error("error: %s", error)
-            if place.sweep:
-                mark_failed(place.run_dir, str(error))
-                return math.nan
-            for file, content in overwritten.items():  # else each resume from now on would be refused too
-                write_text(file, content)
-            sys.exit(1)
+            if not place.sweep:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(1)
+            mark_failed(place.run_dir, str(error))
+            return math.nan
         case Interrupted() | KeyboardInterrupt():
             if place.in_worker:
                 if watched_sweep().is_set():

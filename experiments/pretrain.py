@@ -17,9 +17,9 @@ def run(config: PretrainConfig, invocation: Invocation) -> float:
     do: it is of a part of the split, and where runs end worse than their best, as on a small text, it may be
     below the final loss of jobs that trained to their end. The stopped job would then be taken for the best.
     """
-    from llm.commands.pretrain import pretrain  # imports torch, which --help need not wait for
+    from llm.commands.pretrain import pretrain_in  # imports torch, which --help need not wait for
 
-    summary = pretrain(config, invocation.run_dir, invocation.given)
+    summary = pretrain_in(invocation.run_dir, config, invocation.given)
     if summary.stopped_early:
         return math.inf
     if summary.val_loss is None:

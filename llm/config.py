@@ -4,7 +4,8 @@ Independent of Hydra and torch. The defaults are those of `conf/`, so `PretrainC
 `python experiments/pretrain.py` runs.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -412,6 +413,19 @@ def _plain_types(annotation: Any) -> set[type]:
     alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     found = {get_origin(each) or each for each in alternatives}
     return found | {int} if float in found else found
+
+
+def with_given(recorded: Any, config: Any, given: Collection[str], prefix: str = "") -> Any:
+    """A recorded config with the values of `config` for what was given: keys by their dotted names, and
+    groups such as `model`, of which all keys are taken."""
+    values = {}
+    for item in fields(recorded):
+        ours, name = getattr(recorded, item.name), prefix + item.name
+        if name in given:
+            values[item.name] = getattr(config, item.name)
+        elif is_dataclass(ours):
+            values[item.name] = with_given(ours, getattr(config, item.name), given, f"{name}.")
+    return replace(recorded, **values)
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

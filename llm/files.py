@@ -142,12 +142,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Lock a file for this process; yields whether that succeeded within `seconds`. The operating system
     releases the lock when the process ends, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        deadline = time.monotonic() + seconds
-        while not (ours := _lock(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as file:
+            locked = _lock(file, fcntl.LOCK_EX)
+            # A lock on a file that its holder has deleted since keeps nobody off.
+            if (ours := locked and _lies_at(file, lock)) or (not locked and time.monotonic() >= deadline):
+                yield ours
+                return
+        if not locked:
             time.sleep(0.05)
-        yield ours
 
 
 def is_held(lock: Path) -> bool:
@@ -155,6 +160,14 @@ def is_held(lock: Path) -> bool:
     try:
         with lock.open() as file:
             return not _lock(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
+def _lies_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 

@@ -1,52 +1,88 @@
 """What lies in a run's folder, which process holds it, and which folder a name means."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.files import held, is_held, write_json
+from llm.files import as_typed, held, is_held, modified, remove, write_json
+from llm.overrides import as_override
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")  # the files that grow line by line
 SUMMARY = "summary.json"
 RUN_ID = "run-id.txt"
 LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, so that the lock holds
 CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
-CHECKPOINT_NAME = re.compile(r"(step|best)-\d{8,}")
+LINKS = ("last", "best")  # in it
+SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
+CHECKPOINT_NAME = re.compile(r"(start|step|best)-\d{8,}")
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run that got as far as its first line of metrics or its first checkpoint."""
-    return any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS))
-
-
-def refuse_to_overwrite(run_dir: Path) -> None:
-    """
-    Raises:
-        UserError: the folder holds a run.
-    """
-    if holds_run(run_dir):
-        raise UserError(
-            f"{run_dir} already holds a run: continue it with resume={run_dir}, or write to another folder "
-            f"(hydra.run.dir=FOLDER)"
-        )
+    """Whether a folder holds a run that got as far as its first line of metrics or its first checkpoint, or a
+    sweep."""
+    return any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS, SWEEP))
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process.
+def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[Path]:
+    """Hold a run's folder for this process. One made for a run that ended before it began is removed.
+
+    Args:
+        old: it may hold a run, to be resumed.
+        beside: the name was made up, not asked for: if the folder is taken, it may be one beside, as
+            `12-00-00-2`.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, it holds a run, or it has links to elsewhere.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with held(run_dir / LOCK) as ours:
-        if not ours:
-            raise UserError(f"{run_dir} is being trained by another process: wait for it, or stop it")
-        yield
+    for number in count(1):
+        folder = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-{number}")
+        is_new = not folder.exists() or not any(folder.iterdir())
+        if old:
+            refuse_links(folder)
+        with held(folder / LOCK) as ours:
+            if ours and (old or not holds_run(folder)):
+                try:
+                    yield folder
+                except (UserError, KeyboardInterrupt, SystemExit):
+                    if is_new and not any((folder / name).exists() for name in (*RECORDS, SUMMARY)):
+                        remove(folder)
+                    raise
+                finally:
+                    if is_new and [path.name for path in folder.glob("*")] == [LOCK]:
+                        remove(folder)
+                return
+        if not beside:
+            raise UserError(_taken(folder, ours))
+
+
+def _taken(folder: Path, is_free: bool) -> str:
+    folder = as_typed(folder)
+    if not is_free:
+        return f"{folder} is being written by another process: wait for it, or stop it"
+    return (
+        f"{folder} already holds a run: continue it with {as_override('resume', folder)}, or write to "
+        f"another folder (hydra.run.dir=FOLDER)"
+    )
+
+
+def refuse_links(folder: Path) -> None:
+    """
+    Raises:
+        UserError: a file or folder in a run's folder is a link, through which the run would write elsewhere.
+    """
+    for place in (folder, folder / CHECKPOINTS):
+        for entry in place.iterdir() if place.is_dir() else ():
+            if entry.is_symlink() and entry.name not in LINKS:
+                raise UserError(
+                    f"{as_typed(entry)} is a link: a run writes only in its own folder; remove it"
+                )
 
 
 def is_claimed(run_dir: Path) -> bool:
@@ -82,11 +118,11 @@ def steps_of(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 
 
-def step_folders(run_dir: Path) -> list[Path]:
-    """The step checkpoints of a run, newest first."""
+def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
+    """The step checkpoints of a run, newest first; or its folders of another kind, see CHECKPOINT_NAME."""
     folders = [
         folder
-        for folder in (run_dir / CHECKPOINTS).glob("step-*")
+        for folder in (run_dir / CHECKPOINTS).glob(f"{kind}-*")
         if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()
     ]
     return sorted(folders, key=steps_of, reverse=True)
@@ -94,21 +130,41 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 def find_run(name: str, root: Path = Path("outputs"), with_checkpoint: bool = True) -> Path:
     """The run folder that a name means: a path to it or to one of its checkpoints, or `latest`, the run under
-    `root` that was started or saved last.
+    `root` that was begun or saved last.
 
     Raises:
         UserError: there is none.
     """
     if name == "latest":
-        marks = [*root.glob("**/checkpoints/last"), *([] if with_checkpoint else root.glob(f"**/{RUN_ID}"))]
-        if not marks:
+        saved = {run: _saved(run, with_checkpoint) for run in folders_with(CHECKPOINTS, root)}
+        newest = max(saved, key=lambda run: saved[run], default=None)
+        if not newest or not saved[newest]:
             what = "run with a checkpoint" if with_checkpoint else "run"
             raise UserError(f"latest: there is no {what} under {root}/; run experiments/pretrain.py first")
-        newest = max(marks, key=lambda mark: mark.lstat().st_mtime_ns)
-        return newest.parent if newest.name == RUN_ID else newest.parent.parent
+        return newest
     folder = Path(name)
     if folder.parent.name == CHECKPOINTS:
         folder = folder.parent.parent
-    if not step_folders(folder) and (with_checkpoint or not (folder / RUN_ID).exists()):
+    if not _saved(folder, with_checkpoint):
         raise UserError(f"{name} is not a run folder{' with a checkpoint' if with_checkpoint else ''}")
     return folder
+
+
+def _saved(run_dir: Path, with_checkpoint: bool) -> float:
+    """When a run was last saved, or begun, in seconds since the epoch; 0 if it was not."""
+    folders = [*step_folders(run_dir), *([] if with_checkpoint else step_folders(run_dir, "start"))]
+    return max(map(modified, folders), default=0.0)
+
+
+def folders_with(name: str, root: Path) -> Iterator[Path]:
+    """All folders below `root` that hold a file or folder of this name, also behind links. What lies below
+    such a folder is not looked at."""
+    seen = set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        if (here := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(here)
+        if name in folders or name in files:
+            folders.clear()
+            yield Path(place)

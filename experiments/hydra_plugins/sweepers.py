@@ -7,6 +7,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,18 +16,19 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sweeping.folder import claimed
 from sweeping.launchers import traits_of
 from sweeping.machine import divide_machine
+from sweeping.recorded import check_jobs
 from sweeping.running import Runner, Sweep, reason_of
 from sweeping.stopping import stoppable
 
 from llm.errors import UserError
 from llm.sweeps.jobs import read_jobs, read_record
 
-SET_BY_US = ("hydra.sweep.dir=", "hydra.mode=", "hydra.sweeper.resume=")
+SET_BY_US = ("hydra.sweep.dir=", "hydra.mode=")
 
 
 class RecordedSweeper(Sweeper):
@@ -79,15 +81,19 @@ class RecordedSweeper(Sweeper):
         overrides = self._parsed(arguments)
         jobs = self.plan(overrides)
         with claimed(self.config, self.resume) as folder:
-            hydra_overrides = self.config.hydra.overrides.hydra
-            sweep = Sweep(
-                folder,
-                script=self.config.hydra.job.name,
-                arguments=[each for each in hydra_overrides if not each.startswith(SET_BY_US)] + arguments,
-                varied=[key.lstrip("+") for key, each in overrides.items() if each.is_sweep_override()],
-                jobs=read_record(folder)["jobs"] if self.resume else jobs,
-                changes=[each for each in arguments if each.startswith("tracking")] if self.resume else [],
-            )
+            if self.resume:
+                sweep = self._recorded(folder, arguments)
+            else:
+                hydra_overrides = self.config.hydra.overrides.hydra
+                sweep = Sweep(
+                    folder,
+                    script=self.config.hydra.job.config_name,
+                    arguments=[each for each in hydra_overrides if not each.startswith(SET_BY_US)]
+                    + arguments,
+                    varied=[key.lstrip("+") for key, each in overrides.items() if each.is_sweep_override()],
+                    jobs=jobs,
+                )
+            self.total = max(self.total, len(sweep.jobs))
             try:
                 self._run(sweep)
                 status = 0
@@ -97,6 +103,13 @@ class RecordedSweeper(Sweeper):
                 status = 1
         if status:
             sys.exit(status)
+
+    def _recorded(self, folder: Path, arguments: list[str]) -> Sweep:
+        """The sweep in a folder, whose jobs get from here on what may be given again."""
+        record = read_record(folder)
+        given_again = check_jobs(record["jobs"], OmegaConf.get_type(self.config), folder)
+        free = ("tracking", *given_again)
+        return Sweep(folder, **record, changes=[each for each in arguments if each.startswith(free)])
 
     def _parsed(self, arguments: list[str]) -> dict[str, Override]:
         """The overrides of all jobs by their keys; of two for a key the last counts."""

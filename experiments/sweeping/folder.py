@@ -6,11 +6,13 @@ from itertools import count
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from sweeping.job import names_by_clock
 
 from llm.errors import UserError
-from llm.files import held
+from llm.files import held, write_text
 from llm.overrides import as_override
-from llm.sweeps.jobs import LOCK, RECORD
+from llm.run_folder import holds_run, refuse_links
+from llm.sweeps.jobs import LOCK
 
 
 @contextmanager
@@ -22,16 +24,17 @@ def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
         UserError: the folder that was asked for holds a sweep, or the one to resume is being run.
     """
     wanted = Path(config.hydra.sweep.dir)
-    was_named = any(each.startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
+    was_named = not names_by_clock(config.hydra.sweep)
     for number in count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        refuse_links(folder)
         with held(folder / LOCK) as ours:
             if resume and not ours:
                 raise UserError(f"{folder} is being run by another process: wait for it, or stop it")
-            if ours and (resume or not (folder / RECORD).exists()):
+            if ours and (resume or not holds_run(folder)):
                 with read_write(config.hydra), open_dict(config.hydra):
                     config.hydra.sweep.dir = str(folder)
-                OmegaConf.save(config, folder / "multirun.yaml")  # where Hydra's users look for it
+                write_text(folder / "multirun.yaml", OmegaConf.to_yaml(config))  # where Hydra's users look
                 yield folder
                 return
         if was_named:

@@ -1,18 +1,23 @@
 """What a run knows of the sweep that it is a job of."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from multiprocessing import current_process
 from pathlib import Path
+from typing import Any
 
 from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
-
-from llm.files import as_typed, remove
-from llm.run_folder import holds_run
-from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of, title_of
+from omegaconf import DictConfig, OmegaConf, read_write
 from sweeping.launchers import traits_of
 from sweeping.stopping import asked_to_stop, watched_sweep
+
+from llm.config import GenerateConfig, PretrainConfig
+from llm.files import as_typed, remove
+from llm.run_folder import claimed, holds_run, step_folders
+from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of, title_of
 
 
 @dataclass(frozen=True)
@@ -20,18 +25,50 @@ class Place:
     """Where a run stands."""
 
     run_dir: Path
-    sweep: Path | None  # the folder of the sweep that it is a job of
-    in_worker: bool  # in a process beside those of other jobs, which it must not take down
+    sweep: Path | None = None  # the folder of the sweep that it is a job of
+    in_worker: bool = False  # in a process beside those of other jobs, which it must not take down
+    is_made_up: bool = False  # the folder was named by the clock, not by the user
+
+    def remove_if_empty(self) -> None:
+        """Delete the folders of the day and so on, if a run that was refused was the first in them."""
+        if self.is_made_up:
+            with suppress(OSError):  # not empty
+                for folder in as_typed(self.run_dir).parents[:-1]:
+                    folder.rmdir()
 
 
 def place_of(hydra: HydraConf) -> Place:
     """Where the run stands that Hydra has composed."""
     run_dir = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
-        return Place(run_dir, None, False)
+        return Place(run_dir, is_made_up=names_by_clock(composed_config().hydra.run))
     # With one job at once, joblib needs no worker.
     in_worker = traits_of(hydra.launcher).side_by_side and current_process().name != "MainProcess"
     return Place(run_dir, run_dir.parent, in_worker)
+
+
+def composed_config() -> DictConfig:
+    """Hydra's own config, with what was typed as `${…}` as it is."""
+    config: Any = HydraConfig.instance().cfg
+    return config
+
+
+def names_by_clock(folder: DictConfig) -> bool:
+    """Whether `hydra.run.dir` or `hydra.sweep.dir` was made up from the time, as it is by default."""
+    as_typed: Any = OmegaConf.to_container(folder, resolve=False)
+    return "${now:" in as_typed["dir"]
+
+
+@contextmanager
+def claimed_place(place: Place, resumes: bool) -> Iterator[Place]:
+    """Hold the run's folder, see `claimed`; it may be one beside. A job's folder may hold what it left when
+    it was last begun."""
+    old = resumes or place.sweep is not None
+    with claimed(place.run_dir, old, beside=place.is_made_up and not old) as run_dir:
+        config = composed_config()
+        with read_write(config.hydra.runtime):
+            config.hydra.runtime.output_dir = str(run_dir)
+        yield replace(place, run_dir=run_dir)
 
 
 def is_called_off(place: Place) -> bool:
@@ -45,17 +82,23 @@ def is_called_off(place: Place) -> bool:
     return called_off
 
 
-def complete(config: DictConfig, place: Place, overrides: list[str]) -> None:
+def complete(config: Any, place: Place, overrides: list[str]) -> Any:
     """Fill in what follows from whether this is a job of a sweep, and of which."""
-    if place.sweep and "resume" in config and holds_run(place.run_dir):
+    if isinstance(config, PretrainConfig) and place.sweep and _can_resume(place.run_dir):
         config.resume = str(place.run_dir)  # the sweep is being resumed
-    if "study" in config and config.study is None:
+    if isinstance(config, GenerateConfig) and config.study is None:
         config.study = place.sweep is not None
-    if "tracking" in config:
+    if isinstance(config, PretrainConfig | GenerateConfig):
         if config.tracking.name is None:
-            config.tracking.name = _title(place.sweep, overrides).replace("${", r"\${") or "default"
+            config.tracking.name = _title(place.sweep, overrides) or "default"
         if config.tracking.group is None and place.sweep:
             config.tracking.group = str(as_typed(place.sweep))
+    return config
+
+
+def _can_resume(run_dir: Path) -> bool:
+    """Whether a job left what it can be resumed from; else it begins anew."""
+    return bool(step_folders(run_dir) or step_folders(run_dir, "start"))
 
 
 def _title(sweep: Path | None, overrides: list[str]) -> str:

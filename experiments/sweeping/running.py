@@ -9,17 +9,14 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra_errors import one_line
 from omegaconf.errors import OmegaConfBaseException
+from sweeping.launchers import Traits, deaths_as_results
+from sweeping.stopping import asked_to_stop
 
 from llm.errors import first_line
 from llm.files import modified
 from llm.overrides import quoted, split_override
 from llm.run_folder import mark_failed
 from llm.sweeps.jobs import DONE, RECORD, Job, state_since, write_record
-from sweeping.launchers import Traits, deaths_as_results
-from sweeping.stopping import asked_to_stop
-
-# A job's log goes only to its file: the terminal shows the sweep.
-QUIET = ["hydra.job_logging.root.handlers=[file]", "hydra.job_logging.loggers.error.handlers=[file]"]
 
 
 @dataclass
@@ -116,7 +113,7 @@ class Runner:
             # A process keeps the GPU of its first job, for CUDA reads this once.
             name = quoted(self.gpus[place % len(self.gpus)])
             gpu = [f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES={name}"]
-        return [*last_of_each_key.values(), *folder, *gpu, *QUIET]
+        return [*last_of_each_key.values(), *folder, *gpu]
 
     def _reason(self, outcome: Any) -> str:
         """Why a job has no result, in one line.

@@ -1,6 +1,8 @@
 """Our own checkpoints: a folder each, written whole, verified by checksums, loaded without running code.
 
     checkpoints/
+        start-00000000/     until the next checkpoint: the config that the run began or was resumed with
+            config.json, SHA256SUMS
         step-00000400/      all that is needed to continue; the last `checkpoint.keep` of them are kept
             model.safetensors           weights, under the book's names
             config.json                 the run's whole config, and the version of this format
@@ -24,6 +26,7 @@ import re
 import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from torch import Tensor
 from llm.checkpoints.weights import Weights
 from llm.config import PretrainConfig, from_dict, validate
 from llm.errors import UserError, first_line
-from llm.files import as_json, as_typed, replacing, sha256, write_text
+from llm.files import as_json, as_typed, remove, replacing, sha256
 from llm.run_folder import CHECKPOINT_NAME, CHECKPOINTS, RECORDS, RUN_ID, find_run, step_folders, steps_of
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
@@ -151,6 +154,36 @@ def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: Pr
     )
 
 
+def write_start(run_dir: Path, steps: int, config: PretrainConfig) -> None:
+    """Write the config that a run begins with, or is resumed with after `steps` updates. A run that is killed
+    before its next checkpoint, whose writing deletes this, is resumed with it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = run_dir / CHECKPOINTS / _name("start", steps)
+    for other in step_folders(run_dir, "start"):
+        if other != folder:
+            remove(other)
+    if damage(folder, (CONFIG,)) or read_config(folder) != config:
+        _write_folder(folder, tensors={}, values={CONFIG: _versioned(config)}, records={})
+
+
+def start_config(run_dir: Path, steps: int) -> PretrainConfig | None:
+    """What `write_start` wrote for a start after so many updates, if it did and it is whole."""
+    folder = run_dir / CHECKPOINTS / _name("start", steps)
+    return None if damage(folder, (CONFIG,)) else read_config(folder)
+
+
+def recorded_config(run_dir: Path) -> PretrainConfig | None:
+    """The config that a run was last begun or saved with, by its checksum; None if that cannot be read."""
+    for folder in (*step_folders(run_dir, "start"), *step_folders(run_dir)):
+        with suppress(UserError):
+            if damage(folder, (CONFIG,)) is None:
+                return read_config(folder)
+    return None
+
+
 def _versioned(config: PretrainConfig) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **asdict(config)}
 
@@ -205,7 +238,7 @@ def _write_folder(
     tensors: dict[str, dict[str, Tensor]],
     values: dict[str, Any],
     records: dict[Path, int],
-    link: str,
+    link: str | None = None,
 ) -> None:
     size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
     with replacing(folder, size + sum(records.values())) as temporary:
@@ -223,8 +256,9 @@ def _write_folder(
                 raise OSError(f"{name} was not read back as it was written: the disk or the memory is faulty")
         lines = [f"{checksum}  {name}\n" for name, checksum in checksums.items()]
         (temporary / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-    with replacing(folder.with_name(link)) as temporary:
-        temporary.symlink_to(folder.name)
+    if link:
+        with replacing(folder.with_name(link)) as temporary:
+            temporary.symlink_to(folder.name)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -412,16 +446,15 @@ def step_of(folder: Path) -> int | None:
 
 def run_id(run_dir: Path) -> str:
     """The id of the run in a folder, which is also its id in W&B: the one that an agent of a W&B sweep gave,
-    or 8 hexadecimal digits made at the first call. If the file is lost, the newest checkpoint still knows."""
+    or 8 hexadecimal digits made now. If RUN_ID is lost, the newest checkpoint still knows."""
     file = run_dir / RUN_ID
     if file.exists() and _ID.fullmatch(content := file.read_text("utf-8", "replace")):
         return content
     folders = [folder for folder in step_folders(run_dir) if not damage(folder)]
+    if folders:
+        return read_state(folders[0])["run_id"]
     given = os.environ.get("WANDB_RUN_ID", "")
-    new = given if _ID.fullmatch(given) else secrets.token_hex(4)
-    made = read_state(folders[0])["run_id"] if folders else new
-    write_text(file, made)
-    return made
+    return given if _ID.fullmatch(given) else secrets.token_hex(4)
 
 
 _ID = re.compile("[A-Za-z0-9_-]{1,64}")

@@ -5,64 +5,74 @@ import sys
 import time
 from collections.abc import Collection
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from llm.config import PretrainConfig, validate
 from llm.errors import UserError
 from llm.processes import follow, processes
-from llm.run_folder import claimed
+from llm.run_folder import claimed, find_run
 from llm.runtime import launched_processes
 from llm.training import console
 from llm.training.lifecycle import execute, status_after
 from llm.training.reruns import compare_rerun
-from llm.training.start import find_start, keys_unlike_default, run_folder
+from llm.training.start import find_start, keys_unlike_default
 from llm.training.summary import Summary
 
 
 def pretrain(
     config: PretrainConfig, run_dir: str | Path | None = None, given: Collection[str] | None = None
 ) -> Summary:
-    """Pretrain a GPT and leave all there is to know of it in `run_dir`.
+    """Pretrain a GPT and leave all there is to know of it in a folder.
 
     Args:
-        run_dir: where everything is written; without one, a new folder `outputs/pretrain/DATE/TIME`, or the
-            folder of the run that `config.resume` names.
+        run_dir: a folder that holds no run; without one, a new folder `outputs/pretrain/DATE/TIME`. With
+            `config.resume`, that run's folder is used.
         given: keys such as `model.n_layers` and groups such as `model` that were asked for by name. With
-            `config.init_from`, the weights must have them; the weights decide everything else. None: the keys
-            whose values are not the defaults.
+            `config.resume`, they replace what the run recorded, and with `config.init_from`, the weights must
+            have them; the record or the weights decide everything else. None: the keys whose values are not
+            the defaults.
 
     Raises:
-        UserError: a config value, the text, the disk or a loss that is not finite stopped the run. Its
-            summary then says `failed`, and why.
+        UserError: a config value, the text, the disk or a loss that is not finite stopped the run. If it had
+            begun, its summary says `failed`, and why; if not, the folder is as it was.
     """
     if given is None:
         given = keys_unlike_default(config)
+    if config.resume:
+        wanted = find_run(config.resume, with_checkpoint=False)
+    else:
+        wanted = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
+    with claimed(wanted, old=bool(config.resume), beside=run_dir is None) as folder:
+        return pretrain_in(folder, config, given)
+
+
+def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -> Summary:
+    """What `pretrain` does, in a folder that this process has claimed."""
     if launched := launched_processes():
         config = replace(config, runtime=replace(config.runtime, processes=launched))
     if not logging.getLogger().handlers:  # in a notebook; under Hydra the log is set up by now
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     begin = time.perf_counter()
-    run_dir = run_folder(config, run_dir)
-    with claimed(run_dir):
-        summary = Summary(run_dir=str(run_dir), seed=config.seed)
-        try:
-            validate(config)
-            start = find_start(config, run_dir, given)
-            validate(start.config)
-            summary.seed, summary.init_from = start.config.seed, start.config.init_from
-            with processes(start.config.runtime, execute, start, summary) as runtime:
-                run, recorder = execute(start, summary, runtime)
-        except BaseException as error:
-            summary.status = status_after(error)
-            summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            summary.total_seconds = time.perf_counter() - begin
-            if summary.device or not config.resume:  # a resumed run that did not start keeps its summary
-                summary.write(run_dir)
-        console.print_summary(summary, run, recorder.tracker.wandb_folder if recorder else None)
-        if start.rerun_of and summary.status == "finished":
-            compare_rerun(run_dir, start.rerun_of)
+    summary = Summary(run_dir=str(run_dir))
+    try:
+        validate(config)
+        start = find_start(config, run_dir, given)
+        validate(start.config)
+        summary.seed, summary.init_from = start.config.seed, start.config.init_from
+        with processes(start.config.runtime, execute, start, summary) as runtime:
+            run, recorder = execute(start, summary, runtime)
+    except BaseException as error:
+        summary.status = status_after(error)
+        summary.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        summary.total_seconds = time.perf_counter() - begin
+        if summary.device:  # it began
+            summary.write(run_dir)
+    console.print_summary(summary, run, recorder.tracker.wandb_folder if recorder else None)
+    if start.rerun_of and summary.status == "finished":
+        compare_rerun(run_dir, start.rerun_of)
     return summary
 
 

@@ -5,6 +5,7 @@ Nothing here needs the process that runs the sweep.
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -15,9 +16,9 @@ from omegaconf import OmegaConf
 from llm.errors import UserError
 from llm.files import is_held, modified, write_json
 from llm.overrides import split_override
-from llm.run_folder import SUMMARY, is_claimed, read_summary
+from llm.run_folder import SUMMARY, SWEEP, folders_with, is_claimed, read_summary
 
-RECORD = "sweep.json"  # see write_record
+RECORD = SWEEP  # see write_record
 LOCK = ".sweep.lock"  # held by the process that runs the sweep
 STOP = ".stop"  # there once a sweep whose jobs run side by side was asked to stop
 NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not change what a job does
@@ -190,18 +191,24 @@ def order(value: str) -> tuple[bool, float, str]:
 # The record
 
 
-def find_sweep(name: str, root: Path = Path("outputs")) -> Path:
+def find_sweep(name: str, script: str | None = None, root: Path = Path("outputs")) -> Path:
     """The folder of a sweep, named by its path, or by `latest`: the one under `root` that was begun last.
+
+    Args:
+        script: that `latest` was begun by.
 
     Raises:
         UserError: there is none.
     """
     if name != "latest":
         return Path(name)
-    records = list(root.glob(f"*/sweeps/*/*/{RECORD}"))
-    if not records:
-        raise UserError(f"latest: there is no sweep under {root}/; begin one with -m")
-    return max(records, key=modified).parent
+    records = [folder / RECORD for folder in folders_with(RECORD, root)]
+    for record in sorted(records, key=modified, reverse=True):
+        with suppress(UserError):
+            if script in (None, read_record(record.parent)["script"]):
+                return record.parent
+    begun = f"by experiments/{script}.py " if script else ""
+    raise UserError(f"latest: there is no sweep begun {begun}under {root}/; begin one with -m")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

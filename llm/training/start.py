@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,22 @@ from llm.checkpoints.checkpoint import (
     read_config,
     read_weights,
     run_id,
+    start_config,
+    write_start,
 )
 from llm.checkpoints.opening import open_weights
 from llm.checkpoints.weights import Weights
-from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences
+from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.errors import UserError
-from llm.files import remove, remove_leftovers, replacing
+from llm.files import remove, remove_leftovers, replacing, write_text
 from llm.run_folder import (
     CHECKPOINTS,
     RECORDS,
+    RUN_ID,
     find_run,
     read_summary,
-    refuse_to_overwrite,
     step_folders,
+    steps_of,
 )
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,11 @@ class Start:
         """Other processes of the run get all but the weights, which each reads for itself."""
         return {**self.__dict__, "weights": None}
 
+    @property
+    def steps(self) -> int:
+        """Updates behind it."""
+        return steps_of(self.checkpoint) if self.checkpoint else 0
+
     def take_weights(self) -> Weights | None:
         """The weights to begin with, if any; handed over, so that they are not kept beside the model's."""
         weights, self.weights = self.weights, None
@@ -65,19 +72,6 @@ class Start:
         if weights is None and self.config.init_from:
             return open_weights(self.config.init_from)
         return weights
-
-
-def run_folder(config: PretrainConfig, run_dir: str | Path | None) -> Path:
-    """The folder that a run writes to: that of the run to resume, or one that holds no run yet.
-
-    Raises:
-        UserError: there is no such run, or the folder holds one.
-    """
-    if config.resume:
-        return find_run(config.resume, with_checkpoint=False)
-    run_dir = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    refuse_to_overwrite(run_dir)
-    return run_dir
 
 
 def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) -> Start:
@@ -94,7 +88,7 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
     identity = run_id(run_dir)
     if config.rerun:
         rerun_of = find_run(config.rerun)
-        return Start(recorded_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
+        return Start(repeated_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
     if config.init_from:
         weights = open_weights(config.init_from)
         config = with_weights(config, weights.model, weights.tokenizer, weights.origin, given)
@@ -103,22 +97,26 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
 
 
 def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
+    """The config is the one recorded, with what is given now."""
     identity, checkpoint = run_id(run_dir), None
     if Path(name).parent.name == CHECKPOINTS:
         checkpoint = Path(name).resolve()
         if problem := damage(checkpoint, STEP_FILES):
             raise UserError(f"resume={name} cannot be resumed: {problem}")
+        if checkpoint not in map(Path.resolve, step_folders(run_dir)):
+            raise UserError(f"resume={name}: it does not have the name of a checkpoint, as step-00000100")
     elif step_folders(run_dir):
         checkpoint = newest_whole(run_dir, STEP_FILES, identity)
     if checkpoint is None:
-        log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
-        return find_start(replace(config, resume=None), run_dir, given)
+        return _begin_again(config, name, run_dir, given)
     recorded = read_config(checkpoint)
-    if config.rerun:
-        config = replace(recorded, resume=config.resume, tracking=config.tracking)
-    if config.init_from:  # what the model is came from the weights
-        config = with_weights(config, recorded.model, recorded.tokenizer.name, name, given)
-    changes = differences(recorded, config)
+    wanted = with_given(start_config(run_dir, steps_of(checkpoint)) or recorded, config, given)
+    wanted = replace(wanted, resume=config.resume, rerun=recorded.rerun)
+    if wanted.rerun:
+        wanted = replace(recorded, resume=config.resume, tracking=wanted.tracking)
+    if wanted.init_from:  # what the model is came from the weights
+        wanted = with_weights(wanted, recorded.model, recorded.tokenizer.name, name, given)
+    changes = differences(recorded, wanted)
     changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun")}
     refused = [key for key in changes if key.startswith(FIXED) and key not in FREE_DATA_KEYS]
     if refused:
@@ -128,17 +126,31 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
             f"its weights with init_from={name}"
         )
     return Start(
-        config,
+        wanted,
         run_dir,
         identity,
         checkpoint,
         was_finished=read_summary(run_dir).get("status") == "finished",
         changes=changes,
-        rerun_of=Path(config.rerun) if config.rerun else None,
+        rerun_of=find_run(wanted.rerun) if wanted.rerun else None,
     )
 
 
-def recorded_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
+def _begin_again(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
+    """Begin a run that has no checkpoint yet with the config that it was begun with."""
+    recorded = start_config(run_dir, 0)
+    if recorded is None:
+        raise UserError(
+            f"resume={name}: there is no checkpoint, and no record of the config that is whole: "
+            f"delete {run_dir}, and begin the run again"
+        )
+    log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
+    wanted = replace(with_given(recorded, config, given), resume=None)
+    # The record has the sizes and the tokenizer of given weights; those are to be the same again.
+    return find_start(wanted, run_dir, {*given, "model", "tokenizer.name"})
+
+
+def repeated_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
     """The config that a run was trained with, to train with it again. Tracking is as asked for now, and the
     text may lie elsewhere now."""
     recorded = read_config(newest_whole(run_dir, STEP_FILES))
@@ -196,7 +208,8 @@ def keys_unlike_default(config: PretrainConfig) -> set[str]:
 
 
 def rewind(start: Start) -> None:
-    """Let a run folder hold what it held at the checkpoint to continue from, or nothing if there is none."""
+    """Let a run folder hold what it held at the checkpoint to continue from, or nothing if there is none; and
+    record with which config it continues."""
     for folder in (start.run_dir, start.run_dir / CHECKPOINTS):
         remove_leftovers(folder)
     for name in RECORDS:
@@ -206,3 +219,5 @@ def rewind(start: Start) -> None:
                 temporary.write_bytes(content)
         else:
             remove(path)
+    write_text(start.run_dir / RUN_ID, start.run_id)
+    write_start(start.run_dir, start.steps, start.config)

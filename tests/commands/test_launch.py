@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arguments import CommandLine, only_shows, rewritten
+from arguments import only_shows, rewritten
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch import Interrupted, Invocation, launch
-from omegaconf import OmegaConf
 
-from llm.config import EvaluateConfig, PretrainConfig
+from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig
 from llm.errors import UserError
 from llm.overrides import as_command, as_override
-from llm.run_folder import RUN_ID
 
 BOOK_GROUPS = {"model", "data", "optimizer", "schedule", "sampling", "runtime"}
 
@@ -114,48 +112,37 @@ def test_what_becomes_of_work_without_a_result(
         assert ended.value.code == status
 
 
-def test_a_resumed_run_is_what_it_was_with_what_is_given_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = Path("outputs") / "it's 7 o'clock"
-    (run / ".hydra").mkdir(parents=True)
-    (run / RUN_ID).write_text("x", "utf-8")
-    record = run / ".hydra" / "overrides.yaml"
-    OmegaConf.save(OmegaConf.create(["seed=1", "experiment=sweep_lr", "training.max_steps=3"]), record)
-    expected = [
-        "seed=1",
-        "experiment=sweep_lr",
-        "training.max_steps=5",
-        r"resume='outputs/it\'s 7 o\'clock'",
-        r"hydra.run.dir='outputs/it\'s 7 o\'clock'",
-        "hydra.mode=RUN",
-    ]
-    for resume in ("resume=latest", as_override("resume", run)):
-        command = rewritten([resume, "--cfg", "job", "training.max_steps=5"], "pretrain")
-        assert command == CommandLine(["--cfg", "job", *expected], {record: record.read_text("utf-8")})
-    with pytest.raises(UserError, match="remove -m"):
-        rewritten(["-m", "resume=latest"], "pretrain")
-    with pytest.raises(UserError, match=r"rerun repeats a run as it was: remove seed=1,"):
-        rewritten(["rerun=latest", "seed=1"], "pretrain")
+def test_flags_may_stand_anywhere() -> None:
+    arguments = ["~experiment", "seed=1", "-m", "seed=2", "--config-dir", "conf", "+model=tiny"]
+    expected = ["-m", "--config-dir", "conf", "~experiment", "seed=2", "+model=tiny"]
+    assert rewritten(arguments, "pretrain", PretrainConfig) == expected
 
 
 def test_flags_of_hydra() -> None:
     assert only_shows(["seed=1", "--cfg=job"])
     assert not only_shows(["-m", "samples.prompt=--help"])
     with pytest.raises(UserError, match="show one config"):
-        rewritten(["-m", "--cfg", "job"], "pretrain")
+        rewritten(["-m", "--cfg", "job"], "pretrain", PretrainConfig)
 
 
 def test_texts_for_people_need_no_quotes() -> None:
-    texts = ["prompt=Hello, [world]", "prompt='a, b'", "prompt=null", "text=it's $5 for ${you}\\"]
-    assert rewritten(texts, "generate").arguments == [
-        "prompt='Hello, [world]'",
-        "prompt='a, b'",
-        "prompt=null",
-        r"text='it\'s $5 for \${you}\\'",
-    ]
-    assert rewritten(["-m", "prompt=a,b"], "generate").arguments == ["-m", "prompt=a,b"]
+    for text, as_hydra_reads_it in (
+        ("prompt=Hello, [world]", "prompt='Hello, [world]'"),
+        ("prompt='a, b'", "prompt='a, b'"),
+        ("prompt='Tis the season", r"prompt='\'Tis the season'"),
+        ("prompt=it's $5 for ${you}\\", r"prompt='it\'s $5 for \${you}\\'"),
+        ("prompt_file=null", "prompt_file=null"),
+        ("prompt_file=été, 1=a.txt", "prompt_file='été, 1=a.txt'"),
+        ("checkpoint=${oc.env:HOME}/run", "checkpoint='${oc.env:HOME}/run'"),
+        ("tracking.name=Größe", "tracking.name='Größe'"),
+        ("hydra.run.dir=out/it's ${seed}", r"hydra.run.dir='out/it\'s ${seed}'"),
+        ("hydra.run.dir=out/a,b", "hydra.run.dir='out/a,b'"),
+        ("seed=1,2", "seed=1,2"),
+    ):
+        assert rewritten([text], "generate", GenerateConfig) == [as_hydra_reads_it]
+    several = ["-m", "checkpoint=a,été.pth"]
+    assert rewritten(several, "generate", GenerateConfig) == ["-m", "checkpoint=a,'été.pth'"]
+    assert rewritten(["-m", "prompt=a,b"], "generate", GenerateConfig) == ["-m", "prompt=a,b"]
 
 
 @pytest.mark.parametrize("folder", ["outputs/run", "a b", "it's", "2026", "a,b", "a\\'b\\"])

@@ -45,8 +45,9 @@ def test_what_cannot_change_is_refused_by_name(tmp_path: Path, values: dict[str,
     pretrain(config, tmp_path / "run")
     summary = (tmp_path / "run" / "summary.json").read_text()
     before = outcome(tmp_path / "run")
+    again = changed(config, resume=str(tmp_path / "run"), training__max_steps=4, **values)
     with pytest.raises(UserError) as error:
-        pretrain(changed(config, resume=str(tmp_path / "run"), training__max_steps=4, **values))
+        pretrain(again, given={"training.max_steps", *(key.replace("__", ".") for key in values)})
     assert line in str(error.value)
     assert "init_from=" in str(error.value)
     assert (tmp_path / "run" / "summary.json").read_text() == summary
@@ -108,7 +109,7 @@ def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
     pretrain(config, tmp_path / "run")
     with (tmp_path / "run" / ".run.lock").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process that trains there
-        with pytest.raises(UserError, match="is being trained by another process"):
+        with pytest.raises(UserError, match="is being written by another process"):
             pretrain(changed(config, resume=str(tmp_path / "run"), training__max_steps=4))
     with pytest.raises(UserError, match="already holds a run: continue it with resume="):
         pretrain(config, tmp_path / "run")

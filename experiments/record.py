@@ -1,0 +1,48 @@
+"""What the launcher leaves in a run's folder: the composed config, the overrides and the log.
+
+Hydra would write these before anybody knows whether the folder is free. It is told not to, and this is done
+once the folder is claimed. `.hydra/` is for people: a run is resumed from its checkpoints.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from omegaconf import DictConfig, OmegaConf
+from sweeping.job import Place, composed_config
+
+from llm.files import write_text
+
+error_log = logging.getLogger("error")  # what ended a run: to its log only
+error_log.propagate = False
+error_log.addHandler(logging.NullHandler())  # without one, logging would print it
+
+
+def write_record(config: DictConfig, place: Place) -> None:
+    """Write `.hydra/` as Hydra does: interpolations stay as they were typed."""
+    hydra_config = composed_config()
+    folder = place.run_dir / ".hydra"
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    write_text(folder / "hydra.yaml", OmegaConf.to_yaml(hydra_config))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(hydra_config.hydra.overrides.task))
+
+
+@contextmanager
+def logged(place: Place, script: str | None) -> Iterator[None]:
+    """Keep the log in the run's folder. A job's goes nowhere else: the terminal shows the sweep."""
+    file = logging.FileHandler(place.run_dir / f"{script}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    shown = list(root.handlers)
+    if place.sweep:
+        root.handlers.clear()
+    error_log.disabled = False  # as hydra/job_logging=disabled makes it
+    for logger in (root, error_log):
+        logger.addHandler(file)
+    try:
+        yield
+    finally:
+        for logger in (root, error_log):
+            logger.removeHandler(file)
+        file.close()
+        root.handlers[:] = shown

@@ -1,0 +1,101 @@
+"""What a sweep's record may decide when the sweep is resumed.
+
+The folder may come from somebody else, and Hydra's settings can start any program: a launcher, a logger, the
+environment of a job. So of a record only the keys of the script's own config count, and of Hydra's settings
+the few that are named here.
+"""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+
+from llm.errors import UserError
+from llm.sweeps.jobs import RECORD
+
+CONF = Path(__file__).parents[2] / "conf"
+CHOICES = {"hydra/sweeper": ("grid", "optuna"), "hydra/launcher": ("basic", "joblib")}
+COUNTS = (
+    *(
+        f"hydra.sweeper.{name}"
+        for name in ("max_batch_size", "n_trials", "n_jobs", "n_startup_trials", "seed")
+    ),
+    "hydra.launcher.n_jobs",
+)
+RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # as ${oc.env:KEY}, unless a backslash makes it text
+OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a config group
+
+
+def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str], list[str]]:
+    """
+    Args:
+        overrides: recorded in `folder`.
+        schema: of the script's config.
+
+    Returns:
+        The overrides that may be given to Hydra, and the keys of others, which have to be given again:
+        Hydra's own, and those whose value is for a resolver to find.
+
+    Raises:
+        UserError: an override is neither Hydra's nor the script's.
+    """
+    keys, groups = set(_keys(schema)), {each.name for each in CONF.iterdir() if each.is_dir()}
+    fitting, ignored = [], []
+    for text in overrides:
+        parsed = _parsed(text, folder)
+        key, value = parsed.key_or_group, parsed.value()
+        if key.startswith("hydra"):
+            if value in CHOICES.get(key, ()) or (key in COUNTS and type(value) is int):
+                fitting.append(f"{key}={value}")
+            else:
+                ignored.append(key)
+        elif RESOLVER.search(text) and key in keys - groups:
+            ignored.append(key)
+        elif parsed.is_delete() or not (_is_option(value) if key in groups else key in keys):
+            raise UserError(f"{folder / RECORD}: {text!r} is nothing that a sweep of this script sets")
+        else:
+            fitting.append(text)
+    return fitting, ignored
+
+
+def check_jobs(jobs: list[list[str]], schema: Any, folder: Path) -> set[str]:
+    """The keys of recorded jobs that have to be given again.
+
+    Raises:
+        UserError: an override is not the script's.
+    """
+    given_again = set()
+    for job in jobs:
+        _, others = harmless(job, schema, folder)
+        if hydras := [key for key in others if key.startswith("hydra")]:
+            raise UserError(f"{folder / RECORD}: a job sets {hydras[0]}, which only a command line may")
+        given_again.update(others)
+    return given_again
+
+
+def _parsed(text: str, folder: Path) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(f"{folder / RECORD} is damaged: {text!r} is not an override") from error
+
+
+def _is_option(value: Any) -> bool:
+    if isinstance(value, ChoiceSweep):
+        value = value.list
+    values = value if isinstance(value, list) else [value]
+    return all(each is None or OPTION.fullmatch(str(each)) for each in values)
+
+
+def _keys(schema: Any, prefix: str = "") -> list[str]:
+    """The dotted names of a schema's keys, those of its groups among them."""
+    names = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        if is_dataclass(item.type):
+            names += _keys(item.type, f"{prefix}{item.name}.")
+    return names
