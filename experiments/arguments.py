@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from sweeping.recorded import harmless
+from sweeping.recorded import check_jobs, harmless
 
 from llm.errors import UserError
 from llm.overrides import quoted
@@ -160,12 +160,13 @@ def _resumed_sweep(flags: list[str], overrides: dict[str, str], script: str, sch
         raise UserError(
             f"{folder} was begun by experiments/{record['script']}.py: resume it with that script"
         )
-    recorded, left_open = harmless(record["arguments"], schema, folder)
+    recorded, ignored = harmless(record["arguments"], schema, folder)
+    left_open = {*ignored, *check_jobs(record["jobs"], schema, folder)}
     if others := [
         each for key, each in overrides.items() if not key.startswith(("hydra", "tracking", *left_open))
     ]:
         raise UserError(f"sweep.resume continues a sweep as it was begun: remove {' '.join(others)}")
-    missing = [key for key in left_open if key not in overrides]
+    missing = sorted(left_open - set(overrides))
     if own := [key for key in missing if not key.startswith("hydra")]:
         raise UserError(
             f"{folder} was begun with {own[0]} from outside its config: give {own[0]}=VALUE again"

@@ -23,7 +23,7 @@ from hydra_errors import is_users, one_line, refuse_unknown_keys
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from record import error_log, logged, write_record
-from sweeping.job import Place, claimed_place, complete, is_called_off, place_of
+from sweeping.job import Place, claimed_place, complete, composed_config, is_called_off, place_of, unresolved
 from sweeping.launchers import configure_slurm
 from sweeping.stopping import watched_sweep
 
@@ -82,7 +82,7 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
     Hydra itself writes nothing: the folder is claimed first; see conf/common.yaml and record.py.
     """
     hydra_config = HydraConfig.get()
-    place, overrides = place_of(hydra_config), list(hydra_config.overrides.task)
+    place, overrides = place_of(hydra_config), unresolved(composed_config().hydra.overrides.task)
     if is_called_off(place):
         return math.nan
     with ExitStack() as stack:

@@ -19,6 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sweeping.folder import claimed
+from sweeping.job import unresolved
 from sweeping.launchers import traits_of
 from sweeping.machine import divide_machine
 from sweeping.recorded import check_jobs
@@ -84,7 +85,7 @@ class RecordedSweeper(Sweeper):
             if self.resume:
                 sweep = self._recorded(folder, arguments)
             else:
-                hydra_overrides = self.config.hydra.overrides.hydra
+                hydra_overrides = unresolved(self.config.hydra.overrides.hydra)
                 sweep = Sweep(
                     folder,
                     script=self.config.hydra.job.config_name,

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from sweeping.launchers import traits_of
 from sweeping.stopping import asked_to_stop, watched_sweep
 
@@ -53,10 +53,14 @@ def composed_config() -> DictConfig:
     return config
 
 
+def unresolved(config: DictConfig | ListConfig) -> Any:
+    """A part of a config as it was typed: `${…}` stays text."""
+    return OmegaConf.to_container(config, resolve=False)
+
+
 def names_by_clock(folder: DictConfig) -> bool:
     """Whether `hydra.run.dir` or `hydra.sweep.dir` was made up from the time, as it is by default."""
-    as_typed: Any = OmegaConf.to_container(folder, resolve=False)
-    return "${now:" in as_typed["dir"]
+    return "${now:" in unresolved(folder)["dir"]
 
 
 @contextmanager

@@ -70,10 +70,11 @@ def check_jobs(jobs: list[list[str]], schema: Any, folder: Path) -> set[str]:
     """
     given_again = set()
     for job in jobs:
-        _, others = harmless(job, schema, folder)
-        if hydras := [key for key in others if key.startswith("hydra")]:
-            raise UserError(f"{folder / RECORD}: a job sets {hydras[0]}, which only a command line may")
+        fitting, others = harmless(job, schema, folder)
         given_again.update(others)
+        for key in (*others, *(each.partition("=")[0] for each in fitting)):
+            if key.startswith("hydra"):
+                raise UserError(f"{folder / RECORD}: a job sets {key}, which only a command line may")
     return given_again
 
 
