@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
+from io import StringIO
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
-from sweeping.recorded import check_jobs, harmless
+from sweeping.recorded import CONF, check_jobs, harmless
 
 from llm.errors import UserError
 from llm.overrides import quoted
@@ -37,6 +41,7 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
     texts = {*_text_keys(schema), *FOLDERS}
     arguments = [_with_quotes(each, texts, sweeps) if _is_override(each) else each for each in arguments]
     flags, overrides = _flags(arguments), _by_key(arguments)
+    _refuse_what_hydra_would_not_say_in_a_line(flags, overrides)
     if "hydra.output_subdir" in overrides:
         raise UserError("hydra.output_subdir: the record of a run is always in its folder .hydra; remove it")
     if "sweep.resume" in overrides:
@@ -50,6 +55,29 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
             )
         overrides |= _resumed_run(overrides)
     return [*flags, *overrides.values()]  # argparse, which Hydra uses, wants them in this order
+
+
+def _refuse_what_hydra_would_not_say_in_a_line(flags: list[str], overrides: dict[str, str]) -> None:
+    """
+    Raises:
+        UserError: a flag is unknown, or a group gets something else than the name of an option.
+    """
+    parser = get_args_parser()
+    try:
+        with redirect_stderr(StringIO()) as said:
+            parser.parse_args([*flags, *overrides.values()])
+    except SystemExit as ended:
+        if ended.code:
+            reason = said.getvalue().strip().rpartition("error: ")[2]
+            raise UserError(f"{reason}; --help shows what can be given") from None
+    for key, override in overrides.items():
+        if not key:
+            raise UserError(f"{override}: give KEY=VALUE")
+        if (CONF / key).is_dir():
+            value = OverridesParser.create().parse_override(override).value()
+            if not isinstance(value, str | list | Sweep) and override[0] != "~":
+                options = ", ".join(sorted(file.stem for file in (CONF / key).glob("*.yaml")))
+                raise UserError(f"{override}: choose one of {options}")
 
 
 def only_shows(arguments: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
             f"the disk is full ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
         )
     if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
-        return _no_such_key(unknown[1], _keys_of(schema, unknown[1].rpartition(".")[0]))
+        return _no_such_key(unknown[1], schema)
     if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
         extra = missing[1]
         return f"hydra/launcher={extra} needs a plugin: pip install -c constraints.txt -e '.[{extra}]'"
@@ -54,27 +55,32 @@ def _lines(error: BaseException) -> list[str]:
     return [line for line in stripped if line not in ("", "None") and not line.startswith(NOISE)]
 
 
-def refuse_unknown_keys(config: Any, schema: Any, prefix: str = "") -> None:
+def refuse_unknown_keys(config: Any, schema: Any) -> None:
     """
     Raises:
         UserError: the config has a key that nobody reads; `+new.key=1` lets Hydra add any.
     """
+    if unknown := next(_unknown_keys(config, schema), None):
+        raise UserError(_no_such_key(unknown, schema))
+
+
+def _unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     known = {item.name: item.type for item in fields(schema)}
     for name in config:
         if name not in known:
-            raise UserError(_no_such_key(prefix + name, [item.name for item in fields(schema)]))
-        if is_dataclass(known[name]):
-            refuse_unknown_keys(config[name], known[name], f"{prefix}{name}.")
+            yield f"{prefix}{name}"
+        elif is_dataclass(known[name]):
+            yield from _unknown_keys(config[name], known[name], f"{prefix}{name}.")
 
 
-def _no_such_key(key: str, known: list[str]) -> str:
-    parent = key.rpartition(".")[0]
-    return f"{key}: there is no such key; {parent or 'the config'} has {', '.join(known)}"
-
-
-def _keys_of(schema: type, path: str) -> list[str]:
-    """Names of the keys under a dotted path of a schema."""
-    place: Any = schema
-    for name in filter(None, path.split(".")):
-        place = next((item.type for item in fields(place) if item.name == name), place)
-    return [item.name for item in fields(place)]
+def _no_such_key(key: str, schema: Any) -> str:
+    """Says too which keys there are in the group that it would be in."""
+    if key.startswith("hydra."):
+        return f"{key}: there is no such key; --cfg hydra shows Hydra's own; +{key}=VALUE adds one"
+    group = ""
+    for name in key.split("."):
+        types: dict[str, Any] = {item.name: item.type for item in fields(schema)}
+        if not is_dataclass(types.get(name)):
+            break
+        group, schema = f"{group}.{name}".lstrip("."), types[name]
+    return f"{key}: there is no such key; {group or 'the config'} has {', '.join(types)}"

@@ -115,6 +115,8 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
 
 def _end_without_result(error: BaseException, place: Place) -> float:
     """Say why there is none: in a line, in the exit status, or to the sweep."""
+    if isinstance(error, OmegaConfBaseException):  # a ${…} that leads nowhere
+        error = UserError(one_line(error))
     match error:
         case UserError():
             error_log.error("error: %s", error)

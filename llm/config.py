@@ -325,6 +325,8 @@ def validate(config: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             validate(value, f"{name}.")
             continue
+        if value == "" and item.type == (str | None):
+            raise UserError(f"{name} is empty: give a value, or null ({item.metadata['meaning']})")
         for element in value if isinstance(value, list) else [value]:
             _check_range(name, element, item.metadata)
     match config:

@@ -25,6 +25,11 @@ def quoted(text: str) -> str:
     return f"'{escaped}'".replace("${", r"\${")
 
 
+def as_argument(key: str, value: object) -> str:
+    """The same as it is typed in a shell."""
+    return shlex.quote(as_override(key, value))
+
+
 def as_command(script: str, *arguments: str) -> str:
     """A line to paste into a shell that runs `experiments/SCRIPT.py`."""
     return shlex.join(["python", f"experiments/{script}.py", *arguments])

@@ -4,20 +4,21 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
 from llm.files import as_typed, held, is_held, modified, remove, write_json
-from llm.overrides import as_override
+from llm.overrides import as_argument
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")  # the files that grow line by line
 SUMMARY = "summary.json"
 RUN_ID = "run-id.txt"
 LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, so that the lock holds
 CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
+AT_FIRST = (".hydra", LOCK, CHECKPOINTS, RUN_ID, "wandb")  # and a log: what there is before the first update
 LINKS = ("last", "best")  # in it
 SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
 CHECKPOINT_NAME = re.compile(r"(start|step|best)-\d{8,}")
@@ -43,7 +44,7 @@ def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[
     """
     for number in count(1):
         folder = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-{number}")
-        is_new = not folder.exists() or not any(folder.iterdir())
+        before = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if old:
             refuse_links(folder)
         with held(folder / LOCK) as ours:
@@ -51,15 +52,25 @@ def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[
                 try:
                     yield folder
                 except (UserError, KeyboardInterrupt, SystemExit):
-                    if is_new and not any((folder / name).exists() for name in (*RECORDS, SUMMARY)):
-                        remove(folder)
+                    if not any((folder / name).exists() for name in (*RECORDS, SUMMARY)):
+                        _remove_what_is_new(folder, before)
                     raise
                 finally:
-                    if is_new and [path.name for path in folder.glob("*")] == [LOCK]:
-                        remove(folder)
+                    if {path.name for path in folder.glob("*")} == {LOCK}:
+                        _remove_what_is_new(folder, before)
                 return
         if not beside:
             raise UserError(_taken(folder, ours))
+
+
+def _remove_what_is_new(folder: Path, before: set[str]) -> None:
+    """Take back what a run writes before it begins."""
+    for path in folder.iterdir():
+        if path.name not in before and (path.name in AT_FIRST or path.suffix == ".log"):
+            remove(path)
+    if not before:
+        with suppress(OSError):  # somebody else writes there too
+            folder.rmdir()
 
 
 def _taken(folder: Path, is_free: bool) -> str:
@@ -67,7 +78,7 @@ def _taken(folder: Path, is_free: bool) -> str:
     if not is_free:
         return f"{folder} is being written by another process: wait for it, or stop it"
     return (
-        f"{folder} already holds a run: continue it with {as_override('resume', folder)}, or write to "
+        f"{folder} already holds a run: continue it with {as_argument('resume', folder)}, or write to "
         f"another folder (hydra.run.dir=FOLDER)"
     )
 
@@ -142,6 +153,8 @@ def find_run(name: str, root: Path = Path("outputs"), with_checkpoint: bool = Tr
             what = "run with a checkpoint" if with_checkpoint else "run"
             raise UserError(f"latest: there is no {what} under {root}/; run experiments/pretrain.py first")
         return newest
+    if not name:
+        raise UserError("an empty name is no run: give its folder, or latest")
     folder = Path(name)
     if folder.parent.name == CHECKPOINTS:
         folder = folder.parent.parent

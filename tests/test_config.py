@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from llm.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, PretrainConfig, from_dict, validate
@@ -42,11 +43,16 @@ def test_python_and_yaml_have_the_same_defaults(name: str) -> None:
     "path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}"
 )
 def test_every_choice_composes_and_is_valid(path: Path) -> None:
-    override = f"{'+' if path.parent.name == 'experiment' else ''}{path.parent.name}={path.stem}".lstrip("+")
     extra = ["data.path=x"] if path.stem == "text" else []
-    config = composed("pretrain", override, *extra)
+    script = "generate" if path.stem == "sweep_sampling" else "pretrain"
+    config = composed(script, f"{path.parent.name}={path.stem}", *extra)
     validate(config)
-    assert from_dict(PretrainConfig, asdict(config)) == config
+    assert from_dict(type(config), asdict(config)) == config
+
+
+def test_an_experiment_for_another_script_is_refused() -> None:
+    with pytest.raises(ConfigCompositionException, match="Key 'study' not in 'PretrainConfig'"):
+        composed("pretrain", "experiment=sweep_sampling")
 
 
 @pytest.mark.parametrize(

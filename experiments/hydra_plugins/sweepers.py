@@ -140,7 +140,7 @@ class RecordedSweeper(Sweeper):
         """Why Hydra does not take a job's overrides, if it does not."""
         try:
             self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # of model=null, the last
             return error
         return None
 

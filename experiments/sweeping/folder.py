@@ -10,7 +10,7 @@ from sweeping.job import names_by_clock
 
 from llm.errors import UserError
 from llm.files import held, write_text
-from llm.overrides import as_override
+from llm.overrides import as_argument
 from llm.run_folder import holds_run, refuse_links
 from llm.sweeps.jobs import LOCK
 
@@ -39,6 +39,6 @@ def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
                 return
         if was_named:
             raise UserError(
-                f"{folder} holds a sweep already: continue it with -m {as_override('sweep.resume', folder)}, "
+                f"{folder} holds a sweep already: continue it with -m {as_argument('sweep.resume', folder)}, "
                 f"or write to another folder (hydra.sweep.dir=FOLDER)"
             )

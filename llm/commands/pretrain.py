@@ -43,7 +43,8 @@ def pretrain(
         wanted = find_run(config.resume, with_checkpoint=False)
     else:
         wanted = Path(run_dir or f"outputs/pretrain/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    with claimed(wanted, old=bool(config.resume), beside=run_dir is None) as folder:
+    old = bool(config.resume)
+    with claimed(wanted, old, beside=run_dir is None and not old) as folder:
         return pretrain_in(folder, config, given)
 
 

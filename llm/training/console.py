@@ -8,7 +8,7 @@ import torch
 from llm.config import PretrainConfig
 from llm.device import device_name
 from llm.model.gpt import GPTModel, parameter_count
-from llm.overrides import as_command, as_override
+from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run_folder import step_folders, steps_of
 from llm.tracking import sync_command
@@ -103,7 +103,8 @@ def not_finite(run: Run, error: NotFinite) -> str:
     # The weights at that step are what gave the bad loss: a checkpoint of them is no good either.
     good = [folder for folder in step_folders(run.run_dir) if steps_of(folder) < first]
     found = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
-    how = f"continue with resume={good[0]} optimizer.lr=…" if good else "start anew with a lower optimizer.lr"
+    resume = f"continue with {as_argument('resume', good[0])} optimizer.lr=…" if good else None
+    how = resume or "start anew with a lower optimizer.lr"
     return f"{error}; {found}; {how}, or set training.grad_clip, or training.max_skipped to skip such updates"
 
 

@@ -21,6 +21,7 @@ from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.errors import UserError
 from llm.files import remove, remove_leftovers, replacing, write_text
+from llm.overrides import as_argument
 from llm.run_folder import (
     CHECKPOINTS,
     RECORDS,
@@ -123,7 +124,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
         listed = ", ".join(f"{key}={changes[key][1]} (it is {changes[key][0]})" for key in refused)
         raise UserError(
             f"resume={name}: {listed} cannot change within a run; leave it as it is, or start a new run from "
-            f"its weights with init_from={name}"
+            f"its weights with {as_argument('init_from', name)}"
         )
     return Start(
         wanted,

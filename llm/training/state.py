@@ -14,6 +14,7 @@ from llm.checkpoints.checkpoint import Snapshot, TrainingState, read_training_st
 from llm.checkpoints.weights import Weights, check_shapes
 from llm.config import CheckpointConfig
 from llm.errors import UserError
+from llm.overrides import as_argument
 from llm.progress import format_value
 from llm.runtime import Runtime
 from llm.training.optimizers import OPTIMIZERS
@@ -108,7 +109,7 @@ def restore(run: Run, start: Start, weights: Weights) -> None:
     if state.data != run.data:
         raise UserError(
             f"the text or its tokens are not those that {start.run_dir} was trained on: give that text with "
-            f"data.path, or start a new run with init_from={start.run_dir}"
+            f"data.path, or start a new run with {as_argument('init_from', start.run_dir)}"
         )
     if run.progress() >= 1 and start.was_finished:
         key, value = run.binding_limit()

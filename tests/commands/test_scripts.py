@@ -1,6 +1,7 @@
 """The scripts as a user runs them: files, errors, resuming, interrupting, sweeping, reproducing."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -168,6 +169,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
         (["data=text", "data.path=missing"], "data.path=missing: no such file"),
         (["data=the_verdict"], "could not download"),
         (["resume=nowhere"], "nowhere is not a run folder"),
+        (["resume="], "an empty name is no run"),
+        (["init_from="], "init_from is empty: give a value, or null"),
+        (["+new.key=1"], "new: there is no such key; the config has model, "),
+        (["++model.new=1"], "model.new: there is no such key; model has vocab_size, "),
+        (["hydra.new=1"], "hydra.new: there is no such key; --cfg hydra shows Hydra's own"),
+        (["model=null"], "model=null: choose one of gpt124m, "),
+        (["=1"], "=1: give KEY=VALUE"),
+        (["--foo"], "unrecognized arguments: --foo; --help shows what can be given"),
+        (["seed=${nowhere}"], "Interpolation key 'nowhere' not found"),
+        (["tracking.name=${oc.env:NOWHERE}"], "Environment variable 'NOWHERE' not found"),
+        (["experiment=sweep_sampling"], "Key 'study' not in 'PretrainConfig'"),
+        (
+            ["hydra.output_subdir=x"],
+            "hydra.output_subdir: the record of a run is always in its",
+        ),
         (["resume=latest"], "there is no run under outputs/"),
         (["tracking=online"], "tracking=online: Weights & Biases did not start"),
         (["hydra.run.dir=/proc/nothing"], "/proc/nothing"),
@@ -183,7 +199,7 @@ def test_errors_are_one_line(script: Script, arguments: list[str], line: str) ->
 
 def test_an_error_is_the_status_of_the_process(process: Script) -> None:
     result = process("pretrain", "training.max_steps=-1")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert result.returncode == 1
     assert result.stderr.startswith("error: training.max_steps=-1: must be at least 1 ")
     assert len(result.stderr.splitlines()) == 1
 
@@ -214,3 +230,40 @@ def test_prepare_makes_what_a_run_then_finds(script: Script, tmp_path: Path, tex
     result = script("pretrain", *arguments)
     assert result.returncode == 0, result.stderr
     assert [(file.name, file.stat().st_mtime_ns) for file in files] == made
+
+
+@pytest.mark.parametrize("logging", ["stdout", "disabled", "none"])
+def test_hydras_other_logs_can_be_chosen(script: Script, tmp_path: Path, logging: str) -> None:
+    chosen = f"hydra/job_logging={logging}"
+    result = script("pretrain", chosen, "data=text", "data.path=missing", "tracking=disabled")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: data.path=missing: no such file")
+
+
+@pytest.mark.parametrize("name", ["it's a, b=1 [x] (ü)", "données", "2026", "-x#%&;"])
+def test_paths_of_any_letters_work_as_do_the_commands_printed_for_them(
+    script: Script, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / f"{name}.txt").write_text("all work and no play\n" * 99, "utf-8")
+    paths = {"data.path": f"{name}.txt", "hydra.run.dir": name}
+    given = [f"{key}={path}" for key, path in paths.items()]
+    arguments = (*TINY, "data=text", "training.max_steps=2", *given)
+    result = script("pretrain", *arguments)
+    assert result.returncode == 0, result.stderr
+    printed = [line for line in result.stdout.splitlines() if " python experiments/" in line]
+    assert len(printed) == 2
+    for line in printed:
+        _, path, *printed_arguments = shlex.split(line.partition("  ")[2])
+        printed_arguments = [each.replace("max_steps=8", "max_steps=4") for each in printed_arguments]
+        result = script(Path(path).stem, *printed_arguments)
+        assert result.returncode == 0, result.stderr
+    result = script("pretrain", *arguments)
+    command = result.stderr.partition("continue it with ")[2].partition(", or write")[0]
+    result = script("pretrain", *shlex.split(command), "training.max_steps=99")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_script_is_a_module_too(environment: dict[str, str]) -> None:
+    result = run_python(ROOT, environment, "-m", "experiments.evaluate", "--cfg", "job")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "checkpoint: latest" in result.stdout

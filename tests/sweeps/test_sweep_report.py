@@ -169,7 +169,7 @@ def test_half_written_jobs(tmp_path: Path) -> None:
     (diverged / "samples.jsonl").unlink()
     jobs = [["model=tiny", f"optimizer.lr={lr}"] for lr in lrs]
     write_record(tmp_path, "pretrain", [], ["optimizer.lr"], jobs)
-    with claimed(running):
+    with claimed(running, old=True):
         page = report(tmp_path)
     states = [job["state"] for job in page["jobs"]]
     assert states == ["finished", "running", "killed", "stopped", "failed", "finished", "waiting"]
