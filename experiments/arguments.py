@@ -53,7 +53,7 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
             raise UserError(
                 "resume continues a single run: remove -m; to continue a sweep, use sweep.resume=FOLDER"
             )
-        overrides |= _resumed_run(overrides)
+        overrides |= _resumed_run(flags, overrides)
     return [*flags, *overrides.values()]  # argparse, which Hydra uses, wants them in this order
 
 
@@ -164,7 +164,7 @@ def _check_rerun(overrides: dict[str, str]) -> None:
         )
 
 
-def _resumed_run(overrides: dict[str, str]) -> dict[str, str]:
+def _resumed_run(flags: list[str], overrides: dict[str, str]) -> dict[str, str]:
     """Overrides with which Hydra uses the folder of the run that is resumed. The run's config is not
     composed again: what is given now replaces values of its record, see llm/training/start.py."""
     for key, override in overrides.items():
@@ -172,6 +172,10 @@ def _resumed_run(overrides: dict[str, str]) -> dict[str, str]:
             raise UserError(f"{override}: with resume, give a value; ${{…}} would refer to today's defaults")
     name = _value(overrides["resume"])
     run_dir = find_run(name, with_checkpoint=False)
+    if ONE_CONFIG_FLAGS & _flag_names(flags):
+        raise UserError(
+            f"resume={name}: its config is not composed; it is in {run_dir}/checkpoints/last/config.json"
+        )
     return {
         "resume": f"resume={quoted(str(run_dir) if name == 'latest' else name)}",
         "hydra.run.dir": f"hydra.run.dir={quoted(str(run_dir))}",

@@ -13,7 +13,8 @@ from llm.checkpoints.checkpoint import recorded_config
 from llm.commands.pretrain import pretrain
 from llm.errors import UserError
 from llm.files import held, read_json_lines, write_json
-from llm.run_folder import LOCK, claimed
+from llm.run_folder import LOCK, claimed, find_run
+from llm.sweeps.jobs import find_sweep
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -100,6 +101,24 @@ def test_nothing_is_written_through_a_link(script: Script, text: str, tmp_path: 
     result = script("pretrain", "resume=run", "training.max_steps=6")
     assert result.stderr.startswith(f"error: run/{name} is a link: ")
     assert (content(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()) == before
+
+
+def test_latest_is_found_behind_links(script: Script, text: str, tmp_path: Path) -> None:
+    script("pretrain", *FOUR, text, "seed=1", "hydra.run.dir=disk/1")
+    script("pretrain", *FOUR, text, "-m", "seed=2", "hydra.sweep.dir=disk/sweep")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "linked").symlink_to("../disk")
+    (tmp_path / "disk" / "back").symlink_to("..")
+    (tmp_path / "outputs" / "never-began" / "checkpoints").mkdir(parents=True)
+    assert find_run("latest", tmp_path / "outputs").name == "0"
+    assert find_sweep("latest", "pretrain", tmp_path / "outputs").name == "sweep"
+    with pytest.raises(UserError, match=r"there is no sweep begun by experiments/generate\.py under"):
+        find_sweep("latest", "generate", tmp_path / "outputs")
+    shutil.rmtree(tmp_path / "disk" / "sweep")
+    result = script("pretrain", "resume=latest", "training.max_steps=6")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "disk" / "1" / "checkpoints" / "step-00000006").exists()
+    assert "its config is not composed" in script("pretrain", "resume=latest", "--cfg", "job").stderr
 
 
 # What counts of its records
