@@ -25,9 +25,9 @@ CHECKPOINT_NAME = re.compile(r"(start|step|best)-\d{8,}")
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run that got as far as its first line of metrics or its first checkpoint, or a
-    sweep."""
-    return any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS, SWEEP))
+    """Whether a folder holds a run that has begun, or a sweep."""
+    saved = any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.glob(f"{CHECKPOINTS}/*"))
+    return saved or any((folder / name).exists() for name in (*RECORDS, SWEEP))
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def drill(work: Drill, seed: int) -> str:
         if chance.random() < 0.6 and (damage := _damage(run, work, chance, reference)):
             faults.append(damage)
             damaged = to_find = True
-        begun = (run / "run-id.txt").exists()
+        begun = bool(list(run.glob("checkpoints/st*-*")))
         process = work.start(f"resume={run.name}") if begun else work.begin(variant, run.name)
     _check_output(finish(process), damaged, to_find, work)
     expected, found = outcome(reference), outcome(run)
