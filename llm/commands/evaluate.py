@@ -13,7 +13,8 @@ import torch
 
 from llm.config import EvaluateConfig, SamplingConfig, validate
 from llm.data.corpus import Corpus, find_files
-from llm.data.token_file import encode_pieces, token_files
+from llm.data.pieces import encode_pieces
+from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of, bytes_of_tokens
 from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches
 from llm.device import device_errors_in_one_line

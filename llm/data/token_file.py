@@ -1,14 +1,10 @@
-"""Text to token ids, on all cores, in a memory-mapped file that is made once."""
+"""Text to token ids, in a memory-mapped file that is made once."""
 
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import IO
@@ -19,7 +15,8 @@ import torch
 
 from llm.config import DataConfig
 from llm.data.corpus import Split, find_splits
-from llm.data.tokenizer import END_OF_TEXT, bytes_of_tokens, fingerprint
+from llm.data.pieces import encode_pieces
+from llm.data.tokenizer import bytes_of_tokens, fingerprint
 from llm.errors import UserError
 from llm.files import cache_folder, held, is_held, replacing, write_json
 from llm.progress import Progress, format_count
@@ -27,12 +24,6 @@ from llm.progress import Progress, format_count
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 24  # hashed at a time by a thread
-PIECE_CHARACTERS = 1_000_000  # encoded at a time by a thread
-
-# Places that no encoding's pattern joins text across, so that the pieces encode to the ids of the whole:
-# between a letter and a single space before a letter, and after a single newline; o200k has tokens of a
-# newline and slashes.
-_SAFE_BREAK = re.compile(r"(?<=[a-z])(?= [a-z])|(?<=[^\s]\n)(?=[^\s/])")
 
 
 @dataclass(frozen=True)
@@ -131,36 +122,3 @@ def _write_header(file: IO[bytes], dtype: np.dtype, count: int) -> None:
     np.lib.format.write_array_header_1_0(
         file, {"descr": description, "fortran_order": False, "shape": (count,)}
     )
-
-
-def encode_pieces(pieces: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[tuple[int, np.ndarray]]:
-    """What `llm.data.tokenizer.encode` makes of the whole text: how many characters are done, and the next
-    token ids (tokens,), uint32. As many threads encode as torch has; tiktoken lets go of Python's lock."""
-    encode = partial(tokenizer.encode_to_numpy, allowed_special={END_OF_TEXT}, disallowed_special=())
-    safe_pieces, threads, done = _cut_at_safe_breaks(pieces), torch.get_num_threads(), 0
-    with ThreadPoolExecutor(threads) as pool:
-        while batch := list(islice(safe_pieces, threads)):
-            for text, token_ids in zip(batch, pool.map(encode, batch), strict=True):
-                done += len(text)
-                yield done, token_ids
-
-
-def _cut_at_safe_breaks(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of about PIECE_CHARACTERS, or more where it has no such place."""
-    waiting: list[str] = []
-    size = 0
-    for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if size >= PIECE_CHARACTERS and (end := _last_safe_break(text := "".join(waiting))):
-            yield text[:end]
-            waiting, size = [text[end:]], len(text) - end
-    yield "".join(waiting)
-
-
-def _last_safe_break(text: str) -> int:
-    """Where the last one is; 0 if there is none."""
-    for start in (max(0, len(text) - 10_000), 0):
-        if breaks := list(_SAFE_BREAK.finditer(text, start)):
-            return breaks[-1].start()
-    return 0

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from scripts import FORKED
 
 from llm.config import DataConfig, PretrainConfig
-from llm.data import corpus
+from llm.data import corpus, pieces
 from llm.data import token_file as token_file_module
 from llm.data.corpus import Corpus, Split, find_corpus, find_splits
-from llm.data.token_file import encode_pieces, token_file, token_files
+from llm.data.token_file import token_file, token_files
 from llm.data.tokenizer import encode, load_tokenizer
 from llm.data.windows import TrainingBatches, Windows, cut_windows, ordered_batches
 from llm.errors import UserError
@@ -41,39 +40,9 @@ def test_windows_are_the_books() -> None:
     assert len(Windows(tokens[:8], 8, 5)) == 0  # no target for the last token
 
 
-def with_slashes_after_newlines() -> tiktoken.Encoding:
-    """As in GPT-4o's encoding, which is not to be had here: `!`, a newline and a slash may be one token."""
-    vocabulary = [*(bytes([byte]) for byte in range(256)), b"th", b"!\n", b"!\n/", b" t", b" th"]
-    return tiktoken.Encoding(
-        "slashes",
-        pat_str=r" ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\p{N}|\s+(?!\S)|\s+",
-        mergeable_ranks={token: rank for rank, token in enumerate(vocabulary)},
-        special_tokens={"<|endoftext|>": 300},
-    )
-
-
-@pytest.mark.parametrize(
-    "tokenizer", [load_tokenizer("gpt2"), load_tokenizer("bytes"), with_slashes_after_newlines()]
-)
-@pytest.mark.parametrize("size", [1, 10, 100, 1000])
-def test_pieces_encode_as_the_whole(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: tiktoken.Encoding, size: int
-) -> None:
-    text = (
-        "".join(find_corpus(DataConfig()).pieces())[:20_000]
-        + "\n\n\n  x\n\ty \n z!\n/the th<|endoftext|>" * 50
-    )
-    monkeypatch.setattr(token_file_module, "PIECE_CHARACTERS", size)
-    pieces = [text[start : start + 37] for start in range(0, len(text), 37)]  # cut anywhere
-    done, token_ids = zip(*encode_pieces(pieces, tokenizer), strict=True)
-    assert np.concatenate(token_ids).tolist() == encode(text, tokenizer)
-    assert done[-1] == len(text)
-    assert len(done) > len(text) / (size + 100)
-
-
 def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE_BYTES", 5_000)
-    monkeypatch.setattr(token_file_module, "PIECE_CHARACTERS", 5_000)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 5_000)
     monkeypatch.setattr(token_file_module, "BLOCK_BYTES", 50_000)
     text = "to be or not to be\n" * 100_000
     (tmp_path / "text.txt").write_text(text)

@@ -1,0 +1,191 @@
+"""A text of any size to token ids, piece by piece on all cores: exactly the ids of the whole.
+
+A byte-level BPE divides a text into pre-tokens, by a regular expression, and merges the bytes of each by
+themselves. So a text may be cut between two pre-tokens, where the text beyond the cut has no say in those
+before it. A pre-token longer than a piece (a chromosome, a megabyte of spaces) is cut anywhere, and its
+tokens are mended where the parts meet.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice, takewhile
+
+import numpy as np
+import regex
+import tiktoken
+import torch
+
+from llm.data.tokenizer import END_OF_TEXT
+
+PIECE_CHARACTERS = 1 << 18  # encoded at a time by a thread
+SEARCHED_CHARACTERS = 1_000  # for a place to cut, before a whole piece is divided into pre-tokens
+
+# Characters on either side that decide whether a text may be cut, white space apart: no fewer than
+# END_OF_TEXT has, and more than any known pattern looks ahead.
+CONTEXT = 32
+
+KEPT_TOKENS = 4_096  # at the end of a part: the next part changes only a few
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    is_part: bool = False  # of a single pre-token
+    continues: bool = False  # the pre-token that the piece before is a part of
+
+
+def encode_pieces(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[tuple[int, np.ndarray]]:
+    """What `llm.data.tokenizer.encode` makes of the whole text: how many characters are done, and the next
+    token ids (tokens,), uint32. As many threads encode as torch has; tiktoken lets go of Python's lock.
+
+    Args:
+        texts: the text, in pieces that may end anywhere.
+    """
+
+    def encode(piece: Piece) -> np.ndarray:
+        if piece.is_part:
+            return np.array(tokenizer._encode_single_piece(piece.text), dtype=np.uint32)
+        return tokenizer.encode_to_numpy(piece.text, allowed_special={END_OF_TEXT}, disallowed_special=())
+
+    pieces, threads, done = cut(texts, tokenizer), torch.get_num_threads(), 0
+    # The end of a part, which the next part may change, but for a first token if that is yielded already.
+    end_of_part, yielded = np.empty(0, dtype=np.uint32), 0
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(pieces, threads)):
+            for piece, token_ids in zip(batch, pool.map(encode, batch), strict=True):
+                if piece.continues:
+                    token_ids = join(end_of_part, token_ids, tokenizer, keep=yielded)
+                else:
+                    yield done, end_of_part[yielded:]
+                    yielded = 0
+                done += len(piece.text)
+                end = max(yielded, len(token_ids) - KEPT_TOKENS) if piece.is_part else len(token_ids)
+                yield done, token_ids[yielded:end]
+                yielded = min(end, 1)
+                end_of_part = token_ids[end - yielded :]
+    yield done, end_of_part[yielded:]
+
+
+def join(left: np.ndarray, right: np.ndarray, tokenizer: tiktoken.Encoding, keep: int = 0) -> np.ndarray:
+    """The tokens of a pre-token (tokens,) from those of its two parts. The first `keep` are left as they are.
+
+    Tokens are the BPE of their bytes if and only if each two neighbours are the BPE of theirs: merges go by
+    rank and then from left to right, so that the first merge across the border of two tokens in the whole
+    would be one in these two alone. So the tokens around the seam are encoded anew, as many as it takes until
+    they fit to their neighbours on both sides.
+    """
+
+    def bpe(token_ids: list[int]) -> list[int]:
+        return tokenizer._encode_single_piece(tokenizer.decode_bytes(token_ids))
+
+    def fit(*pair: int) -> bool:
+        return bpe([*pair]) == [*pair]
+
+    width = 4
+    while width < 2 * max(len(left), len(right)) + 4:
+        start, end = max(keep, len(left) - width), min(width, len(right))
+        middle = bpe([*left[start:].tolist(), *right[:end].tolist()])
+        if (not start or fit(int(left[start - 1]), middle[0])) and (
+            end == len(right) or fit(middle[-1], int(right[end]))
+        ):
+            return np.concatenate([left[:start], np.array(middle, dtype=left.dtype), right[end:]])
+        width *= 2
+    raise RuntimeError(f"a text changes tokens of {tokenizer.name} that are {KEPT_TOKENS} before it")
+
+
+def cut(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[Piece]:
+    """The same text in pieces of about PIECE_CHARACTERS that encode to the tokens of the whole, once parts of
+    a pre-token are joined.
+
+    A piece is longer only where a pattern looks for the end of white space that is longer: cl100k's, but not
+    GPT-2's.
+    """
+    # Without merges, tokens are bytes, whatever the pattern.
+    pattern = regex.compile(tokenizer._pat_str) if len(tokenizer._mergeable_ranks) > 256 else None
+    text, inside, enough = "", False, PIECE_CHARACTERS + 2 * CONTEXT
+    for more in chain(_slices(texts), [None]):
+        text += more or ""
+        while len(text) >= enough or (more is None and text):
+            end, goes_on = _piece_end(text, pattern, inside, is_all=more is None)
+            if not end:
+                enough = 2 * len(text)  # else a text without a place to cut would be searched over and over
+                break
+            yield Piece(text[:end], is_part=inside or goes_on, continues=inside)
+            text, inside, enough = text[end:], goes_on, PIECE_CHARACTERS + 2 * CONTEXT
+
+
+def _slices(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            yield text[start : start + PIECE_CHARACTERS]
+
+
+def _piece_end(text: str, pattern: "regex.Pattern | None", inside: bool, is_all: bool) -> tuple[int, bool]:
+    """Where the next piece ends, and whether within a pre-token; 0 if only more text can tell.
+
+    Args:
+        text: what follows the piece before.
+        inside: whether the piece before ended within a pre-token.
+        is_all: whether the text ends here.
+    """
+    if not inside and (found := text.rfind(END_OF_TEXT, 0, PIECE_CHARACTERS + len(END_OF_TEXT))) >= 0:
+        return found + len(END_OF_TEXT), False
+    if (found := text.find(END_OF_TEXT)) >= 0:  # no pattern sees beyond it
+        text, is_all = text[:found], True
+    if pattern is None:
+        return min(PIECE_CHARACTERS, len(text)), False
+    # White space may be divided otherwise, depending on what ends it.
+    endings = [text] if is_all else [text, text + "x", text + "\n"]
+    first = min(_match_end(pattern, each, 0, len(each)) for each in endings)
+    if first >= PIECE_CHARACTERS + CONTEXT:
+        return PIECE_CHARACTERS, True
+    if inside:
+        return first if is_all or _is_decided(text, first) else 0, False
+    if is_all and len(text) <= PIECE_CHARACTERS + 2 * CONTEXT:
+        return len(text), False
+    for place in range(PIECE_CHARACTERS, max(0, PIECE_CHARACTERS - SEARCHED_CHARACTERS), -1):
+        if _may_be_cut(text, place, pattern):
+            return place, False
+    limit = len(text) if is_all else len(text) - CONTEXT
+    spans = (match.span() for match in pattern.finditer(text))
+    pre_tokens = [*takewhile(lambda span: span[1] <= limit, spans)]
+    for last in reversed(range(len(pre_tokens))):
+        place = pre_tokens[last][1]
+        if (is_all or _is_decided(text, place)) and all(
+            _match_end(pattern, text, start, place) == end
+            for start, end in pre_tokens[max(0, last - CONTEXT) : last + 1]
+        ):
+            # With pieces far shorter than what is searched for each, the time would grow with its square.
+            if place >= PIECE_CHARACTERS // 2 or last == len(pre_tokens) - 1:
+                return place, False
+            break
+    return len(text) if is_all else 0, False
+
+
+def _may_be_cut(text: str, place: int, pattern: "regex.Pattern") -> bool:
+    """Whether the pre-tokens before a place are the same if the text ends there, wherever the last of them
+    begins.
+
+    Only its last CONTEXT characters are tried: a longer one that reaches beyond the place does so from there
+    too, as pre-tokens of that length are runs of one kind of character.
+    """
+    if text[place - 1].isspace() and text[place].isspace():
+        return False  # a pattern may look for the end of white space, however far that is
+    return all(
+        _match_end(pattern, text, start, place) == _match_end(pattern, text, start, place + CONTEXT)
+        for start in range(place - 1, max(0, place - CONTEXT) - 1, -1)
+    )
+
+
+def _is_decided(text: str, end: int) -> bool:
+    """Whether a pre-token that ends here does so whatever follows the text."""
+    is_open = text[end - 1].isspace() and text[end:].isspace()
+    return end <= len(text) - CONTEXT and not is_open
+
+
+def _match_end(pattern: "regex.Pattern", text: str, start: int, end: int) -> int:
+    """Where the pre-token ends that begins at `start`, in a text that ends at `end`. What no pre-token begins
+    with is none of any, and no token stands for it."""
+    match = pattern.match(text, start, end)
+    return match.end() if match else start + 1
