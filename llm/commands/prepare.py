@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from llm.config import PretrainConfig, validate
-from llm.data.corpus import find_corpus
+from llm.data.corpus import find_splits
 from llm.data.token_file import token_files
 from llm.data.tokenizer import load_tokenizer
 from llm.data.windows import TrainingBatches, cut_windows
@@ -24,14 +24,15 @@ def prepare(config: PretrainConfig) -> None:
     validate(config)
     begin = time.perf_counter()
     start_runtime(replace(config.runtime, device="cpu", precision="auto", processes=1))  # sets the threads
-    files = find_corpus(config.data).files
+    splits = find_splits(config.data)
+    files = splits[0].corpus.files
     size = sum(file.stat().st_size for file in files)
     source = config.data.path or config.data.source
     log.info(
         "text        %sB in %d file%s (%s)", format_count(size), len(files), "s"[: len(files) > 1], source
     )
     tokenizer = load_tokenizer(config.tokenizer.name)
-    token_file_pair = token_files(config.data, tokenizer)
+    token_file_pair = token_files(config.data, tokenizer, splits)
     windows_pair = cut_windows(config, tokenizer, token_file_pair)
     for name, tokens, windows in zip(("training", "validation"), token_file_pair, windows_pair, strict=True):
         log.info(

@@ -5,17 +5,24 @@ import codecs
 import glob
 import hashlib
 import importlib.util
+import io
 import json
 import logging
+import os
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from llm.config import DataConfig
+from llm.data.cache import Record, block_hashes, made_once, read_record, write_record
 from llm.data.tokenizer import END_OF_TEXT
 from llm.errors import UserError
-from llm.files import cache_folder, replacing, write_json
+from llm.files import cache_folder, replacing
 from llm.progress import Progress, format_count
 
 log = logging.getLogger(__name__)
@@ -28,26 +35,34 @@ VERDICT_BYTES = 20_479
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 DOWNLOAD_TIMEOUT_SECONDS = 20
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20  # read at a time
+DECODING = 1  # to change with whatever changes the text that files of the same bytes are read as
+
+BYTE_ORDER_MARK = "\ufeff"
+
+TEXT_SUFFIXES = {".txt", ".md"}  # of the files that are taken from a folder; `.TXT` too
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of UTF-8 files, in order."""
+    """The text of UTF-8 files, in order. Line ends are newlines, and byte-order marks are no text."""
 
     files: list[Path]
     separator: str = END_OF_TEXT  # between two files
+    digests: tuple[str, ...] | None = None  # of the files' content; None: whatever it is when it is read
 
     def pieces(self) -> Iterator[str]:
         """The text, in pieces that may end anywhere, even within a word.
 
         Raises:
-            UserError: a file cannot be read, is not UTF-8, or has a line of JSON without a text.
+            UserError: a file cannot be read, is not UTF-8, has a line of JSON without a text, or is not the
+                one of `digests`.
         """
         for number, file in enumerate(self.files):
             if number:
                 yield self.separator
-            yield from _documents(file) if file.suffix == ".jsonl" else _decoded(file)
+            blocks = _blocks(file, self.digests[number] if self.digests else None)
+            yield from _documents(file, blocks) if _is_jsonl(file) else _decoded(file, blocks)
 
 
 @dataclass(frozen=True)
@@ -71,21 +86,27 @@ def find_splits(config: DataConfig) -> tuple[Split, Split]:
     """The training split, the first `train_ratio` of the characters, and the validation split, the rest, as
     in the book.
 
-    Their lengths and hashes are cached, so that the text is read again only when one of its files changes.
+    Their lengths and hashes are cached, by the content of the files. To read files as bytes and hash them is
+    many times faster than to decode them, and unlike their sizes and times it tells for certain whether they
+    changed. Whoever reads the splits finds the same content, or an error.
 
     Raises:
         UserError: the text cannot be read or downloaded, is not UTF-8, or is empty.
     """
     corpus = find_corpus(config)
-    record = cache_folder(config.cache_dir) / "texts" / f"{_stamp(corpus, config.train_ratio)}.json"
-    if record.exists():
-        length, boundary, *hashes = json.loads(record.read_text("utf-8"))
-    else:
-        length = _length(corpus, config)
-        boundary = int(config.train_ratio * length)
-        hashes = _hashes(corpus, boundary)
-        write_json(record, [length, boundary, *hashes])
-    return Split(corpus, 0, boundary, hashes[0]), Split(corpus, boundary, length, hashes[1])
+    corpus = replace(corpus, digests=_digests(corpus.files))
+    kinds = [_is_jsonl(file) for file in corpus.files]
+    about = (DECODING, corpus.digests, kinds, corpus.separator, config.train_ratio)
+    fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+    path = cache_folder(config.cache_dir) / "texts" / f"{fingerprint}.json"
+    record = made_once(
+        path,
+        read=partial(read_record, path, fingerprint),
+        make=lambda: write_record(path, fingerprint, _measure(corpus, config)),
+        doing="reading the text",
+    )
+    length, boundary, (training, validation) = record["length"], record["boundary"], record["sha256"]
+    return Split(corpus, 0, boundary, training), Split(corpus, boundary, length, validation)
 
 
 def find_corpus(config: DataConfig) -> Corpus:
@@ -97,13 +118,21 @@ def find_corpus(config: DataConfig) -> Corpus:
     return SOURCES[config.source](config)
 
 
-def _stamp(corpus: Corpus, train_ratio: float) -> str:
-    """A key that changes when a file does, or how the files are joined and split."""
-    files = []
-    for file in corpus.files:
-        about = file.stat()
-        files.append((str(file.resolve()), about.st_size, about.st_mtime_ns))
-    return hashlib.sha256(repr((files, corpus.separator, train_ratio)).encode()).hexdigest()[:32]
+def _digests(files: list[Path]) -> tuple[str, ...]:
+    """A hash of each file's bytes, as `_blocks` computes it too."""
+    with _reading("the text"):
+        return tuple(map(_digest, block_hashes(files, PIECE_BYTES)))
+
+
+def _digest(block_hashes: list[str]) -> str:
+    return hashlib.sha256("".join(block_hashes).encode()).hexdigest()
+
+
+def _measure(corpus: Corpus, config: DataConfig) -> Record:
+    """The text's length and the end of its training split, in characters, and the hashes of both splits."""
+    length = _length(corpus, config)
+    boundary = int(config.train_ratio * length)
+    return {"length": length, "boundary": boundary, "sha256": _hashes(corpus, boundary)}
 
 
 def _length(corpus: Corpus, config: DataConfig) -> int:
@@ -154,7 +183,7 @@ def the_verdict(config: DataConfig) -> Corpus:
     if config.path is not None:
         return text(config)
     cached = cache_folder(config.cache_dir) / "the-verdict.txt"
-    if cached.exists() and _is_the_verdict(cached.read_bytes()):
+    if cached.is_file() and _is_the_verdict(b"".join(_blocks(cached))):
         return Corpus([cached])
     log.info("downloading The Verdict (20 kB)")
     try:
@@ -188,64 +217,193 @@ def _is_the_verdict(content: bytes) -> bool:
 
 
 def find_files(path: str, key: str) -> list[Path]:
-    """The files that a path means: itself, a folder's *.txt and *.md files, or the matches of a glob, sorted.
+    """The files that a path means: itself, a folder's texts, or the matches of a glob, sorted. The log names
+    what else is there.
+
+    Of a folder these are the files `*.txt` and `*.md`, in upper case too, in its folders as well; but nothing
+    hidden, and no folders that links lead to. A glob means what it means to a shell.
 
     Raises:
         UserError: there are none; the message names `key`, the config key that gave the path.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(file for kind in ("*.txt", "*.md") for file in place.rglob(kind))
-    elif place.is_file():
-        files = [place]
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())  # noqa: PTH207
+    try:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            files, skipped = _in_folder(place)
+        elif place.is_file():
+            files, skipped = [place], Counter()
+        elif place.exists():
+            raise UserError(f"{key}={path} is a pipe, a socket or a device: give a file")
+        else:
+            files, skipped = _of_glob(str(place))
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a zero byte, no home folder
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={path} cannot be read: {reason}") from error
+    if skipped:
+        counts = ", ".join(f"{what} ({count})" for what, count in sorted(skipped.items()))
+        log.info("%s=%s: skipped %s", key, path, counts)
     if not files:
         raise UserError(
             f"{key}={path}: no such file, no *.txt or *.md file in that folder, or no match of that glob"
         )
-    return files
+    return sorted(files)
+
+
+def _in_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The texts in a folder, and how many of what else there is."""
+    files, skipped = [], Counter[str]()
+
+    def refuse(error: OSError) -> None:
+        raise error  # `os.walk` would ignore it
+
+    for parent, subfolders, names in os.walk(folder, onerror=refuse):
+        for name in [*subfolders]:
+            if name.startswith("."):
+                skipped["hidden"] += 1
+                subfolders.remove(name)
+            elif Path(parent, name).is_symlink():  # `os.walk` does not follow it, lest it lead back here
+                skipped["links to folders"] += 1
+        for file in (Path(parent, name) for name in names):
+            if file.name.startswith("."):
+                skipped["hidden"] += 1
+            elif file.suffix.lower() not in TEXT_SUFFIXES:
+                skipped["other kinds of file"] += 1
+            elif not file.is_file():
+                skipped["pipes, sockets, devices or dead links"] += 1
+            else:
+                files.append(file)
+    return files, skipped
+
+
+def _of_glob(pattern: str) -> tuple[list[Path], Counter[str]]:
+    """The files that match a glob, and how many of what else does, folders apart."""
+    parts = Path(pattern).parts
+    if "**" in parts:  # which follows links, so that a loop would never end
+        for root in glob.glob(str(Path(*parts[: parts.index("**")]))):  # noqa: PTH207
+            _refuse_loops(root, frozenset())
+    matches = {Path(name) for name in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    files = [match for match in matches if match.is_file()]
+    others = sum(not match.is_dir() for match in matches) - len(files)
+    return files, Counter({"pipes, sockets, devices or dead links": others}) if others else Counter()
+
+
+def _refuse_loops(folder: str, above: frozenset[str]) -> None:
+    """
+    Raises:
+        UserError: a link in a folder leads to the folder or to one above it.
+    """
+    place = os.path.realpath(folder)
+    if place in above:
+        raise UserError(f"{folder} is a link back to {place}: remove it, or give a glob without **")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                _refuse_loops(entry.path, above | {place})
 
 
 def read_text(file: Path) -> str:
-    """The whole text of a UTF-8 file.
+    """The whole text of a UTF-8 file; see `Corpus`.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    return "".join(_decoded(file))
+    return "".join(_decoded(str(file), _blocks(file)))
 
 
-def _decoded(file: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, block = 0, b"not read yet"
+def text_of(content: bytes, name: str) -> str:
+    """Like `read_text`, for content that came otherwise."""
+    return "".join(_decoded(name, [content]))
+
+
+def _is_jsonl(file: Path) -> bool:
+    return file.suffix.lower() == ".jsonl"
+
+
+@contextmanager
+def _reading(name: object) -> Iterator[None]:
+    """
+    Raises:
+        UserError: a file cannot be read.
+    """
     try:
-        with file.open("rb") as content:
-            while block:
-                block = content.read(PIECE_BYTES)
-                yield decoder.decode(block, final=not block)
-                # The bytes of a character cut in two by the block are decoded with the next one.
-                offset = content.tell() - len(decoder.getstate()[0])
-    except UnicodeDecodeError as error:
-        start = offset + error.start
-        raise UserError(
-            f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {start}; convert the file"
-        ) from error
+        yield
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        raise UserError(f"cannot read {error.filename or name}: {error.strerror}") from error
 
 
-def _documents(file: Path) -> Iterator[str]:
-    """The `text` of each line of a file of JSON objects, with the end-of-text token between documents."""
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines):
-                text = json.loads(line)["text"]
-                text.encode()  # raises for a lone surrogate, which JSON can spell but UTF-8 cannot
-                yield END_OF_TEXT + text if number else text
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'{file}, line {number + 1}: each line must be a JSON object with a "text"'
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+def _blocks(file: Path, digest: str | None = None) -> Iterator[bytes]:
+    """A file's content in blocks.
+
+    Raises:
+        UserError: it cannot be read, or is not the content of this digest.
+    """
+    hashes = []
+    with _reading(file), file.open("rb") as content:
+        while block := content.read(PIECE_BYTES):
+            hashes.append(hashlib.sha256(block).hexdigest())
+            yield block
+    if digest not in (None, _digest(hashes)):
+        raise UserError(f"{file} changed while it was read: begin again once nothing writes to it any more")
+
+
+def _decoded(name: object, blocks: Iterable[bytes]) -> Iterator[str]:
+    """The text of UTF-8 content, with newlines as Python's `open` reads them.
+
+    Raises:
+        UserError: it is not UTF-8, or holds a zero byte, which text does not; the message names `name`.
+    """
+    utf8, newlines = codecs.getincrementaldecoder("utf-8")(), io.IncrementalNewlineDecoder(None, True)
+    offset = known = 0  # bytes of the blocks before; of these, bytes that are decoded
+    is_start = True
+    for block in chain(blocks, [b""]):
+        try:
+            text = utf8.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            start, hint = known + error.start, ""
+            if not start and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                hint = ", as in UTF-16"
+            raise UserError(
+                f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {start}{hint}; "
+                f"convert the file"
+            ) from error
+        if b"\0" in block:
+            raise UserError(
+                f"{name} is not text: a zero byte at offset {offset + block.index(0)}, as in UTF-16 or in "
+                f"binary files; convert the file to UTF-8"
+            )
+        offset += len(block)
+        # The bytes of a character cut in two by the block are decoded with the next one.
+        known = offset - len(utf8.getstate()[0])
+        if is_start and text:
+            text, is_start = text.removeprefix(BYTE_ORDER_MARK), False
+        yield newlines.decode(text, final=not block)
+
+
+def _documents(file: Path, blocks: Iterable[bytes]) -> Iterator[str]:
+    """The `text` of each line of a file of JSON objects, with the end-of-text token between documents. Blank
+    lines are skipped."""
+    between = ""
+    for number, line in enumerate(_lines(blocks), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)["text"]
+            text.encode()  # raises for a lone surrogate, which JSON can spell but UTF-8 cannot
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f'{file}, line {number}: each line must be a JSON object with a "text", in UTF-8'
+            ) from error
+        text = text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")
+        yield between + text
+        between = END_OF_TEXT
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []
+    for block in blocks:
+        *lines, last = block.split(b"\n")
+        for line in lines:
+            yield b"".join([*begun, line])
+            begun = []
+        begun.append(last)
+    yield b"".join(begun)

@@ -7,12 +7,14 @@ et al. 2019, section 4), with Bloom filters, which can tell neither where a matc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from llm.data.cache import Record, made_once, read_array, write_array
 from llm.data.token_file import TokenFile
-from llm.files import replacing
 from llm.progress import Progress, format_count
 
 CHUNK_TOKENS = 1 << 20  # hashed at a time
@@ -43,17 +45,26 @@ class Run:
 
 
 def load_ngram_index(tokens: TokenFile, cache: Path, n: int = 8) -> NgramIndex:
-    """The index of the training tokens, memory-mapped from the cache; built first if it is not cached.
+    """The index of the training tokens, memory-mapped from the cache; built first if it is not cached, or
+    not as it was written.
 
     It takes 8 bytes per token, on disk permanently and in memory while it is built.
     """
-    path = cache / "ngrams" / f"{tokens.fingerprint}-{n}.npy"
+    identity = f"{tokens.fingerprint}-{n}"
+    path = cache / "ngrams" / f"{identity}.npy"
     plain = np.asarray(tokens.ids)  # the same mapping, without np.memmap's overhead on every access
-    if not path.exists():
-        table = _sorted_ngrams(plain, n)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, table)
-    return NgramIndex(plain, np.asarray(np.load(path, mmap_mode="r")), n)
+
+    def write(file: IO[bytes]) -> Record:
+        np.save(file, _sorted_ngrams(plain, n))
+        return {}
+
+    table, _ = made_once(
+        path,
+        read=partial(read_array, path, identity),
+        make=lambda: write_array(path, identity, write),
+        doing="indexing the training text",
+    )
+    return NgramIndex(plain, np.asarray(table), n)
 
 
 def _sorted_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 import hashlib
 import http.server
+import logging
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 
 from llm.config import DataConfig
 from llm.data import corpus
-from llm.data.corpus import Corpus, find_corpus, find_splits, read_text
+from llm.data.corpus import Corpus, find_corpus, find_files, find_splits, read_text
 from llm.errors import UserError
 
 TEXT = b"I HAD always thought Jack Gisburn rather a cheap genius"
@@ -68,11 +71,9 @@ def test_another_text_is_refused_and_not_kept(tmp_path: Path) -> None:
 def test_files_are_read_the_same_in_blocks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    text = "naïve\r\n café – 語 🎭\n" * 5
-    (tmp_path / "text.txt").write_bytes(text.encode())
+    text = "\ufeffnaïve\r\n café – 語 🎭\r\r\n\ufeff\n" * 5
     monkeypatch.setattr(corpus, "PIECE_BYTES", block)
-    assert read_text(tmp_path / "text.txt") == text
-    for length in range(len(text.encode())):  # a character that the end cuts in two
+    for length in range(len(text.encode()) + 1):  # a character that the end cuts in two
         content = text.encode()[:length]
         (tmp_path / "text.txt").write_bytes(content)
         try:
@@ -82,7 +83,7 @@ def test_files_are_read_the_same_in_blocks_of_any_size(
             with pytest.raises(UserError, match=line):
                 read_text(tmp_path / "text.txt")
         else:
-            assert read_text(tmp_path / "text.txt") == content.decode()
+            assert read_text(tmp_path / "text.txt") == (tmp_path / "text.txt").read_text("utf-8-sig")
 
 
 def test_a_text_is_split_by_characters_and_read_again_only_when_it_changes(
@@ -104,13 +105,112 @@ def test_a_text_is_split_by_characters_and_read_again_only_when_it_changes(
             assert find_splits(config) == splits
 
 
-def test_a_line_of_json_is_a_document(tmp_path: Path) -> None:
-    lines = ['{"text": "one\\ntwo", "id": 1}', '{"id": 2, "text": ""}', '{"text": "three"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "four"}', encoding="utf-8")
+def test_a_line_of_json_is_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ['{"text": "one\\r\\ntwo", "id": 1}', "", '{"id": 2, "text": ""}', " \t", '{"text": "three"}']
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(lines) + "\n\n", encoding="utf-8")
+    (tmp_path / "b.JSONL").write_text('\n{"text": "\ufefffour"}', encoding="utf-8")
     documents = ["one\ntwo", "", "three", "four"]
-    assert text_of(DataConfig("text", f"{tmp_path}/*.jsonl")) == "<|endoftext|>".join(documents)
-    for bad in ("no json", "[1]", '{"content": "one"}', '{"text": 1}', '{"text": "\\ud800"}', ""):
-        (tmp_path / "a.jsonl").write_text(f"{lines[0]}\n{bad}\n", encoding="utf-8")
+    for block in (1, 5, 1000):
+        monkeypatch.setattr(corpus, "PIECE_BYTES", block)
+        assert text_of(DataConfig("text", f"{tmp_path}/[ab].*")) == "<|endoftext|>".join(documents)
+    deep = '{"text": ' + "[" * 100_000
+    for bad in ("no json", "[1]", '{"content": "one"}', '{"text": 1}', '{"text": "\\ud800"}', "\udcff", deep):
+        (tmp_path / "a.jsonl").write_text(f"{lines[0]}\n{bad}\n", encoding="utf-8", errors="surrogateescape")
         with pytest.raises(UserError, match=r"a\.jsonl, line 2: each line must be a JSON object"):
             text_of(DataConfig("text", str(tmp_path / "a.jsonl")))
+
+
+def test_what_is_taken_from_a_folder_and_what_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "texts"
+    taken = ["A.TXT", "b.md", "notes.md/c.txt", "sub/d.Md", "z.txt"]
+    for name in [*taken, "._A.TXT", ".ipynb_checkpoints/b.md", "sub/.hidden/e.txt", "f.jsonl", "sub/g.png"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    os.mkfifo(folder / "pipe.txt")  # to open it would wait for whoever writes to it
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "s.txt"))
+    (folder / "dead.txt").symlink_to("nowhere")
+    (folder / "again.txt").symlink_to("z.txt")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    config = DataConfig("text", str(folder))
+    with caplog.at_level(logging.INFO):
+        assert text_of(config) == "<|endoftext|>".join(["A.TXT", "z.txt", *taken[1:]])
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == (
+        f"data.path={folder}: skipped hidden (3), links to folders (1), other kinds of file (2), "
+        "pipes, sockets, devices or dead links (3)"
+    )
+
+
+def test_a_glob_means_what_it_means_to_a_shell(tmp_path: Path) -> None:
+    for name in ("a.txt", "B.TXT", ".c.txt", "sub/d.txt", ".hidden/e.txt", "f[1].txt", "g.txt/h.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    os.mkfifo(tmp_path / "pipe.txt")
+
+    def found(pattern: str) -> list[str]:
+        return [str(file.relative_to(tmp_path)) for file in find_files(f"{tmp_path}/{pattern}", "path")]
+
+    assert found("*.txt") == ["a.txt", "f[1].txt"]
+    assert found("*.[tT][xX][tT]") == ["B.TXT", "a.txt", "f[1].txt"]
+    assert found("**/*.txt") == ["a.txt", "f[1].txt", "sub/d.txt"]
+    assert found("f[1].txt") == ["f[1].txt"]
+    assert found(".c.txt") == [".c.txt"]
+    for number in range(2):  # two loops, and a walk that follows them doubles at each of 40 levels
+        (tmp_path / "sub" / f"loop{number}").symlink_to(tmp_path, target_is_directory=True)
+    assert found("*/*.txt") == ["sub/d.txt"]
+    with pytest.raises(
+        UserError, match=r"sub/loop\d is a link back to .*: remove it, or give a glob without"
+    ):
+        found("**/*.txt")
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("pipe", r"path=pipe is a pipe, a socket or a device: give a file"),
+        ("empty", r"path=empty: no such file, no \*\.txt or \*\.md file in that folder, or no match"),
+        ("loop", r"path=loop: no such file"),
+        ("a" * 300, r"path=a+ cannot be read: File name too long"),
+        ("zero\0byte", r"path=zero\0byte"),
+        ("~nobody-of-this-name/a.txt", r"path=~nobody-of-this-name/a.txt cannot be read"),
+    ],
+)
+def test_paths_without_a_text_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("empty").mkdir()
+    Path("loop").symlink_to("loop")
+    with pytest.raises(UserError, match=line) as error:
+        find_files(path, "path")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("naïve".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0, as in UTF-16; convert the file"),
+        (
+            "to be".encode("utf-16-le"),
+            "is not text: a zero byte at offset 1, as in UTF-16 or in binary files",
+        ),
+        (b"to be\0", "is not text: a zero byte at offset 5"),
+        (b"\xef\xbb\xbfto \xe9", "is not UTF-8: byte 0xe9 at offset 6; convert the file"),
+    ],
+)
+def test_what_is_no_text_is_one_line(tmp_path: Path, content: bytes, line: str) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"text.txt {line}"):
+        text_of(DataConfig("text", str(tmp_path / "text.txt")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, by root either")
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    config = DataConfig("text", "/proc/self/mem", cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match="cannot read /proc/self/mem: "):
+        text_of(config)
+    assert not [*tmp_path.glob("*/*")]

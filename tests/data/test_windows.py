@@ -11,8 +11,7 @@ import torch
 from scripts import FORKED
 
 from llm.config import DataConfig, PretrainConfig
-from llm.data import corpus, pieces
-from llm.data import token_file as token_file_module
+from llm.data import cache, corpus, pieces
 from llm.data.corpus import Corpus, Split, find_corpus, find_splits
 from llm.data.token_file import token_file, token_files
 from llm.data.tokenizer import encode, load_tokenizer
@@ -43,7 +42,7 @@ def test_windows_are_the_books() -> None:
 def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE_BYTES", 5_000)
     monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 5_000)
-    monkeypatch.setattr(token_file_module, "BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 50_000)
     text = "to be or not to be\n" * 100_000
     (tmp_path / "text.txt").write_text(text)
     config = DataConfig("text", str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"))
@@ -75,46 +74,13 @@ def test_token_file_is_kept_in_the_smallest_type(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "swap", "record", "no record"])
-def test_a_damaged_token_file_is_made_again(
-    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_file_module, "BLOCK_BYTES", 64)
-    split, tokenizer = split_of("<|endoftext|>To be, or not to be" * 9, tmp_path), load_tokenizer("bytes")
-    file = token_file(split, tokenizer, tmp_path, "test")
-    ids, content = file.ids.tolist(), file.path.read_bytes()
-    record = file.path.with_suffix(".json")
-    assert file.bytes == 9 * len("To be, or not to be")  # an end of text stands for no text
-    match damage:
-        case "flip":
-            file.path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
-        case "cut":
-            file.path.write_bytes(content[:-2])
-        case "empty":
-            file.path.write_bytes(b"")
-        case "swap":  # other tokens of the same length under the name of these
-            other = token_file(
-                split_of("To be, or not to bE<|endoftext|>" * 9, tmp_path), tokenizer, tmp_path, "test"
-            )
-            other.path.replace(file.path)
-            other.path.with_suffix(".json").replace(record)
-            split_of("<|endoftext|>To be, or not to be" * 9, tmp_path)
-        case "record":
-            record.write_text(record.read_text()[:-20])
-        case "no record":
-            record.unlink()
-    again = token_file(split, tokenizer, tmp_path, "test")
-    assert (again.ids.tolist(), again.bytes, again.path.read_bytes()) == (ids, file.bytes, content)
-
-
-def _tokenise(cache: Path) -> int:
-    split = split_of("to be " * 5000, cache)
+def _tokenise(cache: Path, split: Split) -> int:
     return int(token_file(split, load_tokenizer("bytes"), cache, "test").ids.astype(int).sum())
 
 
 def test_several_processes_may_tokenise_at_once(tmp_path: Path) -> None:
     with FORKED.Pool(3) as pool:
-        sums = pool.map(_tokenise, [tmp_path] * 6)
+        sums = pool.starmap(_tokenise, [(tmp_path, split_of("to be " * 5000, tmp_path))] * 6)
     assert sums == [sum(("to be " * 5000).encode())] * 6
     assert len(list((tmp_path / "tokens").iterdir())) == 2  # the record beside it; no temporary file stays
 
@@ -163,6 +129,12 @@ def test_folder_and_glob_are_joined_by_end_of_text(tmp_path: Path) -> None:
     [
         (b"", {}, "is empty"),
         (b"  \n ", {}, "is empty"),
+        (b"a", {}, "the training text is too short: its 0 tokens make 0 windows"),
+        (
+            b"to be or not " * 9000 + b"<|endoftext|>" * 1000,
+            {},
+            "the validation text is empty: its 1000",
+        ),
         (b"good \xff bad", {}, r"text\.txt is not UTF-8: byte 0xff at offset 5"),
         (b"a short text", {}, "the training text is too short: its 3 tokens make 0 windows"),
         (b"word " * 4000, {"train_ratio": 0.999}, "the validation text is too short"),
