@@ -241,7 +241,10 @@ class GenerateConfig:
     max_new_tokens: int = key(100, "new tokens per sample", at_least=1)
     num_samples: int | None = key(None, "samples per prompt; null: 1, or 32 in a study", at_least=1)
     batch_size: int = key(32, "samples generated side by side", at_least=1)
-    stop: list[str] = key([], "texts that end a sample and are not part of it")
+    stop: list[str] = key(
+        [],
+        r"texts that end a sample and are not part of it; in them \n is a newline, \t a tab, \\ a backslash",
+    )
     eos: bool = key(True, "whether the end-of-text token ends a sample")
     past_context: str = key(
         "exact",
@@ -362,6 +365,10 @@ def validate(config: Any, prefix: str = "") -> None:
                 f"data.batch_size={data.batch_size} cannot be divided evenly among "
                 f"runtime.processes={runtime.processes}: make it a multiple of {runtime.processes}"
             )
+        case GenerateConfig(stop=stop) if "" in stop:
+            raise UserError("stop contains an empty text, which would end every sample at once: remove it")
+        case EvaluateConfig(text=str(), path=str()):
+            raise UserError("text and path are both set: give the text itself, or the files that hold it")
         case PretrainConfig(runtime=RuntimeConfig(precision="int8")):
             raise UserError("runtime.precision=int8 is for generation: train in auto, bf16 or fp32")
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:

@@ -2,6 +2,7 @@
 token."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 import torch
+from torch import Tensor
 
 from llm.config import EvaluateConfig, SamplingConfig, validate
 from llm.data.corpus import Corpus, find_files
@@ -51,6 +53,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
     model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.trained
     log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
     context = model.config.context_length
+    lengths = bytes_of_tokens(tokenizer, model.config.vocab_size)
     if config.text is None and config.path is None:
         if trained is None:
             raise UserError(f"the training data of {loaded.name} is unknown: give a text with path= or text=")
@@ -60,9 +63,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         count = len(windows) * context
     else:
         what = "text" if config.path is None else config.path
-        token_ids = _token_ids(config, tokenizer, model.config.vocab_size)
+        token_ids = _token_ids(config, tokenizer, lengths)
         batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
-    lengths = bytes_of_tokens(tokenizer, model.config.vocab_size)
     with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
         metrics = evaluate(model, _with_progress(batches, count), lengths, runtime)
     figures: dict[str, Any] = {
@@ -71,7 +73,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         "precision": runtime.precision,
         "what": what,
         "tokens": count,
-        **metrics,
+        # JSON has no infinity, which a perplexity may be.
+        **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
     }
     if config.text is not None:
         table = token_table(model, token_ids, tokenizer)
@@ -93,15 +96,21 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
     return metrics["loss"]
 
 
-def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
-    """The tokens of the text, or of the files with the end-of-text token between them: (tokens,), int64."""
+def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, lengths: Tensor) -> np.ndarray:
+    """The tokens of the text, or of the files with the end-of-text token between them: (tokens,), int64.
+
+    Args:
+        lengths: UTF-8 length of each token that the model knows, (vocab_size,).
+    """
     pieces = [config.text or ""] if config.path is None else Corpus(find_files(config.path, "path")).pieces()
     token_ids = np.concatenate([ids for _, ids in encode_pieces(pieces, tokenizer)]).astype(np.int64)
     key = "text" if config.path is None else f"path={config.path}"
     if len(token_ids) < 2:
         raise UserError(f"{key} is too short: give at least 2 tokens, as the first is never predicted")
-    if (largest := int(token_ids.max())) >= vocab_size:
-        raise UserError(f"{key} contains token id {largest}, but the model knows {vocab_size} tokens")
+    if (largest := int(token_ids.max())) >= len(lengths):
+        raise UserError(f"{key} contains token id {largest}, but the model knows {len(lengths)} tokens")
+    if not lengths[token_ids[1:]].any():
+        raise UserError(f"{key} holds no text to predict: after its first token there are ends of text alone")
     return token_ids
 
 

@@ -3,6 +3,7 @@ measure them."""
 
 import functools
 import logging
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llm.config import GenerateConfig, TrackingConfig, validate
-from llm.data.corpus import find_files, read_text
+from llm.data.corpus import find_files, read_text, text_of
 from llm.data.token_file import token_files
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
@@ -92,7 +93,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     """The samples, and the figures for their summary."""
     runtime = start_runtime(config.runtime)
     loaded = load_for_inference(config.checkpoint, runtime)
-    prompts = _prompts(config)
+    names, prompts = zip(*_prompts(config).items(), strict=True)
     num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
     log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
     streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
@@ -103,16 +104,17 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     for sample in generate_texts(
         loaded.model,
         loaded.tokenizer,
-        prompts,
+        [*prompts],
         config.sampling,
         config.max_new_tokens,
         num_samples,
         config.seed,
         config.batch_size,
-        config.stop,
+        [_unescaped(text) for text in config.stop],
         config.eos,
         config.past_context,
         show=_show if streaming else None,
+        names=[*names],
     ):
         samples.append(sample)
         if index:
@@ -145,13 +147,24 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     return samples, about
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
-    """The prompt, or the content of each file without the newline that editors add at its end."""
+def _prompts(config: GenerateConfig) -> dict[str, str]:
+    """The prompt, or the content of each file without the newline that editors add at its end; by what an
+    error calls it."""
     if config.prompt_file is None:
-        return [config.prompt]
+        return {"prompt": config.prompt}
     if config.prompt_file == "-":
-        return [sys.stdin.read().removesuffix("\n")]
-    return [read_text(file).removesuffix("\n") for file in find_files(config.prompt_file, "prompt_file")]
+        if sys.stdin is None:
+            raise UserError("prompt_file=-: standard input is closed")
+        content = {"standard input": text_of(sys.stdin.buffer.read(), "standard input")}
+    else:
+        content = {str(file): read_text(file) for file in find_files(config.prompt_file, "prompt_file")}
+    return {name: text.removesuffix("\n") for name, text in content.items()}
+
+
+def _unescaped(stop: str) -> str:
+    r"""A stop text with a newline for `\n`, a tab for `\t` and a backslash for `\\`, which Hydra's quotes do
+    not have."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), stop)
 
 
 def _heading(config: GenerateConfig, sample: Sample, prompts: int) -> str:

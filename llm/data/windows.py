@@ -141,8 +141,8 @@ def cut_windows(
         files: the training and the validation tokens, as `token_files` gives them.
 
     Raises:
-        UserError: a text is too short for one batch of training or one window of validation, or holds a token
-            id that the model does not know.
+        UserError: a text is too short for one batch of training or one window of validation, has no text
+            between ends of text, or holds a token id that the model does not know.
     """
     context = config.model.context_length
     windows = []
@@ -153,6 +153,8 @@ def cut_windows(
         strict=True,
     ):
         tokens = file.ids
+        if len(tokens) and not file.bytes:
+            raise UserError(f"the {name} text is empty: its {len(tokens)} tokens are ends of text alone")
         fits = tokenizer.n_vocab <= config.model.vocab_size or not len(tokens)
         if not fits and (largest := int(tokens.max())) >= config.model.vocab_size:
             raise UserError(

@@ -10,7 +10,8 @@ import tiktoken
 import torch
 
 from llm.config import SamplingConfig
-from llm.data.tokenizer import bytes_of, encode
+from llm.data.pieces import encode_pieces
+from llm.data.tokenizer import bytes_of
 from llm.errors import UserError
 from llm.generation.decoding import Decoding
 from llm.generation.sampling import draw_at, next_distribution, penalise_repetition, uniform_stream
@@ -64,6 +65,7 @@ def generate_texts(
     eos: bool = True,
     past_context: str = "exact",
     show: Callable[[str], None] | None = None,
+    names: list[str] | None = None,
 ) -> Iterator[Sample]:
     """Generate `num_samples` continuations of each prompt, all of the first prompt's first.
 
@@ -76,12 +78,17 @@ def generate_texts(
         eos: whether the end-of-text token ends a sample.
         past_context: see `llm.generation.decoding.Decoding`.
         show: called with each piece of text as it is generated, prompts included; for a batch size of 1.
+        names: of the prompts, for errors.
 
     Raises:
         UserError: a prompt is empty, or contains a token id outside the model's vocabulary.
     """
+    names = names or ["prompt"] * len(prompts)
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    prompt_ids = [_prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in prompts]
+    prompt_ids = [
+        _prompt_ids(prompt, name, tokenizer, model.config.vocab_size)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
     rows = [
         _Row(Sample(prompt, index, number, seed), token_ids, limit, tokenizer, stop or [], eos)
         for index, (prompt, token_ids, limit) in enumerate(zip(prompts, prompt_ids, limits, strict=True))
@@ -103,14 +110,14 @@ def generate_texts(
         yield from (row.sample for row in batch)
 
 
-def _prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int) -> list[int]:
-    token_ids = encode(prompt, tokenizer)
+def _prompt_ids(prompt: str, name: str, tokenizer: tiktoken.Encoding, vocab_size: int) -> list[int]:
+    token_ids = [int(token_id) for _, ids in encode_pieces([prompt], tokenizer) for token_id in ids]
     if not token_ids:
         raise UserError(
-            "prompt is empty: give some text to continue, or prompt='<|endoftext|>' to begin a new text"
+            f"{name} is empty: give some text to continue, or '<|endoftext|>' to begin a new text"
         )
     if (largest := max(token_ids)) >= vocab_size:
-        raise UserError(f"prompt contains token id {largest}, but the model knows {vocab_size} tokens")
+        raise UserError(f"{name} contains token id {largest}, but the model knows {vocab_size} tokens")
     return token_ids
 
 

@@ -40,7 +40,10 @@ def perplexity(sums: Sums) -> float:
 
 
 def bits_per_byte(sums: Sums) -> float:
-    """Cross-entropy in bits over the bytes of the text. Unlike the loss it compares between tokenizers."""
+    """Cross-entropy in bits over the bytes of the text. Unlike the loss it compares between tokenizers. Of
+    ends of text alone, which stand for no bytes, it is infinite."""
+    if not sums.bytes:
+        return math.inf
     return sums.nats / math.log(2) / sums.bytes
 
 

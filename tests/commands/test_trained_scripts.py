@@ -79,10 +79,12 @@ def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Pa
     [
         ("generate", "prompt_file=missing", "prompt_file=missing: no such file"),
         ("generate", "prompt=", "prompt is empty"),
+        ("generate", 'stop=["a",""]', "stop contains an empty text, which would end every sample"),
         ("generate", "sampling.top_p=2", "sampling.top_p=2.0: must be at least 0 and at most 1"),
         ("generate", "checkpoint=missing", "missing is no file or folder here, and Hugging Face"),
         ("evaluate", "path=missing", "path=missing: no such file"),
         ("evaluate", "text=a", "text is too short: give at least 2 tokens"),
+        ("evaluate", "text=a<|endoftext|><|endoftext|>", "text holds no text to predict"),
         ("evaluate", "split=test", "split=test: must be one of training, validation"),
     ],
 )
@@ -92,6 +94,57 @@ def test_errors_are_one_line(script: Script, run: Path, name: str, argument: str
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith(f"error: {line}")
+
+
+def test_text_and_path_are_one_too_many(script: Script, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    result = script("evaluate", f"checkpoint={run}", "text=7 bottles", "path=text.txt")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: text and path are both set")
+
+
+def test_an_empty_prompt_file_is_named(script: Script, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    for name, content in (("a.txt", b"7 bottles"), ("b.txt", b"\xef\xbb\xbf\r\n"), ("c.txt", b"8")):
+        (tmp_path / "prompts" / name).write_bytes(content)
+    result = script("generate", f"checkpoint={run}", "prompt_file=prompts")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: prompts/b.txt is empty: give some text to continue")
+    piped = script("generate", f"checkpoint={run}", "prompt_file=-", stdin="\n")
+    assert piped.stderr.startswith("error: standard input is empty")
+    binary = script("generate", f"checkpoint={run}", "prompt_file=-", stdin="to be\0")
+    assert binary.stderr.startswith("error: standard input is not text: a zero byte at offset 5")
+
+
+def test_prompts_are_the_same_with_the_line_ends_of_any_system(
+    script: Script, run: Path, tmp_path: Path
+) -> None:
+    text = "7 bottles\non the wall\n"
+    dos = "\ufeff" + text.replace("\n", "\r\n")
+    (tmp_path / "unix.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "dos.txt").write_bytes(dos.encode())
+    for number, (source, stdin) in enumerate((("unix.txt", ""), ("dos.txt", ""), ("-", dos))):
+        folder = f"hydra.run.dir={number}"
+        arguments = [f"checkpoint={run}", *FP32, "max_new_tokens=3", f"prompt_file={source}", folder]
+        assert script("generate", *arguments, stdin=stdin).returncode == 0
+    lines = [read_json_lines(tmp_path / str(number) / "samples.jsonl") for number in range(3)]
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0][0]["prompt"] == text.removesuffix("\n")
+
+
+def test_a_stop_text_may_be_a_newline(script: Script, run: Path, tmp_path: Path) -> None:
+    for stop in ("[]", r'["\n"]', r"['\n']", '["\n"]', r'["\\n"]'):
+        folder = tmp_path / "run"
+        arguments = [f"checkpoint={run}", *FP32, "sampling=greedy", "prompt=7 bottles", f"stop={stop}"]
+        result = script("generate", *arguments, f"hydra.run.dir={folder}")
+        assert result.returncode == 0, result.stderr
+        [line] = read_json_lines(folder / "samples.jsonl")
+        if stop in ("[]", r'["\\n"]'):  # the last is a backslash and an n, which no bottle has
+            assert line["stop_reason"] == "length"
+            whole = line["text"]
+            assert "\n" in whole
+        else:
+            assert (line["stop_reason"], line["text"]) == ("stop", whole.partition("\n")[0])
 
 
 def test_a_sampling_sweep_is_a_study(script: Script, tmp_path: Path, run: Path) -> None:

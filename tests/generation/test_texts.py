@@ -157,3 +157,5 @@ def test_a_prompt_that_cannot_be_is_one_line(prompt: str, line: str) -> None:
     small = GPTModel(ModelConfig(vocab_size=256, context_length=4, emb_dim=8, n_heads=1, n_layers=1))
     with pytest.raises(UserError, match=line):
         list(generate_texts(small, BYTES, ["a", prompt], SAMPLING, 3))
+    with pytest.raises(UserError, match=line.replace("prompt", "b.txt")):
+        list(generate_texts(small, BYTES, ["a", prompt], SAMPLING, 3, names=["a.txt", "b.txt"]))

@@ -54,3 +54,12 @@ def test_metrics_are_those_of_single_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert as_in_the_book["loss"] == pytest.approx(sum(sum(each) / len(each) for each in nats) / 3, rel=1e-5)
     assert as_in_the_book["bits_per_byte"] == found["bits_per_byte"]
+
+
+def test_ends_of_text_alone_have_no_bits_per_byte() -> None:
+    model = GPTModel(ModelConfig(11, 8, 16, 2, 1))
+    runtime = start_runtime(RuntimeConfig(device="cpu", precision="fp32"))
+    ends = torch.zeros(2, 8, dtype=torch.int64)
+    found = evaluate(model, [(ends, ends)], torch.tensor([0, *range(1, 11)]), runtime)
+    assert found["bits_per_byte"] == math.inf
+    assert 0 < found["loss"] < 20
