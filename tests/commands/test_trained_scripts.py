@@ -133,8 +133,8 @@ def test_prompts_are_the_same_with_the_line_ends_of_any_system(
 
 
 def test_a_stop_text_may_be_a_newline(script: Script, run: Path, tmp_path: Path) -> None:
-    for stop in ("[]", r'["\n"]', r"['\n']", '["\n"]', r'["\\n"]'):
-        folder = tmp_path / "run"
+    for number, stop in enumerate(("[]", r'["\n"]', r"['\n']", '["\n"]', r'["\\n"]')):
+        folder = tmp_path / str(number)
         arguments = [f"checkpoint={run}", *FP32, "sampling=greedy", "prompt=7 bottles", f"stop={stop}"]
         result = script("generate", *arguments, f"hydra.run.dir={folder}")
         assert result.returncode == 0, result.stderr
