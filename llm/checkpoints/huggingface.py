@@ -23,7 +23,8 @@ from llm.checkpoints.weights import (
     refuse_unless_gpt2,
 )
 from llm.config import ModelConfig, validate
-from llm.data.tokenizer import END_OF_TEXT, as_huggingface, load_tokenizer
+from llm.data.tokenizer import END_OF_TEXT, load_tokenizer
+from llm.data.tokenizer_files import as_huggingface
 from llm.errors import UserError, first_line
 from llm.files import as_json
 from llm.model.gpt import GPTModel

@@ -16,16 +16,34 @@ import regex
 import tiktoken
 import torch
 
-from llm.data.tokenizer import END_OF_TEXT
+from llm.data.tokenizer import encode_to_numpy, special_in_texts
 
 PIECE_CHARACTERS = 1 << 18  # encoded at a time by a thread
 SEARCHED_CHARACTERS = 1_000  # for a place to cut, before a whole piece is divided into pre-tokens
 
-# Characters on either side that decide whether a text may be cut, white space apart: no fewer than
-# END_OF_TEXT has, and more than any known pattern looks ahead.
+# Characters on either side that decide whether a text may be cut, white space apart: more than any known
+# pattern looks ahead.
 CONTEXT = 32
 
 KEPT_TOKENS = 4_096  # at the end of a part: the next part changes only a few
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What divides a text, for one tokenizer."""
+
+    pattern: "regex.Pattern | None"  # of pre-tokens; None: tokens are bytes, whatever the pattern
+    special: "regex.Pattern"  # of special tokens, such as the end of text, beyond which no pattern sees
+    context: int  # CONTEXT, or the characters of the longest special token
+
+    @classmethod
+    def of(cls, tokenizer: tiktoken.Encoding) -> "Rules":
+        special = special_in_texts(tokenizer)
+        return cls(
+            regex.compile(tokenizer._pat_str) if len(tokenizer._mergeable_ranks) > 256 else None,
+            regex.compile("|".join(map(regex.escape, sorted(special))) or "(?!)"),
+            max(CONTEXT, *map(len, special), 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ def encode_pieces(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterato
     def encode(piece: Piece) -> np.ndarray:
         if piece.is_part:
             return np.array(tokenizer._encode_single_piece(piece.text), dtype=np.uint32)
-        return tokenizer.encode_to_numpy(piece.text, allowed_special={END_OF_TEXT}, disallowed_special=())
+        return encode_to_numpy(piece.text, tokenizer)
 
     pieces, threads, done = cut(texts, tokenizer), torch.get_num_threads(), 0
     # The end of a part, which the next part may change, but for a first token if that is yielded already.
@@ -101,18 +119,18 @@ def cut(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[Piece]:
     A piece is longer only where a pattern looks for the end of white space that is longer: cl100k's, but not
     GPT-2's.
     """
-    # Without merges, tokens are bytes, whatever the pattern.
-    pattern = regex.compile(tokenizer._pat_str) if len(tokenizer._mergeable_ranks) > 256 else None
-    text, inside, enough = "", False, PIECE_CHARACTERS + 2 * CONTEXT
+    rules = Rules.of(tokenizer)
+    least = PIECE_CHARACTERS + 2 * rules.context
+    text, inside, enough = "", False, least
     for more in chain(_slices(texts), [None]):
         text += more or ""
         while len(text) >= enough or (more is None and text):
-            end, goes_on = _piece_end(text, pattern, inside, is_all=more is None)
+            end, goes_on = _piece_end(text, rules, inside, is_all=more is None)
             if not end:
                 enough = 2 * len(text)  # else a text without a place to cut would be searched over and over
                 break
             yield Piece(text[:end], is_part=inside or goes_on, continues=inside)
-            text, inside, enough = text[end:], goes_on, PIECE_CHARACTERS + 2 * CONTEXT
+            text, inside, enough = text[end:], goes_on, least
 
 
 def _slices(texts: Iterable[str]) -> Iterator[str]:
@@ -121,7 +139,7 @@ def _slices(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + PIECE_CHARACTERS]
 
 
-def _piece_end(text: str, pattern: "regex.Pattern | None", inside: bool, is_all: bool) -> tuple[int, bool]:
+def _piece_end(text: str, rules: Rules, inside: bool, is_all: bool) -> tuple[int, bool]:
     """Where the next piece ends, and whether within a pre-token; 0 if only more text can tell.
 
     Args:
@@ -129,30 +147,33 @@ def _piece_end(text: str, pattern: "regex.Pattern | None", inside: bool, is_all:
         inside: whether the piece before ended within a pre-token.
         is_all: whether the text ends here.
     """
-    if not inside and (found := text.rfind(END_OF_TEXT, 0, PIECE_CHARACTERS + len(END_OF_TEXT))) >= 0:
-        return found + len(END_OF_TEXT), False
-    if (found := text.find(END_OF_TEXT)) >= 0:  # no pattern sees beyond it
-        text, is_all = text[:found], True
+    pattern, context = rules.pattern, rules.context
+    special = rules.special.search(text)
+    if special and not inside and special.end() <= PIECE_CHARACTERS + context:
+        *_, last = rules.special.finditer(text, special.start(), PIECE_CHARACTERS + context)
+        return last.end(), False
+    if special:
+        text, is_all = text[: special.start()], True
     if pattern is None:
         return min(PIECE_CHARACTERS, len(text)), False
     # White space may be divided otherwise, depending on what ends it.
     endings = [text] if is_all else [text, text + "x", text + "\n"]
     first = min(_match_end(pattern, each, 0, len(each)) for each in endings)
-    if first >= PIECE_CHARACTERS + CONTEXT:
+    if first >= PIECE_CHARACTERS + context:
         return PIECE_CHARACTERS, True
     if inside:
-        return first if is_all or _is_decided(text, first) else 0, False
-    if is_all and len(text) <= PIECE_CHARACTERS + 2 * CONTEXT:
+        return first if is_all or _is_decided(text, first, context) else 0, False
+    if is_all and len(text) <= PIECE_CHARACTERS + 2 * context:
         return len(text), False
     for place in range(PIECE_CHARACTERS, max(0, PIECE_CHARACTERS - SEARCHED_CHARACTERS), -1):
         if _may_be_cut(text, place, pattern):
             return place, False
-    limit = len(text) if is_all else len(text) - CONTEXT
+    limit = len(text) if is_all else len(text) - context
     spans = (match.span() for match in pattern.finditer(text))
     pre_tokens = [*takewhile(lambda span: span[1] <= limit, spans)]
     for last in reversed(range(len(pre_tokens))):
         place = pre_tokens[last][1]
-        if (is_all or _is_decided(text, place)) and all(
+        if (is_all or _is_decided(text, place, context)) and all(
             _match_end(pattern, text, start, place) == end
             for start, end in pre_tokens[max(0, last - CONTEXT) : last + 1]
         ):
@@ -178,10 +199,10 @@ def _may_be_cut(text: str, place: int, pattern: "regex.Pattern") -> bool:
     )
 
 
-def _is_decided(text: str, end: int) -> bool:
+def _is_decided(text: str, end: int, context: int) -> bool:
     """Whether a pre-token that ends here does so whatever follows the text."""
     is_open = text[end - 1].isspace() and text[end:].isspace()
-    return end <= len(text) - CONTEXT and not is_open
+    return end <= len(text) - context and not is_open
 
 
 def _match_end(pattern: "regex.Pattern", text: str, start: int, end: int) -> int:

@@ -3,18 +3,16 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
 
+from llm.data.tokenizer_files import BYTES_PATTERN, END_OF_TEXT, FileEncoding, read_tokenizer
 from llm.errors import UserError
-
-END_OF_TEXT = "<|endoftext|>"
 
 # SHA-256 of GPT-2's two vocabulary files, as tiktoken itself verifies them, and their names in tiktoken's
 # cache (SHA-1 of the URLs it downloads them from).
@@ -31,23 +29,41 @@ _GPT2_FILES = {
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """An encoding by name. `gpt2` and `bytes` need no network; tiktoken downloads its others.
+    """An encoding by name, or that of a folder of Hugging Face's tokenizer files. `gpt2` and `bytes` need no
+    network; tiktoken downloads its others.
 
     Raises:
-        UserError: tiktoken has no such encoding, or cannot download it.
+        UserError: tiktoken has no such encoding, or cannot download it; or the folder's is another method's.
     """
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
+    if name not in tiktoken.list_encoding_names():
+        if Path(name).exists():
+            return _by_its_name(read_tokenizer(Path(name)))
+        known = ", ".join(dict.fromkeys([*TOKENIZERS, *tiktoken.list_encoding_names()]))
+        raise UserError(
+            f"tokenizer.name={name}: unknown; choose from {known}, or give a folder with a tokenizer.json"
+        )
     try:
         return tiktoken.get_encoding(name)
-    except ValueError:
-        known = ", ".join(dict.fromkeys([*TOKENIZERS, *tiktoken.list_encoding_names()]))
-        raise UserError(f"tokenizer.name={name}: unknown; choose from {known}") from None
     except OSError as error:  # requests' exceptions are OSErrors
         raise UserError(
             f"tokenizer.name={name}: tiktoken could not download its vocabulary "
             f"({type(error).__name__}); connect once, or use gpt2 or bytes, which need no network"
         ) from error
+
+
+def _by_its_name(encoding: FileEncoding) -> FileEncoding:
+    """With the name of one of ours, if it is the same: texts are then not tokenised for it again."""
+    for known in (bytes_encoding, gpt2_encoding) if encoding.n_vocab in (257, 50257) else ():
+        ours = known()
+        if _content(encoding) == _content(ours) and encoding.end_of_text == END_OF_TEXT:
+            encoding.name = ours.name
+    return encoding
+
+
+def _content(encoding: tiktoken.Encoding) -> tuple[str, dict[str, int], list[tuple[bytes, int]]]:
+    return encoding._pat_str, encoding._special_tokens, list(encoding._mergeable_ranks.items())
 
 
 def _in_tiktoken_cache() -> bool:
@@ -86,7 +102,7 @@ def bytes_encoding() -> tiktoken.Encoding:
     """The 256 bytes, each its own token id, and the end of text."""
     return tiktoken.Encoding(
         "bytes",
-        pat_str=r"[\s\S]",  # any character, newlines included, in every regex dialect
+        pat_str=BYTES_PATTERN,
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={END_OF_TEXT: 256},
     )
@@ -97,8 +113,36 @@ TOKENIZERS: dict[str, Callable[[], tiktoken.Encoding]] = {"gpt2": gpt2_encoding,
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding) -> list[int]:
-    """Token ids of a text. `<|endoftext|>` in it is one token, as in the book."""
-    return tokenizer.encode(text, allowed_special={END_OF_TEXT}, disallowed_special=())
+    """Token ids of a text. `<|endoftext|>` in it is one token, as in the book, whatever the tokenizer calls
+    the one that ends a text."""
+    text, special = _special_in(text, tokenizer)
+    return tokenizer.encode(text, allowed_special=special, disallowed_special=())
+
+
+def encode_to_numpy(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """What `encode` gives, (tokens,), uint32, without the way through a list."""
+    text, special = _special_in(text, tokenizer)
+    return tokenizer.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+
+
+def special_in_texts(tokenizer: tiktoken.Encoding) -> Set[str]:
+    """What `encode` takes for a special token where it stands in a text."""
+    return tokenizer.parsed | {END_OF_TEXT} if isinstance(tokenizer, FileEncoding) else {END_OF_TEXT}
+
+
+def _special_in(text: str, tokenizer: tiktoken.Encoding) -> tuple[str, Set[str]]:
+    """A text as its tokenizer spells the end of text, and the special tokens that count in it."""
+    if not isinstance(tokenizer, FileEncoding):
+        return text, {END_OF_TEXT}
+    if tokenizer.end_of_text and END_OF_TEXT not in tokenizer.parsed:
+        text = text.replace(END_OF_TEXT, tokenizer.end_of_text)
+    return text, tokenizer.parsed
+
+
+def end_of_text_id(tokenizer: tiktoken.Encoding) -> int | None:
+    """The id of the token that ends a text; None where files name none."""
+    name = tokenizer.end_of_text if isinstance(tokenizer, FileEncoding) else END_OF_TEXT
+    return tokenizer._special_tokens[name] if name else None
 
 
 def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -125,12 +169,16 @@ def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
     """UTF-8 length in bytes of each token id: (vocab_size,), int64.
 
     The end-of-text token counts 0 bytes: it separates documents and stands for no text, so counting its 13
-    characters would lower the bits per byte for nothing. Ids unknown to the tokenizer count 0 as well.
+    characters would lower the bits per byte for nothing. Ids unknown to the tokenizer count 0 as well. Other
+    special tokens that a text can hold, those of a tokenizer's files, stand there as text.
     """
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     for token, token_id in tokenizer._mergeable_ranks.items():
         if token_id < vocab_size:
             lengths[token_id] = len(token)
+    for text, token_id in tokenizer._special_tokens.items() if isinstance(tokenizer, FileEncoding) else ():
+        if token_id < vocab_size and token_id != end_of_text_id(tokenizer):
+            lengths[token_id] = len(text.encode())
     return lengths
 
 
@@ -139,70 +187,6 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     digest = hashlib.sha256(f"{tokenizer.name} {tokenizer._pat_str} {tokenizer._special_tokens}".encode())
     for token, rank in tokenizer._mergeable_ranks.items():
         digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
+    if isinstance(tokenizer, FileEncoding) and tokenizer.name not in TOKENIZERS:
+        digest.update(repr((sorted(tokenizer.parsed), tokenizer.end_of_text)).encode())
     return digest.hexdigest()
-
-
-def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """The content of a Hugging Face `tokenizer.json` that gives the same token ids."""
-    characters = _byte_characters()
-    ranks = encoding._mergeable_ranks
-
-    def spelled(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    merges = [
-        [spelled(piece) for piece in _merge_of(token, rank, ranks)]
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-        if len(token) > 1
-    ]
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": encoding._pat_str},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": token_id, "content": text, **special}
-            for text, token_id in encoding._special_tokens.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {spelled(token): rank for token, rank in ranks.items()},
-            "merges": merges,
-        },
-    }
-
-
-def _byte_characters() -> list[str]:
-    """A visible character for each byte, as in GPT-2's vocabulary file: bytes that are not a visible Latin-1
-    character are given the code points from 256 on."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
-
-
-def _merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two pieces that a token is merged from: those left after all merges of lower rank."""
-    pieces = [bytes([byte]) for byte in token]
-    while len(pieces) > 2:
-        pairs = [ranks.get(one + other, rank) for one, other in pairwise(pieces)]
-        place = min(range(len(pairs)), key=pairs.__getitem__)
-        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
-    return pieces

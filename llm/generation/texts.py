@@ -11,7 +11,7 @@ import torch
 
 from llm.config import SamplingConfig
 from llm.data.pieces import encode_pieces
-from llm.data.tokenizer import bytes_of
+from llm.data.tokenizer import bytes_of, end_of_text_id
 from llm.errors import UserError
 from llm.generation.decoding import Decoding
 from llm.generation.sampling import draw_at, next_distribution, penalise_repetition, uniform_stream
@@ -180,7 +180,7 @@ class _Row:
         self.limit = limit
         self._tokenizer = tokenizer
         self._stop = stop
-        self._eos_id = tokenizer.eot_token if eos else None
+        self._eos_id = end_of_text_id(tokenizer) if eos else None
         # A token may end inside a UTF-8 character: its bytes are held back until it is complete, and dropped
         # if it never is.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
