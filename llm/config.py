@@ -88,7 +88,10 @@ class DataConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str = key("gpt2", "gpt2, bytes, or another encoding that tiktoken knows")
+    name: str = key(
+        "gpt2",
+        "gpt2, bytes, another encoding that tiktoken knows, or a folder with Hugging Face's files of one",
+    )
 
 
 @dataclass
@@ -232,8 +235,24 @@ class PretrainConfig:
 
 
 @dataclass
+class UndescribedModelConfig:
+    n_heads: int | None = key(
+        None, "attention heads of a model whose weights do not say, as the book's .pth file", at_least=1
+    )
+
+
+@dataclass
+class UndescribedTokenizerConfig:
+    name: str | None = key(
+        None, "tokenizer of weights that bring none: gpt2, bytes, another of tiktoken's, or a folder"
+    )
+
+
+@dataclass
 class GenerateConfig:
     checkpoint: str = key("latest", WEIGHTS_MEANING)
+    model: UndescribedModelConfig = field(default_factory=UndescribedModelConfig)
+    tokenizer: UndescribedTokenizerConfig = field(default_factory=UndescribedTokenizerConfig)
     prompt: str = key("Every effort moves you", "text to continue")
     prompt_file: str | None = key(
         None, "instead of prompt: a file, a folder or a glob, one prompt per file; -: standard input"
@@ -262,6 +281,8 @@ class GenerateConfig:
 @dataclass
 class EvaluateConfig:
     checkpoint: str = key("latest", WEIGHTS_MEANING)
+    model: UndescribedModelConfig = field(default_factory=UndescribedModelConfig)
+    tokenizer: UndescribedTokenizerConfig = field(default_factory=UndescribedTokenizerConfig)
     text: str | None = key(None, "evaluate this text token by token, and show what may come next")
     path: str | None = key(None, "evaluate these files instead of a split; as data.path")
     split: str = key(
@@ -282,6 +303,8 @@ class ExportConfig:
         choices=("huggingface", "book"),
     )
     to: str | None = key(None, "new folder to write to; null: one in this export's run folder")
+    model: UndescribedModelConfig = field(default_factory=UndescribedModelConfig)
+    tokenizer: UndescribedTokenizerConfig = field(default_factory=UndescribedTokenizerConfig)
 
 
 @dataclass

@@ -97,6 +97,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def refuse_stand_in(file: Path) -> None:
+    """
+    Raises:
+        UserError: what stands there was downloaded in place of the file.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as content:
+        begin = content.read(100)
+    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(
+            f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in its repository"
+        )
+    if begin.lstrip().startswith(b"<"):
+        raise UserError(f"{file} is a web page, not the file itself: download it again")
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

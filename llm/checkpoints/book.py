@@ -4,8 +4,12 @@ Nothing here runs code that a file brings along, and no size that a file claims 
 is seen to hold it.
 """
 
+import json
+import logging
 import pickle
+import re
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +21,144 @@ from llm.checkpoints.weights import (
     build_model,
     count_layers,
     in_fp32,
+    is_finite,
     new_folder,
     refuse_unless_gpt2,
+    without_wrappers,
 )
-from llm.config import ModelConfig, OptimizerConfig, validate
+from llm.config import ModelConfig, OptimizerConfig, from_dict, validate
+from llm.data.tokenizer import load_tokenizer
+from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError, first_line
+from llm.files import as_json, refuse_stand_in, sha256
 from llm.model.gpt import GPTModel
 
-HEAD_DIM = 64  # of all GPT-2 sizes; the book's files do not say how many heads there are
+log = logging.getLogger(__name__)
+
+# The book's models, by emb_dim and n_layers: how many attention heads they have, which its files do not say.
+BOOKS_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1600, 48): 25}
+_STATE_DICTS = (
+    "model_state_dict",
+    "model",
+    "state_dict",
+)  # where the book, nanoGPT and Lightning keep theirs
 
 
-def read_book(path: Path) -> Weights:
-    """The book's model.pth, a state dict, or model_and_optimizer.pth, that and AdamW's.
+def read_book(path: Path, n_heads: int | None = None) -> Weights:
+    """The book's model.pth, a state dict, or model_and_optimizer.pth, that and AdamW's. What such a file does
+    not say stands in a .json beside those that `export_book` wrote.
+
+    Args:
+        n_heads: how many attention heads the model has, where nothing else says.
 
     Raises:
-        UserError: the file is damaged, could run code, or does not hold such weights.
+        UserError: the file is damaged, could run code, or does not hold such weights; or its number of heads
+            is not known.
     """
     _check_archive(path)
+    content = _load(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        saved = content.get("model_state_dict", content)
+        saved = _state_dict(content, path)
         weights = {name: tensor for name, tensor in saved.items() if not name.endswith("att.mask")}
         for name, tensor in weights.items():
             if not _is_stored(tensor):
                 raise ValueError(f"{name} claims numbers that are not in the file")
-        config = _sizes(weights)
-    except pickle.UnpicklingError as error:  # its text tells how to load the file all the same
+        weights = in_fp32(weights, str(path))
+        described, tokenizer = _read_beside(path)
+        config = replace(described, tie_weights=False) if described else _sizes(weights, n_heads, path)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} holds more than tensors, which could run code, or is damaged: it is not opened"
+            f"{path} is damaged, or no state dict in the book's names: {first_line(error)}"
+        ) from error
+    source = Weights(config, weights, tokenizer, str(path))
+    model = build_model(source)
+    if (optimizer := content.get("optimizer_state_dict")) is not None:
+        source.optimizer_state = _optimizer_state(model, optimizer, path)
+    if described and described.tie_weights:
+        source.model = described
+        head = weights.pop("out_head.weight")
+        (source.optimizer_state or {}).pop("out_head.weight", None)
+        if not torch.equal(head, weights["tok_emb.weight"]):
+            raise UserError(f"{path} has a head of its own, and {_beside(path)} says that it is tied")
+    return source
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """What torch.save wrote to a file, without running any code of it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        return content
+    except pickle.UnpicklingError as error:  # its text tells how to load the file all the same
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        advice = f", for its {found[1]}; of a model, save model.state_dict()" if found else ""
+        raise UserError(
+            f"{path} holds more than tensors, which could run code, or is damaged: it is not opened{advice}"
         ) from error
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged, or no state dict in the book's names: {first_line(error)}"
         ) from error
-    tokenizer = "gpt2" if config.vocab_size == 50257 else None
-    source = Weights(config, in_fp32(weights, str(path)), tokenizer, str(path))
-    model = build_model(source)
-    if (optimizer := content.get("optimizer_state_dict")) is not None:
-        source.optimizer_state = _optimizer_state(model, optimizer, path)
-    return source
+
+
+def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tensors in a file, under the book's names.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    saved = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), dict)), content)
+    plain = without_wrappers(saved)
+    for name in plain:
+        prefix, embeddings, rest = name.partition(
+            "tok_emb.weight"
+        )  # the prefix is an attribute of Lightning's
+        if embeddings and not rest and all(each.startswith(prefix) for each in plain):
+            return {each.removeprefix(prefix): tensor for each, tensor in plain.items()}
+    if "transformer.wte.weight" in plain and "model_args" in content:
+        raise UserError(
+            f"{path} is a checkpoint of nanoGPT, which does not say with which of nanoGPT's two GELUs it was "
+            f"trained: bring it into Hugging Face's layout, whose config.json does"
+        )
+    if any(name.endswith("wte.weight") for name in plain):
+        raise UserError(
+            f"{path} has Hugging Face's names, which say nothing of its sizes: give the folder with its "
+            f"config.json and model.safetensors"
+        )
+    found = ", ".join(list(map(str, plain))[:4])
+    raise UserError(f"{path} holds no state dict in the book's names, but {found or 'nothing'}")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_beside(path: Path) -> tuple[ModelConfig | None, str | None]:
+    """The model and the tokenizer of a .pth file, as the file beside it says; None if there is none for it.
+
+    Raises:
+        UserError: that file is damaged.
+    """
+    file = _beside(path)
+    try:
+        described = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        if not isinstance(described, dict) or not described.keys() >= {"model", "tokenizer", "sha256"}:
+            return None, None  # somebody else's
+        if described["sha256"] != sha256(path):
+            log.warning("%s is not used: %s has changed since it was written", file, path.name)
+            return None, None
+        config = from_dict(ModelConfig, described["model"])
+        validate(config, "model.")
+        refuse_unless_gpt2(config, f"{path}, by {file.name} beside it,")
+        tokenizer = described["tokenizer"]
+        if not re.fullmatch(r"[\w.-]+", tokenizer):
+            raise ValueError(f"tokenizer={tokenizer} is no name")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged or of another format: {first_line(error)}") from error
+    return config, str(path.parent.absolute()) if tokenizer == "." else tokenizer
 
 
 def _is_stored(tensor: Tensor) -> bool:
@@ -71,16 +174,27 @@ def _check_archive(path: Path) -> None:
         UserError: a file is no archive of torch.save's, or one that unpacks to more than it holds.
     """
     try:
+        refuse_stand_in(path)
+        with path.open("rb") as content:
+            begin = content.read(40)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is no .pth file as torch.save writes them today; an older one is a plain pickle, which "
-            f"can run code, and is not opened"
-        ) from error
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path}: give the folder that holds it and its config.json") from error
+        what = f"it begins with {begin!r}"
+        if begin.startswith(b"PK"):
+            what = "it is cut short"
+        elif begin.startswith(b"\x80"):
+            what = "an older one is a plain pickle, which can run code, and is not opened"
+        raise UserError(f"{path} is no .pth file as torch.save writes them today; {what}") from error
     size = sum(entry.file_size for entry in entries)
     if size > path.stat().st_size:  # compressed, or entries that lie over each other
         raise UserError(f"{path} unpacks to {size} bytes, more than the file has")
+    names = {Path(entry.filename).name for entry in entries}
+    if "data.pkl" not in names or "constants.pkl" in names:
+        what = "a program of TorchScript" if "constants.pkl" in names else "a zip archive without a data.pkl"
+        raise UserError(f"{path} is {what}, not what torch.save writes of a state dict")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{path}: {entry.filename} is compressed, which torch.save does not do")
@@ -88,16 +202,33 @@ def _check_archive(path: Path) -> None:
             raise UserError(f"{path}: {entry.filename} leads out of the archive")
 
 
-def _sizes(weights: dict[str, Tensor]) -> ModelConfig:
+def _sizes(weights: dict[str, Tensor], n_heads: int | None, path: Path) -> ModelConfig:
+    """The model that tensors make, as far as their shapes say.
+
+    Raises:
+        UserError: the number of heads is not known, or does not fit.
+    """
     vocab_size, emb_dim = weights["tok_emb.weight"].shape
-    if emb_dim % HEAD_DIM:
-        raise ValueError(f"its width {emb_dim} is no multiple of {HEAD_DIM}, the size of GPT-2's heads")
+    layers = count_layers(weights, "trf_blocks.")
+    assumed = BOOKS_HEADS.get((emb_dim, layers))
+    if n_heads is None and assumed is None:
+        raise UserError(
+            f"{path} does not say how many attention heads its model has: add model.n_heads=NUMBER "
+            f"(emb_dim is {emb_dim}, in {layers} layers)"
+        )
+    if n_heads is None:
+        log.info(
+            "%s does not say how many attention heads its model has: %d are assumed, as in the book's of "
+            "this size; if it has others, add model.n_heads=NUMBER",
+            path,
+            assumed,
+        )
     config = ModelConfig(
         vocab_size=vocab_size,
         context_length=weights["pos_emb.weight"].shape[0],
         emb_dim=emb_dim,
-        n_heads=emb_dim // HEAD_DIM,
-        n_layers=count_layers(weights, "trf_blocks."),
+        n_heads=n_heads or assumed or 0,
+        n_layers=layers,
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
         tie_weights=False,
     )
@@ -110,35 +241,58 @@ def _optimizer_state(model: GPTModel, saved: Any, path: Path) -> dict[str, dict[
     parameters = dict(enumerate(model.named_parameters()))
     state: dict[str, dict[str, Tensor | float]] = {}
     try:
-        if saved["state"] and saved["state"].keys() != parameters.keys():  # empty before the first step
-            raise ValueError("a parameter has no state")
         for number, averages in saved["state"].items():
-            name, parameter = parameters[number]
-            tensors = {key: torch.as_tensor(average) for key, average in averages.items()}
-            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-            if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
-                raise ValueError(f"{name} has averages of other names or shapes")
-            if not all(map(_is_stored, tensors.values())):
-                raise ValueError(f"{name} has averages that are not in the file")
-            state[name] = dict(tensors)
-        return state
+            state[parameters[number][0]] = {key: torch.as_tensor(kept) for key, kept in averages.items()}
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its optimizer_state_dict is not AdamW's for this model") from error
+    if state:  # there is none before the first step
+        check_adamw_state(model, state, str(path))
+    return state
+
+
+def check_adamw_state(model: GPTModel, state: dict[str, dict[str, Tensor | float]], origin: str) -> None:
+    """
+    Raises:
+        UserError: a state is not that of AdamW over all parameters of a model, or is damaged.
+    """
+    begin = f"{origin}: its optimizer state is not AdamW's for this model"
+    parameters = dict(model.named_parameters())
+    if other := state.keys() ^ parameters.keys():
+        raise UserError(f"{begin}: {min(other)} has {'no' if min(other) in parameters else 'a'} state")
+    for name, parameter in parameters.items():
+        tensors = {key: torch.as_tensor(kept) for key, kept in state[name].items()}
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
+            raise UserError(f"{begin}: {name} has averages of other names or shapes")
+        if not all(map(_is_stored, tensors.values())):
+            raise UserError(f"{begin}: {name} has averages that are not in the file")
+        numbers = [tensors["exp_avg"], tensors["exp_avg_sq"], tensors["step"].float()]
+        if not all(tensor.is_floating_point() and is_finite(tensor) for tensor in numbers):
+            raise UserError(f"{begin}: {name} has averages that are not finite numbers")
+        if tensors["exp_avg_sq"].min() < 0 or tensors["step"] < 1:
+            raise UserError(f"{begin}: {name} has negative averages of squares, or averages of no step")
 
 
 def export_book(
     model: GPTModel,
+    tokenizer: str,
     folder: Path,
     optimizer_state: dict[str, dict[str, Tensor | float]] | None,
     optimizer: OptimizerConfig,
 ) -> None:
     """Write the book's `model.pth`, and `model_and_optimizer.pth` if there is AdamW state: in its names and
-    order, with its masks, a head of its own, and one group of parameters.
+    order, with its masks, a head of its own, and one group of parameters. What they cannot hold is written to
+    a .json beside each, for `read_book`.
+
+    Args:
+        tokenizer: as `load_tokenizer` takes it; files that it came in are written beside them.
 
     Raises:
-        UserError: it cannot be written, or the book's model is another one.
+        UserError: it cannot be written, the book's model is another one, or the state is not this model's.
     """
     refuse_unless_gpt2(model.config, "format=book")
+    if optimizer_state:
+        check_adamw_state(model, optimizer_state, "this checkpoint")
     weights = model.state_dict()
     context = model.config.context_length
     mask = torch.triu(torch.ones(context, context), diagonal=1)
@@ -148,6 +302,7 @@ def export_book(
             saved[name.replace("W_query.weight", "mask")] = mask
         saved[name] = tensor.clone()
     saved.setdefault("out_head.weight", weights["tok_emb.weight"].clone())
+    files = kept_files(load_tokenizer(tokenizer))
     copies = 4 if optimizer_state else 1  # the weights twice, and AdamW's two averages
     with new_folder(folder, copies * sum(tensor.nbytes for tensor in saved.values())) as temporary:
         _save_pickle(saved, temporary / "model.pth")
@@ -165,9 +320,18 @@ def export_book(
                 eps=optimizer.eps,
                 weight_decay=optimizer.weight_decay,
             ).state_dict()
-            adamw["state"] = {number: state[name] for number, name in enumerate(names) if name in state}
+            adamw["state"] = {number: state[name] for number, name in enumerate(names)}
             both = {"model_state_dict": saved, "optimizer_state_dict": adamw}
             _save_pickle(both, temporary / "model_and_optimizer.pth")
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        for file in sorted(temporary.glob("*.pth")):
+            described = {
+                "model": asdict(model.config),
+                "tokenizer": "." if files else tokenizer,
+                "sha256": sha256(file),
+            }
+            _beside(file).write_text(as_json(described), encoding="utf-8")
 
 
 def _save_pickle(content: Any, path: Path) -> None:

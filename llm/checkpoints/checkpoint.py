@@ -10,8 +10,9 @@
             training_state.json         counters, position in the data, which run this is
             metrics.jsonl, samples.jsonl    what the run had recorded by then
             SHA256SUMS                  of all of these; `sha256sum -c` checks it too
+            tokenizer.json, vocab.json, …   the tokenizer's, if it came in files
         best-00000300/      the weights with the lowest validation loss so far
-            model.safetensors, config.json, SHA256SUMS
+            model.safetensors, config.json, the tokenizer's files, SHA256SUMS
         last -> step-00000400
         best -> best-00000300
 
@@ -27,7 +28,7 @@ import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from llm.checkpoints.weights import Weights
 from llm.config import PretrainConfig, from_dict, validate
+from llm.data.tokenizer_files import TOKENIZER_FILES, holds_tokenizer
 from llm.errors import UserError, first_line
 from llm.files import as_json, as_typed, remove, replacing, sha256
 from llm.run_folder import CHECKPOINT_NAME, CHECKPOINTS, RECORDS, RUN_ID, find_run, step_folders, steps_of
@@ -79,6 +81,7 @@ class Snapshot:
     weights: dict[str, Tensor]
     state: TrainingState
     record_sizes: dict[str, int]  # bytes of the run's RECORDS that belong to it
+    tokenizer: dict[str, bytes] = field(default_factory=dict)  # its files, if it came in files
 
 
 class CheckpointWriter:
@@ -114,7 +117,7 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot, best: tuple[int, dict[str, Tensor]] | None) -> UserError | None:
         try:
             if best:
-                write_best(self.run_dir, best[0], best[1], snapshot.config)
+                write_best(self.run_dir, best[0], best[1], snapshot.config, snapshot.tokenizer)
             write_step(self.run_dir, snapshot)
         except UserError as error:
             log.warning(NOT_SAVED, error)
@@ -137,12 +140,19 @@ def write_step(run_dir: Path, snapshot: Snapshot) -> None:
         run_dir / CHECKPOINTS / _name("step", snapshot.steps),
         tensors={WEIGHTS: snapshot.weights, STATE_TENSORS: state_tensors},
         values={CONFIG: _versioned(snapshot.config), STATE: state},
+        files=snapshot.tokenizer,
         records={run_dir / name: size for name, size in snapshot.record_sizes.items()},
         link="last",
     )
 
 
-def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: PretrainConfig) -> None:
+def write_best(
+    run_dir: Path,
+    steps: int,
+    weights: dict[str, Tensor],
+    config: PretrainConfig,
+    tokenizer: dict[str, bytes],
+) -> None:
     """Write weights as the best so far, after `steps` updates, and point `best` at them.
 
     Raises:
@@ -150,7 +160,12 @@ def write_best(run_dir: Path, steps: int, weights: dict[str, Tensor], config: Pr
     """
     folder = run_dir / CHECKPOINTS / _name("best", steps)
     _write_folder(
-        folder, tensors={WEIGHTS: weights}, values={CONFIG: _versioned(config)}, records={}, link="best"
+        folder,
+        tensors={WEIGHTS: weights},
+        values={CONFIG: _versioned(config)},
+        files=tokenizer,
+        records={},
+        link="best",
     )
 
 
@@ -166,7 +181,7 @@ def write_start(run_dir: Path, steps: int, config: PretrainConfig) -> None:
         if other != folder:
             remove(other)
     if damage(folder, (CONFIG,)) or read_config(folder) != config:
-        _write_folder(folder, tensors={}, values={CONFIG: _versioned(config)}, records={})
+        _write_folder(folder, tensors={}, values={CONFIG: _versioned(config)}, files={}, records={})
 
 
 def start_config(run_dir: Path, steps: int) -> PretrainConfig | None:
@@ -237,6 +252,7 @@ def _write_folder(
     folder: Path,
     tensors: dict[str, dict[str, Tensor]],
     values: dict[str, Any],
+    files: dict[str, bytes],
     records: dict[Path, int],
     link: str | None = None,
 ) -> None:
@@ -247,6 +263,8 @@ def _write_folder(
             save_tensors(content, temporary / name)
         for name, value in values.items():
             (temporary / name).write_text(as_json(value), encoding="utf-8")
+        for name, kept in files.items():
+            (temporary / name).write_bytes(kept)
         for record, size in records.items():
             _copy_start(record, size, temporary / record.name)
         checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
@@ -312,10 +330,12 @@ def _name(kind: str, steps: int) -> str:
 
 
 def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
-    """What is wrong with the files of a checkpoint folder by its checksums; None if it is whole."""
+    """What is wrong with the files of a checkpoint folder by its checksums; None if it is whole. The
+    tokenizer's are always among them."""
     try:
         checksums = read_checksums(folder)
-        for name in names:
+        tokenizer = [name for name in TOKENIZER_FILES if name in checksums or (folder / name).exists()]
+        for name in (*names, *tokenizer):
             if name not in checksums:
                 return f"{CHECKSUMS} does not list {name}"
             if sha256(folder / name) != checksums[name]:
@@ -374,11 +394,16 @@ def read_weights(folder: Path) -> Weights:
     return Weights(
         config.model,
         read_tensors(folder / WEIGHTS),
-        config.tokenizer.name,
+        kept_tokenizer(folder, config),
         origin=str(as_typed(folder)),
         trained=config,
         folder=folder,
     )
+
+
+def kept_tokenizer(folder: Path, config: PretrainConfig) -> str:
+    """What `load_tokenizer` is to load for a checkpoint: its folder, if that holds a tokenizer's files."""
+    return str(folder.absolute()) if holds_tokenizer(folder) else config.tokenizer.name
 
 
 def read_config(folder: Path) -> PretrainConfig:

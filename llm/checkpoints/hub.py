@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from llm.checkpoints.huggingface import shards
+from llm.data.tokenizer_files import TOKENIZER_FILES, VOCABULARIES
 from llm.errors import UserError, first_line
 from llm.files import sha256
 
@@ -23,13 +24,14 @@ GPT2_ON_HUB = {
 }
 
 
-def download(name: str) -> tuple[Path, str]:
-    """The folder of a repository on the hub, downloaded or from the hub's cache, and where it comes from.
+def download(name: str) -> tuple[Path, str, str | None]:
+    """The folder of a repository on the hub, downloaded or from the hub's cache; where it comes from; and its
+    tokenizer, for `load_tokenizer`, if it is known to have one.
 
     Raises:
         UserError: the hub cannot be reached, has no such repository, or a file is not what it should be.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, asked = name.partition("@")
@@ -44,6 +46,16 @@ def download(name: str) -> tuple[Path, str]:
     def fetch(file: str) -> Path:
         return Path(hf_hub_download(repository, file, revision=revision, local_files_only=cached_only))
 
+    def may_have(file: str) -> bool:
+        """Whether a repository has a file, which is then fetched; True if that cannot be found out."""
+        try:
+            fetch(file)
+        except LocalEntryNotFoundError:
+            return try_to_load_from_cache(repository, file, revision=revision) is not _CACHED_NO_EXIST
+        except EntryNotFoundError:
+            return False
+        return True
+
     try:
         folder = fetch("config.json").parent
         # One commit for all files, even if the name is that of a branch that moves.
@@ -55,6 +67,10 @@ def download(name: str) -> tuple[Path, str]:
         except EntryNotFoundError:
             index = fetch("model.safetensors.index.json")
             files = [fetch(file) for file in shards(index)]
+        tokenizer = "gpt2" if repository in GPT2_ON_HUB and not asked else None
+        if tokenizer is None:
+            found = [file for file in (*TOKENIZER_FILES, *VOCABULARIES) if may_have(file)]
+            tokenizer = str(folder) if set(found) & set(VOCABULARIES) else None
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"{name} is no file or folder here, and Hugging Face's hub cannot be reached: give a local "
@@ -70,7 +86,7 @@ def download(name: str) -> tuple[Path, str]:
         expected = checksum or kept.name
         if re.fullmatch("[0-9a-f]{64}", expected) and sha256(kept) != expected:
             raise UserError(f"{kept} is not what the hub has (its SHA-256 differs): delete it and try again")
-    return folder, f"{repository} at revision {revision}"
+    return folder, f"{repository} at revision {revision}", tokenizer
 
 
 def _hub_answers() -> bool:

@@ -21,12 +21,13 @@ from llm.checkpoints.weights import (
     in_fp32,
     new_folder,
     refuse_unless_gpt2,
+    without_wrappers,
 )
 from llm.config import ModelConfig, validate
-from llm.data.tokenizer import END_OF_TEXT, load_tokenizer
-from llm.data.tokenizer_files import as_huggingface
+from llm.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
+from llm.data.tokenizer_files import as_huggingface, holds_tokenizer, kept_files
 from llm.errors import UserError, first_line
-from llm.files import as_json
+from llm.files import as_json, refuse_stand_in
 from llm.model.gpt import GPTModel
 
 WHAT_TO_GIVE = (
@@ -62,11 +63,16 @@ _SUPPORTED: dict[str, tuple] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
+    "tie_word_embeddings": (True, False),
+    "quantization_config": (None,),
 }  # the values with which GPT-2 is the book's model; the first is what a config means that does not say
 
 
-def read_huggingface(folder: Path, origin: str) -> Weights:
+def read_huggingface(folder: Path, origin: str, tokenizer: str | None = None) -> Weights:
     """The weights of a folder in Hugging Face's GPT-2 layout.
+
+    Args:
+        tokenizer: where it is not the folder's own files that say.
 
     Raises:
         UserError: a file is missing or damaged, or they are not those of a GPT-2.
@@ -76,12 +82,19 @@ def read_huggingface(folder: Path, origin: str) -> Weights:
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for file in files:
+            refuse_stand_in(file)
             with safe_open(file, framework="pt") as content:
-                shapes |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+                found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+            if twice := shapes.keys() & found.keys():
+                raise UserError(
+                    f"{file} holds {min(twice)} a second time: which of the two counts is unknown"
+                )
+            shapes |= found
         _check_huggingface_shapes(config, _named_plainly(shapes), origin)
-        tensors = _named_plainly({name: tensor for file in files for name, tensor in load_file(file).items()})
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{origin} is damaged or of another format: {first_line(error)}") from error
+    tensors = _named_plainly(in_fp32(tensors, origin))
     head = tensors.pop("lm_head.weight", None)
     weights = {ours: tensors[theirs] for theirs, ours in _OUTSIDE.items()}
     for layer in range(config.n_layers):
@@ -93,17 +106,23 @@ def read_huggingface(folder: Path, origin: str) -> Weights:
             thirds = tensors[f"{theirs}attn.c_attn.{kind}"].chunk(3, dim=-1)
             for projection, third in zip(_PROJECTIONS, thirds, strict=True):
                 weights[f"{block}att.{projection}.{kind}"] = third.T if third.dim() == 2 else third
-    if head is not None and not torch.equal(head, weights["tok_emb.weight"]):
-        config.tie_weights = False
+    if head is not None and not config.tie_weights:
         weights["out_head.weight"] = head
-    weights = in_fp32(weights, origin)
-    tokenizer = described.get("tiktoken_encoding") or ("gpt2" if config.vocab_size == 50257 else None)
-    return Weights(config, weights, tokenizer, origin)
+    elif head is not None and not torch.equal(head, weights["tok_emb.weight"]):
+        raise UserError(
+            f"{origin}: config.json says tie_word_embeddings=true, or nothing, and lm_head.weight is not "
+            f"wte.weight: say false there if the head is one of its own, or remove that tensor"
+        )
+    if holds_tokenizer(folder):  # an absolute path, as a relative one may read like the name of an encoding
+        tokenizer = tokenizer or str(folder.absolute())
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    return Weights(config, weights, tokenizer or described.get("tiktoken_encoding"), origin)
 
 
 def _huggingface_config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The sizes that a config.json describes, and all that stands there."""
     try:
+        refuse_stand_in(file)
         described = dict(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
@@ -126,7 +145,8 @@ def _huggingface_config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
     encoding = described.get("tiktoken_encoding")
     if encoding is not None and not re.fullmatch(r"[\w.-]+", str(encoding)):
         raise UserError(f"{file}: tiktoken_encoding={encoding} is not the name of an encoding")
-    config = ModelConfig(**sizes, qkv_bias=True, tie_weights=True)  # type: ignore[arg-type]
+    config = ModelConfig(**sizes, qkv_bias=True)  # type: ignore[arg-type]
+    config.tie_weights = bool(described.get("tie_word_embeddings", True))
     try:
         validate(config, "model.")
     except UserError as error:
@@ -138,7 +158,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if (folder / "model.safetensors.index.json").exists():
-        return [folder / name for name in shards(folder / "model.safetensors.index.json")]
+        files = [folder / name for name in shards(folder / "model.safetensors.index.json")]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(f"{folder}: {missing[0]}, which its index names, is missing: download it too")
+        return files
     if list(folder.glob("*.bin")):
         raise UserError(
             f"{folder} holds its weights as a pickle, which can run code: give one with model.safetensors"
@@ -149,6 +172,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
 def shards(index: Path) -> list[str]:
     """The file names in a model.safetensors.index.json, none of which leads out of its folder."""
     try:
+        refuse_stand_in(index)
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         outside = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -159,8 +183,9 @@ def shards(index: Path) -> list[str]:
 
 
 def _named_plainly(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Without the prefix that GPT2LMHeadModel gives to names, and without the buffers of old versions."""
-    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    """Without the prefix that GPT2LMHeadModel gives to names, those of wrappers, and the buffers of old
+    versions."""
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in without_wrappers(tensors).items()}
     return {
         name: tensor
         for name, tensor in plain.items()
@@ -194,13 +219,18 @@ def _check_huggingface_shapes(config: ModelConfig, found: dict[str, tuple[int, .
         "ln_f.bias": vector,
         **{f"h.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()},
     }
+    if not config.tie_weights and "lm_head.weight" not in found:
+        raise UserError(
+            f"{origin}: config.json says tie_word_embeddings=false, and there is no lm_head.weight"
+        )
     if "lm_head.weight" in found:
         wanted["lm_head.weight"] = vocabulary
     compare_shapes(wanted, found, origin)
 
 
-def export_huggingface(model: GPTModel, tokenizer: str | None, folder: Path) -> None:
-    """Write a folder that transformers' `from_pretrained` opens, with the tokenizer's files if it is known.
+def export_huggingface(model: GPTModel, tokenizer: str, folder: Path) -> None:
+    """Write a folder that transformers' `from_pretrained` opens, with the tokenizer's files: those that it
+    came in, if it came in files.
 
     Raises:
         UserError: it cannot be written, or the layout cannot describe the model.
@@ -224,10 +254,13 @@ def export_huggingface(model: GPTModel, tokenizer: str | None, folder: Path) -> 
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_tensors(contiguous, temporary / "model.safetensors", {"format": "pt"})
         described = _describe(model.config)
-        if tokenizer:
-            encoding = load_tokenizer(tokenizer)
+        encoding = load_tokenizer(tokenizer)
+        described |= {f"{end}_token_id": end_of_text_id(encoding) for end in ("bos", "eos")}
+        if files := kept_files(encoding):
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
+        else:
             described |= {"tiktoken_encoding": tokenizer}
-            described |= {f"{end}_token_id": encoding.eot_token for end in ("bos", "eos")}
             _write(temporary / "tokenizer.json", as_huggingface(encoding))
             ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

@@ -7,36 +7,81 @@ from llm.checkpoints.book import read_book
 from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint, read_weights
 from llm.checkpoints.hub import download
 from llm.checkpoints.huggingface import WHAT_TO_GIVE, read_huggingface
-from llm.checkpoints.weights import Weights
+from llm.checkpoints.weights import Weights, refuse_not_finite
+from llm.data.tokenizer import fingerprint, load_tokenizer
 from llm.errors import UserError
 from llm.run_folder import CHECKPOINTS
 
 
-def open_weights(name: str) -> Weights:
+def open_weights(name: str, n_heads: int | None = None) -> Weights:
     """Weights by name: a run or checkpoint folder of ours, `latest`, a folder in Hugging Face's GPT-2 layout,
     a .pth file of the book's, or a name on Hugging Face's hub, such as gpt2-medium or user/name@revision.
 
+    Args:
+        n_heads: how many attention heads the model has, for weights that do not say.
+
     Raises:
-        UserError: there are none of that name, they are damaged, or they are not those of a GPT-2.
+        UserError: there are none of that name, they are damaged or not finite, or they are not those of a
+            GPT-2, or of one with other heads.
     """
     try:
-        return _open(name)
+        weights = _open(name, n_heads)
+        if n_heads not in (None, weights.model.n_heads):
+            raise UserError(
+                f"model.n_heads={n_heads}: the weights of {weights.origin} have {weights.model.n_heads}; "
+                f"remove it"
+            )
+        return weights
     except UserError as error:  # names in a file can hold line breaks and a terminal's control codes
         line = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(error))
         raise UserError(line) from error
 
 
-def _open(name: str) -> Weights:
+def _open(name: str, n_heads: int | None) -> Weights:
     path = Path(name)
     if is_ours(name):
-        return read_weights(find_checkpoint(name))
+        weights = read_weights(find_checkpoint(name))
+        refuse_not_finite(weights.tensors, weights.origin)
+        return weights
     if path.is_dir():
         return read_huggingface(path, name)
     if path.is_file():
-        return read_book(path)
+        return read_book(path, n_heads)
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w.-]+)?", name):
         return read_huggingface(*download(name))
     raise UserError(f"{name}: no such file or folder; {WHAT_TO_GIVE}")
+
+
+def tokenizer_of(weights: Weights, given: str | None = None) -> str:
+    """What `load_tokenizer` is to load for given weights: what they bring; else what was asked for by name;
+    else GPT-2's, if they have as many tokens.
+
+    Raises:
+        UserError: nothing says which it is, or another one was asked for than they bring.
+    """
+    known, size = weights.tokenizer, weights.model.vocab_size
+    if given is None and (known or size == 50257):
+        return known or "gpt2"
+    if given is None:
+        raise UserError(
+            f"{weights.origin} does not say which tokenizer it was trained with, and its {size} tokens are "
+            f"not GPT-2's: give it with tokenizer.name=bytes, the name of another one, or FOLDER"
+        )
+    if known in (None, given) or _same(known, given, weights):
+        return given
+    raise UserError(f"tokenizer.name={given}: the weights of {weights.origin} have {known}; remove it")
+
+
+def _same(known: str, given: str, weights: Weights) -> bool:
+    if not any(Path(each).is_absolute() or Path(each).exists() for each in (known, given)):
+        return False  # both are names of encodings; to compare them, they might have to be downloaded
+    try:
+        theirs = load_tokenizer(known)
+    except UserError:
+        if weights.trained:  # then what is damaged is a checkpoint of ours
+            raise
+        return True  # it is in files that cannot be read here, and the user has said what gives the same ids
+    return fingerprint(theirs) == fingerprint(load_tokenizer(given))
 
 
 def is_ours(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Weights in memory, whatever format they came from, and the model that they make."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ class Weights:
 
     model: ModelConfig
     tensors: dict[str, Tensor]
-    tokenizer: str | None  # a name for load_tokenizer; None: not known
+    tokenizer: str | None  # what load_tokenizer takes: a name or a folder; None: not known
     origin: str  # where they come from, for messages
     optimizer_state: dict[str, dict[str, Tensor | float]] | None = None  # AdamW's, that came with them
     trained: PretrainConfig | None = None  # the config of their run, if it is one of ours
@@ -93,12 +94,44 @@ def compare_shapes(
 def in_fp32(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     """
     Raises:
-        UserError: a tensor does not hold floating-point numbers.
+        UserError: a tensor does not hold floating-point numbers, or one that is not finite.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():  # quantised weights mean nothing without their scales
             raise UserError(f"{origin}: {name} is of {tensor.dtype}, and not of floating-point numbers")
-    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    numbers = {name: tensor.float() for name, tensor in tensors.items()}
+    refuse_not_finite(numbers, origin)
+    return numbers
+
+
+def refuse_not_finite(tensors: dict[str, Tensor], origin: str) -> None:
+    """
+    Raises:
+        UserError: a tensor holds NaN or infinity, which training that diverged leaves, or damage.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise UserError(
+                f"{origin}: {name} holds numbers that are not finite (NaN or infinity): give other weights, "
+                f"such as an earlier checkpoint"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite; in one pass, without a tensor of answers."""
+    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor.detach()))
+
+
+# What wrappers put into the names of what they hold: torch.compile, FSDP, and activation checkpointing.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def without_wrappers(tensors: dict[str, Any]) -> dict[str, Any]:
+    """With the names that tensors had before their model was compiled, or shared among processes by DDP."""
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
+    return plain if len(plain) == len(tensors) else tensors
 
 
 # What every format for GPT-2 can describe. The other keys of a model must have their defaults: GPT-2's parts.

@@ -49,7 +49,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
     """
     validate(config)
     runtime = start_runtime(config.runtime)
-    loaded = load_for_inference(config.checkpoint, runtime)
+    loaded = load_for_inference(config.checkpoint, runtime, config.model.n_heads, config.tokenizer.name)
     model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.trained
     log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
     context = model.config.context_length

@@ -6,11 +6,11 @@ from pathlib import Path
 from llm.checkpoints.book import export_book
 from llm.checkpoints.checkpoint import STATE, STATE_TENSORS, damage, read_training_state
 from llm.checkpoints.huggingface import export_huggingface
-from llm.checkpoints.opening import open_weights
+from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights, build_model
 from llm.config import ExportConfig, OptimizerConfig, validate
 from llm.errors import UserError
-from llm.training.optimizers import OPTIMIZERS
+from llm.training.optimizers import OPTIMIZERS, State
 
 log = logging.getLogger(__name__)
 
@@ -25,33 +25,44 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
     target = Path(config.to) if config.to else run_dir / config.format
     if target.exists():
         raise UserError(f"to={target} already exists: give the name of a new folder")
-    weights = open_weights(config.checkpoint)
+    weights = open_weights(config.checkpoint, config.model.n_heads)
+    tokenizer = tokenizer_of(weights, config.tokenizer.name)
     model = build_model(weights)
     if config.format == "huggingface":
-        export_huggingface(model, weights.tokenizer, target)
+        export_huggingface(model, tokenizer, target)
         log.info('%s\nnow opens with AutoModelForCausalLM.from_pretrained("%s")', weights.origin, target)
+        if not model.config.qkv_bias:
+            log.info("as its layout has biases of queries, keys and values, they are there, and 0")
     else:
-        # Not with foreign weights: the learning rate and weight decay that belong to a state are not known.
         optimizer = weights.trained.optimizer if weights.trained else OptimizerConfig()
-        state = _adamw_state(weights) if weights.trained else None
-        export_book(model, target, state, optimizer)
+        state, left_out = _adamw_state(weights)
+        export_book(model, tokenizer, target, state, optimizer)
         log.info("%s\nis now in %s", weights.origin, ", ".join(map(str, sorted(target.iterdir()))))
-        if not state:
-            log.info("model_and_optimizer.pth is not written: there is no AdamW state in %s", weights.origin)
+        log.info(
+            "a .pth file holds neither the number of heads (%d) nor dropout, tied weights or the tokenizer: "
+            "keep the .json with it, which does",
+            model.config.n_heads,
+        )
+        if left_out:
+            log.info("model_and_optimizer.pth is not written: %s", left_out)
+        elif not optimizer.decay_all:
+            log.info("the book's AdamW decays all parameters; in this run, only matrices were decayed")
     return target
 
 
-def _adamw_state(weights: Weights) -> dict | None:
-    """AdamW's state in a checkpoint of ours, if it is there.
+def _adamw_state(weights: Weights) -> tuple[State | None, str]:
+    """AdamW's state in a checkpoint of ours; or none, and why it is left out.
 
     Raises:
         UserError: it is damaged.
     """
     folder, trained = weights.folder, weights.trained
-    if not folder or not trained or not OPTIMIZERS[trained.optimizer.name].has_adamw_state:
-        return None
+    if not folder or not trained:
+        return None, f"with what learning rate and weight decay {weights.origin} was trained is not known"
+    if not OPTIMIZERS[trained.optimizer.name].has_adamw_state:
+        return None, f"the book's is AdamW, and this run was trained with {trained.optimizer.name}"
     if not (folder / STATE_TENSORS).exists():  # the best checkpoint holds only weights
-        return None
+        return None, f"{weights.origin} holds no optimizer state; the run's last checkpoint does"
     if problem := damage(folder, (STATE_TENSORS, STATE)):
         raise UserError(f"{folder} is damaged: {problem}")
-    return read_training_state(folder).optimizer
+    return read_training_state(folder).optimizer, ""

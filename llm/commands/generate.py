@@ -92,7 +92,7 @@ def conclude_study(folder: Path, jobs: list[Job]) -> None:
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
     """The samples, and the figures for their summary."""
     runtime = start_runtime(config.runtime)
-    loaded = load_for_inference(config.checkpoint, runtime)
+    loaded = load_for_inference(config.checkpoint, runtime, config.model.n_heads, config.tokenizer.name)
     names, prompts = zip(*_prompts(config).items(), strict=True)
     num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
     log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)

@@ -127,7 +127,9 @@ def encode_to_numpy(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 def special_in_texts(tokenizer: tiktoken.Encoding) -> Set[str]:
     """What `encode` takes for a special token where it stands in a text."""
-    return tokenizer.parsed | {END_OF_TEXT} if isinstance(tokenizer, FileEncoding) else {END_OF_TEXT}
+    if not isinstance(tokenizer, FileEncoding):
+        return {END_OF_TEXT}
+    return tokenizer.parsed | ({END_OF_TEXT} if tokenizer.end_of_text else frozenset())
 
 
 def _special_in(text: str, tokenizer: tiktoken.Encoding) -> tuple[str, Set[str]]:

@@ -1,8 +1,8 @@
 """Tokenizers in Hugging Face's files, in and out.
 
 Read are those of byte-level BPE, GPT-2's method, for which tiktoken gives the same ids for every text; others
-are refused. A tokenizer that was read keeps its files, for the checkpoints and exports of what is trained with
-it.
+are refused. A tokenizer that was read keeps its files, for the checkpoints and exports of what is trained
+with it.
 """
 
 import json
@@ -15,12 +15,20 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from llm.errors import UserError, first_line
+from llm.files import refuse_stand_in
 
 END_OF_TEXT = "<|endoftext|>"
 
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
-TOKENIZER_FILES = (*_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _OF_OTHER_METHODS = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+VOCABULARIES = (*TOKENIZER_FILES[:3], *_OF_OTHER_METHODS)
 
 # The patterns that are read, by which a text is cut into the words that are encoded one by one. Each matches
 # every character, and means the same in Hugging Face's regex library as in tiktoken's.
@@ -94,7 +102,7 @@ class FileEncoding(tiktoken.Encoding):
 
 def holds_tokenizer(folder: Path) -> bool:
     """Whether there is a vocabulary among the files of a folder, readable here or not."""
-    return any((folder / name).exists() for name in (*_VOCABULARIES, *_OF_OTHER_METHODS))
+    return any((folder / name).exists() for name in VOCABULARIES)
 
 
 def kept_files(encoding: tiktoken.Encoding) -> dict[str, bytes]:
@@ -110,10 +118,12 @@ def read_tokenizer(path: Path) -> FileEncoding:
     """
     try:
         if path.is_file():
-            files = {"tokenizer.json": path.read_bytes()}
+            found = {"tokenizer.json": path}
         else:
-            names = [name for name in TOKENIZER_FILES if (path / name).exists()]
-            files = {name: (path / name).read_bytes() for name in names}
+            found = {name: path / name for name in TOKENIZER_FILES if (path / name).exists()}
+        for file in found.values():
+            refuse_stand_in(file)
+        files = {name: file.read_bytes() for name, file in found.items()}
         parts = _read(files, path)
         ranks = _ranks(parts, path)
         special = _special_tokens(parts, ranks, path)
@@ -147,8 +157,8 @@ class _Parts:
 
 def _refusal(path: Path, what: str) -> UserError:
     return UserError(
-        f"the tokenizer in {path} {what}, and only byte-level BPE of GPT-2's kind is read: if you have one that "
-        f"gives the same ids, give it with tokenizer.name=gpt2, bytes or FOLDER"
+        f"the tokenizer in {path} {what}, and only byte-level BPE of GPT-2's kind is read: if you have one "
+        f"that gives the same ids, give it with tokenizer.name=gpt2, bytes or FOLDER"
     )
 
 
@@ -165,8 +175,8 @@ def _read(files: dict[str, bytes], path: Path) -> _Parts:
         pattern = _pattern(described.get("pre_tokenizer"), path)
         if kind in _GPT2_CLASSES and pattern != r50k_pat_str:
             raise UserError(
-                f"{path}: tokenizer.json cuts words otherwise than {kind}, which transformers takes it for: if "
-                f'it is right, say "tokenizer_class": "{_PLAIN_CLASSES[0]}" in a tokenizer_config.json beside it'
+                f"{path}: tokenizer.json cuts words otherwise than {kind}, which transformers takes it for: "
+                f'if it is right, write "tokenizer_class": "{_PLAIN_CLASSES[0]}" to its tokenizer_config.json'
             )
         merges, ignore_merges = [(one, other) for one, other in pairs], bool(model.get("ignore_merges"))
         parts = _Parts(dict(model["vocab"]), merges, pattern, ignore_merges)

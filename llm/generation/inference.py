@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.checkpoints.checkpoint import CHECKSUMS, step_of
-from llm.checkpoints.opening import is_ours, open_weights
+from llm.checkpoints.opening import is_ours, open_weights, tokenizer_of
 from llm.checkpoints.weights import build_model
 from llm.config import PretrainConfig
 from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.run_folder import find_run, step_folders
 from llm.runtime import Runtime
@@ -36,14 +35,20 @@ class Loaded:
     step: int | None  # the update, counted from 0, after which it was saved
 
 
-def load_for_inference(checkpoint: str | Path, runtime: Runtime) -> Loaded:
+def load_for_inference(
+    checkpoint: str | Path, runtime: Runtime, n_heads: int | None = None, tokenizer: str | None = None
+) -> Loaded:
     """Load the model of a run, a checkpoint or foreign weights (see `open_weights`), ready for inference.
 
+    Args:
+        n_heads: of weights that do not say how many attention heads they have.
+        tokenizer: of weights that do not say what theirs is, see `load_tokenizer`.
+
     Raises:
-        UserError: the weights are missing or damaged, or their tokenizer is unknown.
+        UserError: the weights are missing or damaged, or their heads or their tokenizer are unknown.
     """
     name = str(checkpoint)
-    return _load(name, _newest(name), runtime)
+    return _load(name, _newest(name), runtime, n_heads, tokenizer)
 
 
 def _newest(name: str) -> Path | None:
@@ -54,16 +59,14 @@ def _newest(name: str) -> Path | None:
 
 
 @functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
-def _load(name: str, newest: Path | None, runtime: Runtime) -> Loaded:
-    source = open_weights(name)
-    if source.tokenizer is None:
-        raise UserError(
-            f"{source.origin} does not say which tokenizer it was trained with, and its "
-            f"{source.model.vocab_size} tokens are not GPT-2's"
-        )
+def _load(
+    name: str, newest: Path | None, runtime: Runtime, n_heads: int | None, tokenizer: str | None
+) -> Loaded:
+    source = open_weights(name, n_heads)
+    encoding = load_tokenizer(tokenizer_of(source, tokenizer))
     return Loaded(
         for_inference(build_model(source).to(runtime.device), runtime),
-        load_tokenizer(source.tokenizer),
+        encoding,
         source.origin if source.folder else name,
         source.trained,
         step_of(source.folder) if source.folder else None,

@@ -80,7 +80,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         UserError: the text does not exist or does not suit the run, see `cut_windows`.
     """
     config = start.config
-    tokenizer = load_tokenizer(config.tokenizer.name)
+    tokenizer = load_tokenizer(start.tokenizer)
     files = token_files(config.data, tokenizer)
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
     torch.manual_seed(config.seed)

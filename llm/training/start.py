@@ -9,6 +9,7 @@ from typing import Any
 from llm.checkpoints.checkpoint import (
     STEP_FILES,
     damage,
+    kept_tokenizer,
     newest_whole,
     read_config,
     read_weights,
@@ -16,7 +17,7 @@ from llm.checkpoints.checkpoint import (
     start_config,
     write_start,
 )
-from llm.checkpoints.opening import open_weights
+from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.errors import UserError
@@ -65,13 +66,19 @@ class Start:
         """Updates behind it."""
         return steps_of(self.checkpoint) if self.checkpoint else 0
 
+    @property
+    def tokenizer(self) -> str:
+        """What `load_tokenizer` is to load. A run's checkpoints keep the files of its tokenizer, which may no
+        longer lie where they came from."""
+        return kept_tokenizer(self.checkpoint, self.config) if self.checkpoint else self.config.tokenizer.name
+
     def take_weights(self) -> Weights | None:
         """The weights to begin with, if any; handed over, so that they are not kept beside the model's."""
         weights, self.weights = self.weights, None
         if weights is None and self.checkpoint:
             return read_weights(self.checkpoint)
         if weights is None and self.config.init_from:
-            return open_weights(self.config.init_from)
+            return open_weights(self.config.init_from, self.config.model.n_heads)
         return weights
 
 
@@ -91,8 +98,14 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         rerun_of = find_run(config.rerun)
         return Start(repeated_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
     if config.init_from:
-        weights = open_weights(config.init_from)
-        config = with_weights(config, weights.model, weights.tokenizer, weights.origin, given)
+        asked = set(given)
+        weights = open_weights(
+            config.init_from, config.model.n_heads if {"model", "model.n_heads"} & asked else None
+        )
+        tokenizer = tokenizer_of(
+            weights, config.tokenizer.name if {"tokenizer", "tokenizer.name"} & asked else None
+        )
+        config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, weights=weights)
     return Start(config, run_dir, identity)
 
@@ -154,19 +167,27 @@ def _begin_again(config: PretrainConfig, name: str, run_dir: Path, given: Collec
 def repeated_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
     """The config that a run was trained with, to train with it again. Tracking is as asked for now, and the
     text may lie elsewhere now."""
-    recorded = read_config(newest_whole(run_dir, STEP_FILES))
+    checkpoint = newest_whole(run_dir, STEP_FILES)
+    recorded = read_config(checkpoint)
     data = replace(
         recorded.data,
         path=config.data.path or recorded.data.path,
         cache_dir=config.data.cache_dir or recorded.data.cache_dir,
     )
-    return replace(recorded, data=data, tracking=config.tracking, resume=None, rerun=str(run_dir))
+    return replace(
+        recorded,
+        data=data,
+        tokenizer=TokenizerConfig(kept_tokenizer(checkpoint, recorded)),
+        tracking=config.tracking,
+        resume=None,
+        rerun=str(run_dir),
+    )
 
 
 def with_weights(
-    config: PretrainConfig, model: ModelConfig, tokenizer: str | None, origin: str, given: Collection[str]
+    config: PretrainConfig, model: ModelConfig, tokenizer: str, origin: str, given: Collection[str]
 ) -> PretrainConfig:
-    """The config with the model that given weights make, and with their tokenizer if it is known.
+    """The config with the model that given weights make, and with their tokenizer.
 
     Args:
         given: what was asked for by name: keys such as `model.n_layers`, and groups such as `model`, of which
@@ -182,7 +203,6 @@ def with_weights(
             continue
         if key in given or key in chosen:
             raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; remove it")
-    tokenizer = tokenizer or config.tokenizer.name
     if config.tokenizer.name != tokenizer and {"tokenizer", "tokenizer.name"} & set(given):
         raise UserError(
             f"tokenizer.name={config.tokenizer.name}: the weights of {origin} have {tokenizer}; remove it"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llm.checkpoints.checkpoint import Snapshot, TrainingState, read_training_state
 from llm.checkpoints.weights import Weights, check_shapes
 from llm.config import CheckpointConfig
+from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError
 from llm.overrides import as_argument
 from llm.progress import format_value
@@ -82,7 +83,8 @@ def snapshot(
         generators=generators,
         epoch_generator=epoch_generator,
     )
-    return Snapshot(run.counters.steps, run.config, copy_weights(run.model), state, record_sizes)
+    weights, tokenizer = copy_weights(run.model), kept_files(run.tokenizer)
+    return Snapshot(run.counters.steps, run.config, weights, state, record_sizes, tokenizer)
 
 
 def restore(run: Run, start: Start, weights: Weights) -> None:

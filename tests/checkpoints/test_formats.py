@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from llm.checkpoints.book import export_book
 from llm.checkpoints.huggingface import export_huggingface
-from llm.checkpoints.opening import open_weights
-from llm.checkpoints.weights import build_model, check_shapes
+from llm.checkpoints.opening import open_weights, tokenizer_of
+from llm.checkpoints.weights import build_model, check_shapes, without_wrappers
 from llm.commands.evaluate import run_evaluation
 from llm.commands.export import export_checkpoint
 from llm.config import (
@@ -110,7 +110,8 @@ def test_transformers_opens_an_export(tmp_path: Path, qkv_bias: bool, tie_weight
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(theirs(IDS).logits, ours(IDS), atol=1e-5, rtol=1e-5)
     back = open_weights(str(tmp_path / "export"))
-    assert (back.tokenizer, back.model.tie_weights) == ("bytes", tie_weights)
+    assert load_tokenizer(tokenizer_of(back)).name == "bytes"
+    assert back.model.tie_weights == tie_weights
     for name, tensor in ours.state_dict().items():
         assert torch.equal(back.tensors[name], tensor), name
 
@@ -165,7 +166,7 @@ def test_the_books_two_files_load(tmp_path: Path) -> None:
     both = {"model_state_dict": book.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
     torch.save(both, tmp_path / "model_and_optimizer.pth")
     for name in ("model.pth", "model_and_optimizer.pth"):
-        source = open_weights(str(tmp_path / name))
+        source = open_weights(str(tmp_path / name), n_heads=1)
         assert source.model == ModelConfig(40, 8, 64, 1, 2, tie_weights=False)
         check_shapes(GPTModel(BOOK), source.tensors, name)
         assert all(torch.equal(tensor, book.state_dict()[key]) for key, tensor in source.tensors.items())
@@ -183,7 +184,7 @@ def test_the_books_two_files_are_written(tmp_path: Path) -> None:
     optimizers = build_optimizers(ours, OptimizerConfig(name="adamw", weight_decay=0.1))
     ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     optimizers.step()
-    export_book(ours, tmp_path / "book", optimizers.state(ours), OptimizerConfig(name="adamw"))
+    export_book(ours, "bytes", tmp_path / "book", optimizers.state(ours), OptimizerConfig(name="adamw"))
     book = books_model(BOOK)  # and so does the book read them
     optimizer = torch.optim.AdamW(book.parameters(), lr=5e-4, weight_decay=0.1)
     saved = torch.load(tmp_path / "book" / "model_and_optimizer.pth", weights_only=True)
@@ -204,7 +205,7 @@ def test_a_tied_model_continues_in_the_book(tmp_path: Path) -> None:
     ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     optimizers.step()
     state = optimizers.state(ours)
-    export_book(ours, tmp_path / "book", state, OptimizerConfig(name="adamw"))
+    export_book(ours, "bytes", tmp_path / "book", state, OptimizerConfig(name="adamw"))
     book = books_model(BOOK)
     optimizer = torch.optim.AdamW(book.parameters(), lr=5e-4)
     saved = torch.load(tmp_path / "book" / "model_and_optimizer.pth", weights_only=True)
@@ -226,7 +227,7 @@ def test_a_disk_that_fills_up_leaves_no_export(tmp_path: Path, room: int) -> Non
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     for write in (
         lambda: export_huggingface(model, "bytes", tmp_path / "export"),
-        lambda: export_book(model, tmp_path / "export", None, OptimizerConfig()),
+        lambda: export_book(model, "bytes", tmp_path / "export", None, OptimizerConfig()),
     ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))  # no file can be longer
         try:
@@ -262,6 +263,9 @@ def hub(tmp_path: Path) -> Iterator[str]:
             if revision not in ("main", commit.get(owner)) or not file.exists():
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header(
+                    "X-Repo-Commit", commit.get(owner, "")
+                )  # so that it is kept that it is not there
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
@@ -356,9 +360,9 @@ class _Bomb:
         return os.mkdir, ("bomb-went-off",)
 
 
-def refused(path: str | Path) -> str:
+def refused(path: str | Path, n_heads: int | None = None) -> str:
     with pytest.raises(UserError) as error:
-        open_weights(str(path))
+        open_weights(str(path), n_heads)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -431,7 +435,7 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path) -> None:
     assert "sur\ufffdprise has shape (1,), and the config's model wants nothing" in refused(tmp_path)
     name = "transformer.wte.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors")
-    assert "tok_emb.weight is of torch.int8, and not of floating-point numbers" in refused(tmp_path)
+    assert "transformer.wte.weight is of torch.int8, and not of floating-point numbers" in refused(tmp_path)
     del tensors["transformer.ln_f.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
     assert "ln_f.bias has shape nothing, and the config's model wants (32,)" in refused(tmp_path)
@@ -442,22 +446,23 @@ def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "model.pth"
     torch.save({"tok_emb.weight": _Bomb()}, path)
     assert "holds more than tensors, which could run code" in refused(path)
+    assert refused(path).endswith("not opened, for its posix.mkdir; of a model, save model.state_dict()")
     torch.save({"tok_emb.weight": _Bomb()}, path, _use_new_zipfile_serialization=False)
-    assert "is a plain pickle, which can run code" in refused(path)
+    assert "an older one is a plain pickle, which can run code" in refused(path)
     state = books_model(BOOK).state_dict()
     torch.save({**state, "tok_emb.weight": torch.zeros(1).expand(10**9, 64)}, path)
     assert "tok_emb.weight claims numbers that are not in the file" in refused(path)
     torch.save({**state, "tok_emb.weight": torch.zeros(40, 64, device="meta")}, path)
     assert "tok_emb.weight claims numbers that are not in the file" in refused(path)
     torch.save({name: tensor for name, tensor in state.items() if "trf_blocks" not in name}, path)
-    assert "model.n_layers=0: must be at least 1" in refused(path)
+    assert "model.n_layers=0: must be at least 1" in refused(path, 1)
     expanded = torch.zeros(1).expand(state["tok_emb.weight"].shape)
     for number, average in ((0, torch.zeros(1).expand(10**11)), (0, expanded), (-1, torch.tensor(1.0))):
         averages = {"state": {number: {"exp_avg": average}}}
         torch.save({"model_state_dict": state, "optimizer_state_dict": averages}, path)
-        assert "its optimizer_state_dict is not AdamW's for this model" in refused(path)
+        assert "is not AdamW's for this model" in refused(path, 1)
     torch.save({**state, "pos_emb.weight": torch.zeros(8, 3)}, path)
-    assert "pos_emb.weight has shape (8, 3)" in refused(path)
+    assert "pos_emb.weight has shape (8, 3)" in refused(path, 1)
     torch.save([1, 2], path)
     assert "is damaged, or no state dict" in refused(path)
     torch.save(state, path)
@@ -475,6 +480,221 @@ def test_hostile_archives_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         archive.writestr("model/data.pkl", os.urandom(1000))
     assert "model/data.pkl is compressed" in refused(path)
     assert not (tmp_path / "bomb-went-off").exists()
+
+
+@torch.no_grad()
+def test_names_that_wrappers_left_are_understood(tmp_path: Path) -> None:
+    theirs = hugging_face_gpt2()
+    theirs.save_pretrained(tmp_path / "theirs")
+    book = books_model(BOOK).eval()
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "model."):
+        tensors = {f"{prefix}{name}": tensor for name, tensor in book.state_dict().items()}
+        for content in (tensors, {"state_dict": tensors, "epoch": 3}):  # the latter is Lightning's
+            torch.save(content, tmp_path / "model.pth")
+            ours = build_model(open_weights(str(tmp_path / "model.pth"), n_heads=1))
+            assert all(torch.equal(ours.get_parameter(name), one) for name, one in book.named_parameters())
+        if prefix != "model.":
+            wrapped = {prefix + name: each.contiguous() for name, each in theirs.state_dict().items()}
+            del wrapped[f"{prefix}lm_head.weight"]
+            save_file(wrapped, tmp_path / "theirs" / "model.safetensors")
+            torch.testing.assert_close(our_model(tmp_path / "theirs")(IDS), theirs(IDS).logits)
+    blocks = {f"trf_blocks.0._orig_mod.{name}": 1 for name in ("a", "b")}
+    assert list(without_wrappers(blocks)) == ["trf_blocks.0.a", "trf_blocks.0.b"]
+
+
+def test_what_is_not_the_file_itself_is_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+    page = b"\n<!DOCTYPE html><html><body>404 Not Found</body></html>"
+    folder, path = tmp_path / "theirs", tmp_path / "model.pth"
+    hugging_face_gpt2().save_pretrained(folder)
+    for name in ("model.safetensors", "config.json"):
+        for content, said in (
+            (pointer, "is a git-LFS pointer, not the file itself: run `git lfs pull`"),
+            (page, "web page"),
+        ):
+            before = (folder / name).read_bytes()
+            (folder / name).write_bytes(content)
+            assert f"{name} is a " in refused(folder)
+            assert said in refused(folder)
+            (folder / name).write_bytes(before)
+            path.write_bytes(content)
+            assert said in refused(path)
+    path.write_bytes(b"Entry not found")
+    assert "is no .pth file as torch.save writes them today; it begins with b'Entry not found'" in refused(
+        path
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/a.npy", b"x")
+    assert "is a zip archive without a data.pkl, not what torch.save writes" in refused(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    assert "is a program of TorchScript" in refused(path)
+    torch.save(torch.nn.Linear(2, 2), path)
+    assert "for its torch.nn.modules.linear.Linear; of a model, save model.state_dict()" in refused(path)
+    theirs = {
+        name.replace("lm_head", "head"): each for name, each in hugging_face_gpt2().state_dict().items()
+    }
+    torch.save({"model": theirs, "model_args": {"n_head": 4, "bias": True}, "iter_num": 5}, path)
+    assert "is a checkpoint of nanoGPT, which does not say with which of nanoGPT's two GELUs" in refused(path)
+    torch.save(theirs, path)
+    assert "has Hugging Face's names, which say nothing of its sizes: give the folder" in refused(path)
+    torch.save({"weight": torch.zeros(2), "optimizer": {}}, path)
+    assert "holds no state dict in the book's names, but weight, optimizer" in refused(path)
+    assert "give the folder that holds it" in refused(folder / "model.safetensors")
+
+
+def test_shards_that_are_missing_or_say_it_twice_are_named(tmp_path: Path) -> None:
+    hugging_face_gpt2().save_pretrained(tmp_path, max_shard_size="40KB")
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    tensors = load_file(first)
+    save_file({**load_file(second), **tensors}, second)
+    assert f"{second.name} holds {min(tensors)} a second time" in refused(tmp_path)
+    second.unlink()
+    assert f"{second.name}, which its index names, is missing" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: float) -> None:
+    hugging_face_gpt2().save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    name = "transformer.h.1.mlp.c_fc.bias"
+    tensors[name] = tensors[name].double()
+    tensors[name][5] = bad  # 1e300 is finite in the file, and not in fp32
+    save_file(tensors, file)
+    assert f"{name} holds numbers that are not finite" in refused(tmp_path / "theirs")
+    state = books_model(BOOK).state_dict()
+    state["trf_blocks.1.ff.layers.0.weight"] = torch.full((256, 64), bad, dtype=torch.double)
+    torch.save(state, tmp_path / "model.pth")
+    line = "trf_blocks.1.ff.layers.0.weight holds numbers that are not finite"
+    assert line in refused(tmp_path / "model.pth", 1)
+
+
+def test_a_head_that_the_config_does_not_expect_is_refused(tmp_path: Path) -> None:
+    hugging_face_gpt2(tie_word_embeddings=False).save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    untied = config.read_text()
+    config.write_text(untied.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert "says tie_word_embeddings=true, or nothing, and lm_head.weight is not wte.weight" in refused(
+        tmp_path
+    )
+    config.write_text(untied)
+    tensors = load_file(file)
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors, file)
+    assert "says tie_word_embeddings=false, and there is no lm_head.weight" in refused(tmp_path)
+    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}, file)
+    assert not open_weights(str(tmp_path)).model.tie_weights  # a head of its own, though it is the same
+    assert head.shape == (99, 32)
+
+
+class TestTheBooksFiles:
+    """What a .pth does not hold: it stands beside it, or is asked for."""
+
+    MODEL = ModelConfig(257, 8, 16, 2, 1, drop_rate=0.1)
+
+    def export(self, folder: Path) -> GPTModel:
+        torch.manual_seed(4)
+        model = GPTModel(self.MODEL).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        optimizers = build_optimizers(model, OptimizerConfig(name="adamw"))
+        model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+        optimizers.step()
+        export_book(model, "bytes", folder, optimizers.state(model), OptimizerConfig(name="adamw"))
+        return model
+
+    @torch.no_grad()
+    def test_heads_tokenizer_and_tied_weights_come_back(self, tmp_path: Path) -> None:
+        with torch.enable_grad():
+            model = self.export(tmp_path / "book")
+        for name in ("model", "model_and_optimizer"):
+            source = open_weights(str(tmp_path / "book" / f"{name}.pth"))
+            assert source.model == self.MODEL
+            assert tokenizer_of(source) == "bytes"
+            assert torch.equal(build_model(source)(IDS[:, :5]), model(IDS[:, :5]))
+        assert source.optimizer_state
+        assert source.optimizer_state.keys() == dict(model.named_parameters()).keys()
+        one = build_model(open_weights(str(self.without_json(tmp_path)), n_heads=1))
+        two = build_model(open_weights(str(self.without_json(tmp_path)), n_heads=2))
+        assert torch.equal(two(IDS[:, :5]), model(IDS[:, :5]))
+        assert (one(IDS[:, :5]) - model(IDS[:, :5])).abs().max() > 0.1  # so that guessing would be wrong
+
+    @staticmethod
+    def without_json(folder: Path) -> Path:
+        (folder / "book" / "model.json").unlink(missing_ok=True)
+        return folder / "book" / "model.pth"
+
+    def test_without_it_heads_are_asked_for(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.export(tmp_path / "book")
+        assert "does not say how many attention heads its model has: add model.n_heads=NUMBER" in refused(
+            self.without_json(tmp_path)
+        )
+        assert "emb_dim=16 cannot be divided evenly" in refused(self.without_json(tmp_path), 3)
+        with pytest.raises(
+            UserError, match=r"its 257 tokens are not GPT-2's: give it with tokenizer\.name=bytes"
+        ):
+            tokenizer_of(open_weights(str(self.without_json(tmp_path)), 2))
+        config = ModelConfig(40, 4, 768, 12, 12, tie_weights=False)
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in GPTModel(config).state_dict().items()}
+        torch.save(
+            {name: torch.zeros(shape).half() for name, shape in shapes.items()}, tmp_path / "large.pth"
+        )
+        with caplog.at_level("INFO"):
+            assert open_weights(str(tmp_path / "large.pth")).model.n_heads == 12
+        assert "12 are assumed, as in the book's of this size" in caplog.text
+
+    def test_it_is_not_used_for_another_file(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.export(tmp_path / "book")
+        path = tmp_path / "book" / "model.pth"
+        state = torch.load(path)
+        state["pos_emb.weight"][0, 0] += 1
+        torch.save(state, path)
+        assert "does not say how many attention heads" in refused(path)
+        assert "model.json is not used: model.pth has changed since it was written" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("change", "line"),
+        [
+            ({"model": {"n_heads": 3}}, "model.emb_dim=16 cannot be divided"),
+            ({"model": {"n_layers": 2}}, "n_layers=1, not 2"),
+            ({"model": {"norm": "x"}}, "model.norm=x: must be one of"),
+            ({"model": {"n_heads": "2"}}, "n_heads='2' is of the wrong type"),
+            ({"tokenizer": "../x"}, "tokenizer=../x is no name"),
+            ({"tokenizer": 5}, "is damaged or of another format"),
+        ],
+    )
+    def test_a_damaged_one_is_refused(self, tmp_path: Path, change: dict[str, Any], line: str) -> None:
+        self.export(tmp_path / "book")
+        file = tmp_path / "book" / "model.json"
+        described = json.loads(file.read_text())
+        model = {"model": {**described["model"], **change.get("model", {})}}
+        file.write_text(json.dumps({**described, **change, **model}))
+        assert line in refused(tmp_path / "book" / "model.pth")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "line"),
+        [
+            ("exp_avg", torch.full((8, 16), torch.nan), "pos_emb.weight has averages that are not finite"),
+            ("exp_avg_sq", torch.full((8, 16), -1.0), "pos_emb.weight has negative averages of squares"),
+            ("exp_avg_sq", torch.zeros(8, 3), "pos_emb.weight has averages of other names or shapes"),
+            ("momentum_buffer", torch.zeros(8, 16), "pos_emb.weight has averages of other names or shapes"),
+            (None, None, "pos_emb.weight has no state"),
+        ],
+    )
+    def test_a_damaged_optimizer_state_is_not_written(
+        self, tmp_path: Path, key: str | None, value: Any, line: str
+    ) -> None:
+        model = self.export(tmp_path / "book")
+        state = open_weights(str(tmp_path / "book" / "model_and_optimizer.pth")).optimizer_state
+        assert state
+        if key:
+            state["pos_emb.weight"][key] = value
+        else:
+            del state["pos_emb.weight"]
+        with pytest.raises(UserError, match=line):
+            export_book(model, "bytes", tmp_path / "new", state, OptimizerConfig(name="adamw"))
+        assert not (tmp_path / "new").exists()
 
 
 def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tmp_path: Path) -> None:
@@ -512,7 +732,12 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
     with pytest.raises(UserError, match="export already exists: give the name of a new folder"):
         export_checkpoint(ExportConfig(str(tmp_path / "tuned"), to=str(tmp_path / "export")), tmp_path)
     folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path)
-    assert sorted(file.name for file in folder.iterdir()) == ["model.pth", "model_and_optimizer.pth"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "model.json",
+        "model.pth",
+        "model_and_optimizer.json",
+        "model_and_optimizer.pth",
+    ]
     with pytest.raises(UserError, match=r"the training data of .*export is unknown"):
         run_evaluation(EvaluateConfig(str(tmp_path / "export")), tmp_path)
 
