@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from llm.checkpoints.checkpoint import CHECKSUMS, step_of
 from llm.checkpoints.opening import is_ours, open_weights, tokenizer_of
-from llm.checkpoints.weights import build_model
+from llm.checkpoints.weights import build_model, is_finite
 from llm.config import PretrainConfig
 from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.run_folder import find_run, step_folders
 from llm.runtime import Runtime
@@ -64,8 +65,15 @@ def _load(
 ) -> Loaded:
     source = open_weights(name, n_heads)
     encoding = load_tokenizer(tokenizer_of(source, tokenizer))
+    model = build_model(source).to(runtime.device)
+    with torch.no_grad():
+        if not is_finite(model(torch.zeros(1, 1, dtype=torch.long, device=runtime.device))):
+            raise UserError(
+                f"{source.origin} gives logits that are not finite: its weights are damaged, or too large to "
+                f"compute with"
+            )
     return Loaded(
-        for_inference(build_model(source).to(runtime.device), runtime),
+        for_inference(model, runtime),
         encoding,
         source.origin if source.folder else name,
         source.trained,

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,9 +19,12 @@ import pytest
 import torch
 import transformers
 from conftest import Script
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
 
-from llm.checkpoints.book import export_book
+from llm.checkpoints.book import BOOKS_HEADS, export_book
+from llm.checkpoints.checkpoint import write_best
 from llm.checkpoints.huggingface import export_huggingface
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import build_model, check_shapes, without_wrappers
@@ -34,7 +38,7 @@ from llm.config import (
     PretrainConfig,
     TokenizerConfig,
 )
-from llm.data.tokenizer import load_tokenizer
+from llm.data.tokenizer import encode, fingerprint, load_tokenizer
 from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.training.optimizers import build_optimizers
@@ -126,6 +130,8 @@ def test_the_exported_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) ->
         assert theirs.encode(text) == ids
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == encoding.eot_token
+    again = load_tokenizer(str(tmp_path / "export"))  # so that texts need not be tokenised for it again
+    assert (again.name, fingerprint(again)) == (name, fingerprint(encoding))
 
 
 class BooksAttention(torch.nn.Module):
@@ -569,6 +575,30 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: fl
     assert line in refused(tmp_path / "model.pth", 1)
 
 
+def test_weights_of_ours_that_are_not_finite_are_refused_by_name(script: Script, tmp_path: Path) -> None:
+    config = PretrainConfig(model=ModelConfig(257, 8, 16, 2, 1), tokenizer=TokenizerConfig("bytes"))
+    weights = GPTModel(config.model).state_dict()
+    weights["final_norm.shift"][3] = torch.nan
+    write_best(tmp_path, 5, weights, config, {})
+    checkpoint = f"checkpoint={tmp_path / 'checkpoints' / 'best-00000005'}"
+    for name, *arguments in (
+        ("generate",),
+        ("evaluate", "text=Hello"),
+        ("export", "to=x"),
+        ("export", "format=book"),
+    ):
+        refusal = script(name, checkpoint, *arguments)
+        assert refusal.returncode == 1
+        assert "final_norm.shift holds numbers that are not finite (NaN or infinity)" in refusal.stderr
+    weights["final_norm.shift"][3] = 0
+    weights["trf_blocks.0.ff.layers.0.weight"] += 1e30  # finite, but nothing can be computed with it
+    write_best(tmp_path, 5, weights, config, {})
+    for name, *arguments in (("generate", "prompt=Hello"), ("evaluate", "text=Hello")):
+        refusal = script(name, checkpoint, *arguments)
+        assert refusal.returncode == 1
+        assert "best-00000005 gives logits that are not finite: its weights are damaged" in refusal.stderr
+
+
 def test_a_head_that_the_config_does_not_expect_is_refused(tmp_path: Path) -> None:
     hugging_face_gpt2(tie_word_embeddings=False).save_pretrained(tmp_path)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
@@ -624,25 +654,26 @@ class TestTheBooksFiles:
         (folder / "book" / "model.json").unlink(missing_ok=True)
         return folder / "book" / "model.pth"
 
-    def test_without_it_heads_are_asked_for(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_without_it_heads_are_asked_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         self.export(tmp_path / "book")
+        path = self.without_json(tmp_path)
         assert "does not say how many attention heads its model has: add model.n_heads=NUMBER" in refused(
-            self.without_json(tmp_path)
+            path
         )
-        assert "emb_dim=16 cannot be divided evenly" in refused(self.without_json(tmp_path), 3)
-        with pytest.raises(
-            UserError, match=r"its 257 tokens are not GPT-2's: give it with tokenizer\.name=bytes"
-        ):
-            tokenizer_of(open_weights(str(self.without_json(tmp_path)), 2))
-        config = ModelConfig(40, 4, 768, 12, 12, tie_weights=False)
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in GPTModel(config).state_dict().items()}
-        torch.save(
-            {name: torch.zeros(shape).half() for name, shape in shapes.items()}, tmp_path / "large.pth"
-        )
+        assert "emb_dim=16 cannot be divided evenly" in refused(path, 3)
+        with pytest.raises(UserError, match=r"its 257 tokens are not GPT-2's: give it with tokenizer\.name="):
+            tokenizer_of(open_weights(str(path), 2))
+        presets = (Path(__file__).parents[2] / "conf" / "model").glob("gpt*.yaml")
+        sizes = [OmegaConf.load(preset) for preset in presets]
+        heads = {(size.emb_dim, size.n_layers): size.n_heads for size in sizes}
+        assert heads == BOOKS_HEADS
+        monkeypatch.setitem(BOOKS_HEADS, (16, 1), 4)
         with caplog.at_level("INFO"):
-            assert open_weights(str(tmp_path / "large.pth")).model.n_heads == 12
-        assert "12 are assumed, as in the book's of this size" in caplog.text
+            assert open_weights(str(path)).model.n_heads == 4
+        assert "4 are assumed, as in the book's of this size" in caplog.text
+        assert open_weights(str(path), 2).model.n_heads == 2
 
     def test_it_is_not_used_for_another_file(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.export(tmp_path / "book")
@@ -740,6 +771,137 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
     ]
     with pytest.raises(UserError, match=r"the training data of .*export is unknown"):
         run_evaluation(EvaluateConfig(str(tmp_path / "export")), tmp_path)
+
+
+TRAINED_ON = "99 bottles of beer on the wall, naïve café — 日本語\n" * 80
+
+
+def theirs_with_its_own_tokenizer(folder: Path) -> tuple[transformers.GPT2LMHeadModel, Any]:
+    """A model of transformers with a BPE of its own, of 300 tokens, whose end of text is the first."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [TRAINED_ON], 300, special_tokens=["<|endoftext|>", "<user>"], show_progress=False
+    )
+    folder.mkdir()
+    bpe.save_model(str(folder))
+    model = hugging_face_gpt2(vocab_size=300, n_positions=32)
+    model.save_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_folders_own_tokenizer_is_used_kept_and_exported(script: Script, tmp_path: Path) -> None:
+    model, tokenizer = theirs_with_its_own_tokenizer(tmp_path / "theirs")
+    (tmp_path / "text.txt").write_text(TRAINED_ON, encoding="utf-8")
+    text = "9 bottles of naïve beer — 日本<|endoftext|>on the wall"
+    ids = torch.tensor([tokenizer.encode(text)])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+
+    def evaluated(checkpoint: str, *more: str) -> dict[str, Any]:
+        done = script(
+            "evaluate", f"checkpoint={checkpoint}", f"text={text}", "hydra.run.dir=evaluated", *more
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "evaluated" / "evaluation.json").read_text("utf-8"))
+
+    figures = evaluated("theirs", "runtime.precision=fp32")
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert [row["token_id"] for row in figures["token_table"]] == ids[0, 1:].tolist()
+
+    tuned = script(
+        "pretrain",
+        "init_from=theirs",
+        "data=text",
+        "data.path=text.txt",
+        "model.context_length=16",
+        "data.batch_size=2",
+        "training.max_minutes=null",
+        "training.max_steps=2",
+        "optimizer=adamw",
+        "optimizer.lr=1e-12",
+        "samples.prompt=9 bottles",
+        "samples.max_new_tokens=3",
+        "tracking=disabled",
+        "hydra.run.dir=tuned",
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    shutil.rmtree(tmp_path / "theirs")  # from here on, the run alone knows the tokenizer
+    for checkpoint in ("last", "best"):
+        figures = evaluated(f"tuned/checkpoints/{checkpoint}", "runtime.precision=fp32")
+        assert figures["loss"] == pytest.approx(loss, rel=1e-3), checkpoint  # its context is shorter
+    resumed = script("pretrain", "resume=tuned", "training.max_steps=3")
+    assert resumed.returncode == 0, resumed.stderr
+    for form, name in (("huggingface", "export"), ("book", "book/model.pth")):
+        exported = script("export", "checkpoint=tuned", f"format={form}", f"to={name.partition('/')[0]}")
+        assert exported.returncode == 0, exported.stderr
+        ours = load_tokenizer(tokenizer_of(open_weights(str(tmp_path / name))))
+        assert encode(text, ours) == ids[0].tolist()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert theirs.encode(text) == ids[0].tolist()
+    assert theirs.eos_token_id == tokenizer.eos_token_id
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+
+    vocabulary = tmp_path / "tuned" / "checkpoints" / "last" / "vocab.json"
+    vocabulary.write_bytes(vocabulary.read_bytes().replace(b'"!":', b'"?":'))
+    assert "vocab.json does not match its checksum" in refused(tmp_path / "tuned" / "checkpoints" / "last")
+
+
+def test_a_tokenizer_is_asked_for_where_nothing_says_it(script: Script, tmp_path: Path) -> None:
+    theirs_with_its_own_tokenizer(tmp_path / "theirs")
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "theirs" / name).rename(tmp_path / "tokenizer" / name)
+    with pytest.raises(UserError, match=r"its 300 tokens are not GPT-2's: give it with tokenizer\.name="):
+        tokenizer_of(open_weights(str(tmp_path / "theirs")))
+    given = "tokenizer.name=tokenizer"
+    evaluated = script("evaluate", "checkpoint=theirs", "text=9 bottles", given, "hydra.run.dir=evaluated")
+    assert evaluated.returncode == 0, evaluated.stderr
+    generated = script("generate", "checkpoint=theirs", "prompt=9 bottles", "max_new_tokens=3", given)
+    assert generated.returncode == 0, generated.stderr
+    exported = script("export", "checkpoint=theirs", "to=export", given)
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "export" / "vocab.json").exists()
+    other = script("export", "checkpoint=export", "to=again", "tokenizer.name=gpt2")
+    assert f"tokenizer.name=gpt2: the weights of export have {tmp_path / 'export'}; remove it" in other.stderr
+    (tmp_path / "export" / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    refusal = script("generate", "checkpoint=export")
+    assert "is a RobertaTokenizer without a tokenizer.json, and only byte-level BPE" in refusal.stderr
+    assert refusal.stderr.count("\n") == 1
+    assert script("export", "checkpoint=export", "to=again", given).returncode == 0
+
+
+def test_the_books_heads_are_asked_for_by_a_key(script: Script, tmp_path: Path) -> None:
+    torch.save(
+        books_model(ModelConfig(257, 8, 16, 2, 1, tie_weights=False)).state_dict(), tmp_path / "model.pth"
+    )
+    common = ("checkpoint=model.pth", "tokenizer.name=bytes", "text=Every effort")
+    refusal = script("evaluate", *common)
+    assert "add model.n_heads=NUMBER" in refusal.stderr
+    done = script("evaluate", *common, "model.n_heads=2")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "text.txt").write_text(TRAINED_ON, encoding="utf-8")
+    tuned = script(
+        "pretrain",
+        "init_from=model.pth",
+        "model.n_heads=2",
+        "tokenizer=bytes",
+        "data=text",
+        "data.path=text.txt",
+        "data.batch_size=2",
+        "training.max_minutes=null",
+        "training.max_steps=1",
+        "samples.max_new_tokens=3",
+        "tracking=disabled",
+        "hydra.run.dir=tuned",
+        "model.context_length=8",
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    assert open_weights(str(tmp_path / "tuned")).model.n_heads == 2
+    assert (
+        "model.n_heads=4: the weights of tuned"
+        in script("generate", "checkpoint=tuned", "model.n_heads=4").stderr
+    )
 
 
 @pytest.mark.parametrize(
