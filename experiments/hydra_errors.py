@@ -83,4 +83,6 @@ def _no_such_key(key: str, schema: Any) -> str:
         if not is_dataclass(types.get(name)):
             break
         group, schema = f"{group}.{name}".lstrip("."), types[name]
+    else:
+        return f"{key}: this script has no choices of it; set its keys one by one, as {key}.KEY=VALUE"
     return f"{key}: there is no such key; {group or 'the config'} has {', '.join(types)}"

@@ -33,7 +33,7 @@ SCRIPTS = {page.stem for page in HELP} - {"common"}
 COMMAND = re.compile(r"(?:\bpython|\btorchrun .*?) (?=experiments/\w+\.py)(.*)")
 CODE_SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-KEY = re.compile(r"(?:^| )([a-z_]+)\.(?!jsonl|pth)([a-z_]+)(?==| |$)")  # not a file's name
+KEY = re.compile(r"(?:^| )([a-z_]+)\.(?!jsonl?|pth)([a-z_]+)(?==| |$)")  # not a file's name
 TEXT_KEYS = ("prompt", "text", "samples.prompt")  # the scripts quote their values
 FILE = re.compile(r"`((?:llm|tests|conf|experiments|docs)/[a-z0-9_/.]+)`")
 

@@ -119,7 +119,7 @@ def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if "transformer.wte.weight" in plain and "model_args" in content:
         raise UserError(
             f"{path} is a checkpoint of nanoGPT, which does not say with which of nanoGPT's two GELUs it was "
-            f"trained: bring it into Hugging Face's layout, whose config.json does"
+            f"trained: if with the tanh form, bring it into Hugging Face's layout (gelu_new)"
         )
     if any(name.endswith("wte.weight") for name in plain):
         raise UserError(

@@ -55,6 +55,7 @@ _OUTSIDE = {
     "ln_f.bias": "final_norm.shift",
 }
 _PROJECTIONS = ("W_query", "W_key", "W_value")  # c_attn holds the three side by side
+_DROPPED = ("embd", "attn", "resid")  # where dropout is
 _SUPPORTED: dict[str, tuple] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -147,6 +148,9 @@ def _huggingface_config(file: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise UserError(f"{file}: tiktoken_encoding={encoding} is not the name of an encoding")
     config = ModelConfig(**sizes, qkv_bias=True)  # type: ignore[arg-type]
     config.tie_weights = bool(described.get("tie_word_embeddings", True))
+    rates = {described.get(f"{place}_pdrop", 0.1) for place in _DROPPED}
+    if len(rates) == 1 and type(rate := rates.pop()) in (int, float):
+        config.drop_rate = rate  # of no effect but on an export: a run that begins here says its own
     try:
         validate(config, "model.")
     except UserError as error:
@@ -284,7 +288,7 @@ def _describe(config: ModelConfig) -> dict[str, Any]:
         "n_head": config.n_heads,
         "n_layer": config.n_layers,
         "n_inner": None,
-        **{f"{place}_pdrop": config.drop_rate for place in ("embd", "attn", "resid")},
+        **{f"{place}_pdrop": config.drop_rate for place in _DROPPED},
         "tie_word_embeddings": config.tie_weights,
         "bos_token_id": None,
         "eos_token_id": None,

@@ -10,6 +10,7 @@ from llm.checkpoints.huggingface import WHAT_TO_GIVE, read_huggingface
 from llm.checkpoints.weights import Weights, refuse_not_finite
 from llm.data.tokenizer import fingerprint, load_tokenizer
 from llm.errors import UserError
+from llm.files import as_typed
 from llm.run_folder import CHECKPOINTS
 
 
@@ -69,7 +70,8 @@ def tokenizer_of(weights: Weights, given: str | None = None) -> str:
         )
     if known in (None, given) or _same(known, given, weights):
         return given
-    raise UserError(f"tokenizer.name={given}: the weights of {weights.origin} have {known}; remove it")
+    theirs = as_typed(Path(known)) if known and Path(known).is_absolute() else known
+    raise UserError(f"tokenizer.name={given}: the weights of {weights.origin} have {theirs}; remove it")
 
 
 def _same(known: str, given: str, weights: Weights) -> bool:

@@ -15,7 +15,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from llm.errors import UserError, first_line
-from llm.files import refuse_stand_in
+from llm.files import as_typed, refuse_stand_in
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -116,6 +116,7 @@ def read_tokenizer(path: Path) -> FileEncoding:
     Raises:
         UserError: there is none, it is damaged, or tiktoken would not give the same ids for every text.
     """
+    path = as_typed(path)
     try:
         if path.is_file():
             found = {"tokenizer.json": path}
