@@ -879,6 +879,8 @@ def test_the_books_heads_are_asked_for_by_a_key(script: Script, tmp_path: Path) 
     common = ("checkpoint=model.pth", "tokenizer.name=bytes", "text=Every effort")
     refusal = script("evaluate", *common)
     assert "add model.n_heads=NUMBER" in refusal.stderr
+    refusal = script("evaluate", "checkpoint=model.pth", "tokenizer=bytes")
+    assert "set its keys one by one, as tokenizer.KEY=VALUE" in refusal.stderr
     done = script("evaluate", *common, "model.n_heads=2")
     assert done.returncode == 0, done.stderr
     (tmp_path / "text.txt").write_text(TRAINED_ON, encoding="utf-8")
