@@ -341,6 +341,21 @@ def test_weights_come_from_the_hub_by_name_and_then_from_its_cache(hub: str, ope
     assert open_from(hub, "someone/none").startswith("error: someone/none is not available")
 
 
+def test_tokenizers_come_from_the_hub_too(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
+    for address in (hub, None):  # that there is none is kept in the cache as well
+        open_from(address, "someone/small")
+        with pytest.raises(UserError, match="does not say which tokenizer it was trained with"):
+            tokenizer_of(open_weights("someone/small"))
+    shutil.rmtree(tmp_path / "hub-cache")
+    served = tmp_path / "served" / "someone" / "small"
+    shutil.rmtree(served)
+    _, tokenizer = theirs_with_its_own_tokenizer(served)
+    for address in (hub, None):
+        open_from(address, "someone/small")
+        ours = load_tokenizer(tokenizer_of(open_weights("someone/small")))
+        assert encode(TRAINED_ON, ours) == tokenizer.encode(TRAINED_ON)
+
+
 def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
     # a file under OpenAI's name and revision that is not OpenAI's
     assert "is not what the hub has (its SHA-256 differs)" in open_from(hub, "gpt2")
