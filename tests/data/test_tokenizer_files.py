@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -129,7 +130,7 @@ def test_an_end_of_text_of_another_name_ends_texts(tmp_path: Path) -> None:
     write(tmp_path / "theirs", "tokenizer.json", _without_end(tmp_path / "theirs"))
     ours = load_tokenizer(str(tmp_path / "theirs"))
     assert encode("a<|endoftext|>b", ours) == [*encode("a", ours), 2, *encode("b", ours)]
-    [(_, ids)] = encode_pieces(["a<|endoftext|>b"], ours)
+    ids = np.concatenate([ids for _, ids in encode_pieces(["a<|endoftext|>b"], ours)])
     assert ids.tolist() == encode("a<|endoftext|>b", ours)
     lengths = bytes_of_tokens(ours, ours.n_vocab)
     assert lengths[encode("é<|endoftext|> <pad>", ours)].sum() == len("é <pad>".encode())
@@ -257,3 +258,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (folder / "spiece.model").touch()
     with pytest.raises(UserError, match=r"is spiece\.model, of another method than byte-level BPE"):
         load_tokenizer(str(folder))
+
+
+def test_its_special_tokens_are_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a text that is encoded in pieces, wherever they end: also one longer than what is looked at."""
+    special = ["<s>", "</s>", "(R)", f"<|{'long' * 20}|>"]
+    one = tmp_path / "one"
+    one.mkdir()
+    bpe(special).save(str(one / "tokenizer.json"))
+    write(one, "tokenizer_config.json", {"eos_token": "</s>"})
+    tokenizer = load_tokenizer(str(one))
+    draw = random.Random(1)
+    words = [*special, "<|endoftext|>", " a", "b", ")", "(", "<", "|>", "\n", "  ", "0"]
+    for size in (20, 300):
+        monkeypatch.setattr("llm.data.pieces.PIECE_CHARACTERS", size)
+        for _ in range(20):
+            text = "".join(draw.choices(words, k=400))
+            in_pieces = [int(token_id) for _, ids in encode_pieces([text], tokenizer) for token_id in ids]
+            assert in_pieces == encode(text, tokenizer)
