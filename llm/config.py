@@ -184,16 +184,16 @@ class SamplesConfig:
 
 @dataclass
 class TrackingConfig:
-    mode: str = key(
-        "offline",
-        "Weights & Biases; offline: the run stays in its folder until `wandb sync`",
+    mode: str | None = key(
+        None,
+        "Weights & Biases; offline: in the run's folder until `wandb sync`; null: WANDB_MODE, or offline",
         choices=("offline", "online", "disabled"),
     )
-    project: str = key("gpt-experiment-runner", "W&B project")
-    entity: str | None = key(None, "W&B user or team; null: your default")
-    group: str | None = key(None, "W&B group; null: the sweep's folder")
-    name: str | None = key(None, "W&B run name; null: the overrides")
-    tags: list[str] = key([], "W&B tags")
+    project: str | None = key(None, "W&B project; null: WANDB_PROJECT, or gpt-experiment-runner")
+    entity: str | None = key(None, "W&B user or team; null: WANDB_ENTITY, or your default")
+    group: str | None = key(None, "W&B group; null: WANDB_RUN_GROUP, or the sweep's folder")
+    name: str | None = key(None, "W&B run name; null: WANDB_NAME, or the overrides")
+    tags: list[str] = key([], "W&B tags; none: WANDB_TAGS")
 
 
 @dataclass

@@ -126,13 +126,21 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def as_json_lines(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+
+
 def append_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    """Append JSON objects as lines, all of them or none.
+    """Append JSON objects as lines, see `append`."""
+    append(path, as_json_lines(values))
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append to a file, all of the content or none.
 
     Raises:
-        UserError: they cannot be written; the file is unchanged.
+        UserError: it cannot be written; the file is unchanged.
     """
-    content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
     try:
         with path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)

@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Timer
@@ -13,9 +14,19 @@ from typing import Any
 
 from llm.config import TrackingConfig
 from llm.errors import UserError, first_line
-from llm.files import append_json_lines, as_typed, read_json_lines, remove
+from llm.files import append, as_json_lines, as_typed, read_json_lines, remove, replacing
+from llm.run_folder import RECORDS, step_folders
 
 log = logging.getLogger(__name__)
+
+PROJECT = "gpt-experiment-runner"
+MODES = {
+    "offline": "offline",
+    "online": "online",
+    "disabled": "disabled",
+    "dryrun": "offline",
+    "run": "online",
+}
 
 # Timeouts in seconds: to start a W&B run, to hear whether the server answers at all, to upload the rest.
 BEGIN, ANSWER, DELIVER = 30, 3, 20
@@ -27,12 +38,104 @@ GIVEN_UP = {
     "runfiles: ": "files",
 }
 
+# Variables by which W&B would append to the history of a run, or cut it, as it likes.
+APPENDING = ("WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
+
+
+def tracking_mode(config: TrackingConfig) -> str:
+    """`offline`, `online` or `disabled`: as configured, else as `WANDB_MODE` says, else offline.
+
+    Raises:
+        UserError: `WANDB_MODE` is none that W&B knows, or one that shares a run between machines.
+    """
+    wanted = config.mode or os.environ.get("WANDB_MODE") or "offline"
+    if wanted not in MODES:
+        raise UserError(f"WANDB_MODE={wanted}: must be one of {', '.join(MODES)}")
+    return MODES[wanted]
+
+
+def tracking_project(config: TrackingConfig) -> str:
+    """W&B's project: as configured, else as `WANDB_PROJECT` says, else ours."""
+    return config.project or os.environ.get("WANDB_PROJECT") or PROJECT
+
+
+class Record:
+    """A file of a run that grows line by line, and is restored if something else deletes or changes it.
+
+    What no checkpoint has a copy of is kept in memory: the lines since the newest checkpoint, and those that
+    a full disk keeps out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = self._size_on_disk()  # of all that was written
+        self.pending = bytearray()  # to be written
+        self._uncopied = bytearray()  # the end of what was written: that no checkpoint holds
+
+    def _size_on_disk(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def flush(self) -> None:
+        """Write what is pending, to a file that is as it was left.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._size_on_disk() != self.size:
+            self._restore()
+        if self.pending:
+            append(self.path, bytes(self.pending))
+            self.size += len(self.pending)
+            self._uncopied += self.pending
+            self.pending.clear()
+
+    def check(self) -> int:
+        """Before a checkpoint: see that the file ends as it was written, and forget what the newest
+        checkpoint holds. Returns the file's size in bytes.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.flush()
+        if self._uncopied:
+            with self.path.open("rb") as file:
+                file.seek(-len(self._uncopied), os.SEEK_END)
+                if file.read() != self._uncopied:
+                    self._restore()
+        copied = self.size - len(self._uncopied)
+        newest = max((copy.stat().st_size for copy in self._copies()), default=0)
+        del self._uncopied[: max(0, min(newest, self.size) - copied)]
+        return self.size
+
+    def _copies(self) -> list[Path]:
+        copies = [folder / self.path.name for folder in step_folders(self.path.parent)]
+        return [copy for copy in copies if copy.exists()]
+
+    def _restore(self) -> None:
+        copied, found = self.size - len(self._uncopied), self._size_on_disk()
+        begin = next((copy.read_bytes() for copy in self._copies() if copy.stat().st_size == copied), b"")
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(begin + self._uncopied)
+        lost = f", but for its first {copied} bytes, which no checkpoint holds" if len(begin) < copied else ""
+        log.warning(
+            "%s was changed by something else (%s of the %d bytes written): it is restored%s",
+            self.path,
+            f"{found} bytes" if self.path.exists() and found else "none are there",
+            self.size,
+            lost,
+        )
+        self.size = len(begin) + len(self._uncopied)
+
 
 class Tracker:
     """Records one run. W&B is imported only if it is enabled, and its run is always finished.
 
     W&B's own process writes everything to the run folder and uploads it from there, so that neither the
-    training loop nor the record depends on the server.
+    training loop nor the record depends on the server. If that process dies, training continues, and W&B gets
+    the run at its end.
+
+    W&B's history is always written from its first line, out of `metrics.jsonl`: over the history of the same
+    run that W&B may have. To append to that would show twice what a resumed run does again.
     """
 
     failed_to_start = False  # whether W&B failed to start an earlier run of this process, as of a sweep's job
@@ -47,46 +150,63 @@ class Tracker:
     ) -> None:
         """
         Args:
-            run_id: if W&B has a run with this id already, it is resumed.
+            run_id: if W&B has a run with this id already, it is written anew.
 
         Raises:
             UserError: W&B is to be online, and no API key is set up, or a malformed one.
         """
-        self.run_dir = run_dir
-        self.metrics = run_dir / "metrics.jsonl"
-        self.samples = run_dir / "samples.jsonl"
+        self.run_dir, self.config, self.run_config = run_dir, config, run_config
+        self.job_type, self.run_id, self.mode = job_type, run_id, tracking_mode(config)
+        self.metrics, self.samples = (Record(run_dir / name) for name in RECORDS)
         self.wandb_folder: Path | None = None  # with what is not uploaded, for `wandb sync` and `wandb leet`
-        self._pending: dict[Path, list[dict[str, Any]]] = {self.metrics: [], self.samples: []}
-        self._wandb_run = None
-        if config.mode != "disabled":
-            self._wandb_run = self._start_wandb(config, run_config, job_type, run_id)
-            # Runs of different batch sizes compare over tokens seen; `step` can be chosen as the axis too.
-            # W&B's own step counts calls of `log`, which mean nothing here.
-            self._wandb_run.define_metric("step")
-            self._wandb_run.define_metric("tokens_seen")
-            self._wandb_run.define_metric("*", step_metric="tokens_seen")
-            self.wandb_folder = as_typed(Path(self._wandb_run.dir).parent)
+        self._wandb_run: Any = None  # None, too, once its process has died
+        self._last: list[Callable[[Any], None]] = []  # to be logged at the end
+        if self.mode != "disabled":
+            try:
+                self._begin_wandb()
+            except UserError:
+                raise
+            except Exception as error:
+                self._lose_wandb(error)
 
-    def _start_wandb(
-        self, config: TrackingConfig, run_config: dict[str, Any], job_type: str, run_id: str | None
-    ) -> Any:
+    def _begin_wandb(self) -> None:
+        """Start W&B's run, and log to it what the run has recorded so far."""
+        folders = self.run_dir / "wandb"
+        earlier = set(folders.glob("*run-*"))
+        run = self._wandb_run = self._start_wandb()
+        self.wandb_folder = as_typed(Path(run.dir).parent)
+        # Runs of different batch sizes compare over tokens seen; `step` can be chosen as the axis too.
+        # W&B's own step counts calls of `log`, which mean nothing here.
+        run.define_metric("step")
+        run.define_metric("tokens_seen")
+        run.define_metric("*", step_metric="tokens_seen")
+        for line in read_json_lines(self.metrics.path):
+            run.log({name: math.nan if value is None else value for name, value in line.items()})
+        if self.run_id:
+            for folder in earlier:  # what they hold is in this one, or was abandoned
+                remove(folder)
+
+    def _start_wandb(self) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")  # the run's own summary says what W&B would print
         # Its telemetry would wait for the server at the end, and log its own failures among the run's lines.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        for name in APPENDING:
+            os.environ.pop(name, None)
         import wandb
 
+        config = self.config
+
         def start(mode: str) -> Any:
-            return wandb.init(
-                mode=mode,  # type: ignore[arg-type]  # validated: offline or online
-                project=config.project,
+            return wandb.init(  # what is None is left to W&B's own variables
+                mode=mode,  # type: ignore[arg-type]  # one of those that it knows
+                project=tracking_project(config),
                 entity=config.entity,
                 group=config.group,
                 name=config.name,
-                tags=config.tags,
-                job_type=job_type,
-                config=run_config,
-                id=run_id,
-                resume="allow",
+                tags=config.tags or None,
+                job_type=os.environ.get("WANDB_JOB_TYPE") or self.job_type,
+                config=self.run_config,
+                id=self.run_id,
                 dir=self.run_dir,
                 settings=wandb.Settings(
                     silent=True,
@@ -97,27 +217,44 @@ class Tracker:
                 ),
             )
 
-        if Tracker.failed_to_start and config.mode == "online" and not _answers():
+        if Tracker.failed_to_start and self.mode == "online" and not _answers():
             log.warning("W&B still does not answer: this run is recorded offline")
             return start("offline")
         folders = self.run_dir / "wandb"
         there = set(folders.glob("run-*"))
         try:
             with _announced_wait("start", BEGIN):
-                run = start(config.mode)
+                run = start(self.mode)
         except (wandb.errors.Error, OSError) as error:
-            if config.mode == "offline" or isinstance(error, wandb.errors.UsageError):
+            if self.mode == "offline" or isinstance(error, wandb.errors.UsageError):
                 raise UserError(
-                    f"tracking={config.mode}: Weights & Biases did not start ({first_line(error)}); "
+                    f"tracking={self.mode}: Weights & Biases did not start ({first_line(error)}); "
                     f"log in with `wandb login`, or use tracking=offline and `wandb sync` later"
                 ) from error
-            log.warning("W&B cannot start this run now (%s): it is recorded offline", _short(str(error)))
+            failed = set(folders.glob("run-*")) - there
+            reason = _short(str(error))
+            if reason == "<no message>":  # as where the server refuses the key
+                reason = ", ".join(map(_given_up, failed))
+            log.warning("W&B cannot start this run now (%s): it is recorded offline", reason)
             wandb.teardown()  # else its process keeps the run's id
-            for folder in set(folders.glob("run-*")) - there:
-                remove(folder)  # of the run that did not start
+            for folder in failed:
+                remove(folder)
             Tracker.failed_to_start = True
             run = start("offline")
         return run
+
+    def _lose_wandb(self, error: Exception) -> None:
+        """Go on without W&B's process, which has been killed or has broken."""
+        import wandb
+
+        self._wandb_run = None
+        with suppress(Exception):  # its end is all that is wanted of it
+            wandb.teardown()
+        log.warning(
+            "W&B stopped recording (%s): %s has everything, and W&B is given all of it at the end of the run",
+            first_line(error) or type(error).__name__,
+            self.metrics.path,
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of the update `step`, counted from 0. JSON has no NaN or infinity: in the file,
@@ -125,19 +262,23 @@ class Tracker:
         written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(self.metrics, {"step": step, **written})
         if self._wandb_run:
-            self._wandb_run.log({"step": step, **metrics})
+            try:
+                self._wandb_run.log({"step": step, **metrics})
+            except Exception as error:  # of any kind, for it must not end the training
+                self._lose_wandb(error)
 
     def log_sample(self, line: dict[str, Any]) -> None:
         """Append a sample to `samples.jsonl`; `finish` logs all of them to W&B as one table."""
         self._append(self.samples, line)
 
-    def _append(self, file: Path, line: dict[str, Any]) -> None:
+    def _append(self, record: Record, line: dict[str, Any]) -> None:
         """Append a line; if the disk is full, keep it in memory and try again with the next one."""
-        self._pending[file].append(line)
+        is_first = not record.pending
+        record.pending += as_json_lines([line])
         try:
             self.flush()
         except UserError as error:
-            if len(self._pending[file]) == 1:
+            if is_first:
                 log.warning("%s; its lines stay in memory until it can be written", error)
 
     def flush(self) -> None:
@@ -146,10 +287,8 @@ class Tracker:
         Raises:
             UserError: they still cannot be written.
         """
-        for file, lines in self._pending.items():
-            if lines:
-                append_json_lines(file, lines)
-                lines.clear()
+        self.metrics.flush()
+        self.samples.flush()
 
     def record_sizes(self) -> dict[str, int]:
         """The sizes of `metrics.jsonl` and `samples.jsonl` in bytes, with all lines so far written.
@@ -157,38 +296,61 @@ class Tracker:
         Raises:
             UserError: a line cannot be written.
         """
-        self.flush()
-        return {file.name: file.stat().st_size if file.exists() else 0 for file in self._pending}
+        return {record.path.name: record.check() for record in (self.metrics, self.samples)}
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Log rows to W&B as a table, which it can plot; columns of lists or dicts are skipped."""
-        if self._wandb_run and rows:
+        """Log rows to W&B at the end, as a table that it can plot. Columns of lists or dicts are skipped."""
+        columns: list[Any] = [
+            key for key, value in (rows or [{}])[0].items() if not isinstance(value, dict | list)
+        ]
+
+        def log_to(run: Any) -> None:
             import wandb
 
-            columns: list[Any] = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
-            data = [[row[column] for column in columns] for row in rows]
-            table = wandb.Table(columns=columns, data=data)
-            if not self._wandb_run.offline and not _answers():
+            table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+            if not run.offline and not _answers():
                 # Online, the client asks the server about a table, waits long for an answer and raises
                 # without one. A table already bound to the run is only kept as a file.
-                table.bind_to_run(self._wandb_run, name, self._wandb_run.step)
-            self._wandb_run.log({name: table})
+                table.bind_to_run(run, name, run.step)
+            run.log({name: table})
+
+        if rows:
+            self._last.append(log_to)
 
     def log_picture(self, name: str, path: Path) -> None:
-        """Log a picture to W&B, if it exists."""
-        if self._wandb_run and path.exists():
+        """Log a picture to W&B at the end, if it exists."""
+
+        def log_to(run: Any) -> None:
             import wandb
 
-            self._wandb_run.log({name: wandb.Image(str(path))})
+            run.log({name: wandb.Image(str(path))})
+
+        if path.exists():
+            self._last.append(log_to)
 
     def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
         """Log the samples and the summary to W&B and finish its run; warn of what was not uploaded."""
-        if not self._wandb_run:
+        if self.mode == "disabled":
             return
-        self.log_table("samples", read_json_lines(self.samples))
-        run, self._wandb_run = self._wandb_run, None
+        self.log_table("samples", read_json_lines(self.samples.path))
+        try:
+            if self._wandb_run is None:
+                self._begin_wandb()
+            self._finish_wandb(summary, failed)
+        except Exception as error:
+            self._lose_wandb(error)
+            try:
+                self._begin_wandb()
+                self._finish_wandb(summary, failed)
+            except Exception as again:
+                log.warning("W&B could not record this run (%s)", first_line(again))
+                self.wandb_folder = None
+
+    def _finish_wandb(self, summary: dict[str, Any], failed: bool) -> None:
+        run, lost = self._wandb_run, None
+        for log_to in self._last:
+            log_to(run)
         run.summary.update(summary)
-        lost = None
         try:
             with _announced_wait("receive the rest of the run", DELIVER):
                 run.finish(exit_code=int(failed))
@@ -208,11 +370,19 @@ class Tracker:
             log.info("synced to W&B: %s", run.url)
 
 
-def sync_command(folder: Path) -> str:
+def sync_command(folder: Path, *patterns: str) -> str:
     """The command that uploads a run W&B does not have, or has only in part. Without an option, the client
-    skips runs that were online."""
-    option = "" if folder.name.startswith("offline-") else "--include-online "
-    return f"wandb sync {option}{folder}"
+    skips runs that were online.
+
+    Args:
+        folder: of one W&B run; with `patterns` for the shell, such as `*/wandb/*run-*`, one that holds many.
+    """
+    if patterns:
+        paths = [f"{shlex.quote(str(folder))}/{pattern}" for pattern in patterns]
+    else:
+        paths = [shlex.quote(str(folder))]
+    options = [] if folder.name.startswith("offline-") and not patterns else ["--include-online"]
+    return " ".join(["wandb", "sync", *options, *paths])
 
 
 @contextmanager

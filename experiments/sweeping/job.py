@@ -1,5 +1,6 @@
 """What a run knows of the sweep that it is a job of."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -92,10 +93,12 @@ def complete(config: Any, place: Place, overrides: list[str]) -> Any:
         config.resume = str(place.run_dir)  # the sweep is being resumed
     if isinstance(config, GenerateConfig) and config.study is None:
         config.study = place.sweep is not None
-    if isinstance(config, PretrainConfig | GenerateConfig):
-        if config.tracking.name is None:
+    if place.sweep:  # else each of its jobs would be that one run of W&B
+        os.environ.pop("WANDB_RUN_ID", None)
+    if isinstance(config, PretrainConfig | GenerateConfig):  # W&B's variables stand for keys not set
+        if config.tracking.name is None and not os.environ.get("WANDB_NAME"):
             config.tracking.name = _title(place.sweep, overrides) or "default"
-        if config.tracking.group is None and place.sweep:
+        if config.tracking.group is None and place.sweep and not os.environ.get("WANDB_RUN_GROUP"):
             config.tracking.group = str(as_typed(place.sweep))
     return config
 

@@ -28,7 +28,7 @@ def conclude(folder: Path) -> bool:
         if script == "pretrain" and jobs:
             print(f"report      {sweep_report(jobs, [folder], folder)}")
         if any(job.summary.get("wandb_folder") for job in jobs):
-            print(f"W&B         {sync_command(folder / '*' / 'wandb' / '*run-*')}")
+            print(f"W&B         {sync_command(folder, '*/wandb/*run-*')}")
     if any(job.state not in DONE for job in jobs):
         print(f"resume      {as_command(script, '-m', as_override('sweep.resume', folder))}")
     return any(job.state in ("failed", "killed", "interrupted") for job in jobs)

@@ -86,7 +86,7 @@ def conclude_study(folder: Path, jobs: list[Job]) -> None:
     print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
     print(f"\nreport      {page}")
     if tracker.wandb_folder:
-        print(f"W&B         {sync_command(folder / 'wandb' / '*run-*')} {folder / '*' / 'wandb' / '*run-*'}")
+        print(f"W&B         {sync_command(folder, 'wandb/*run-*', '*/wandb/*run-*')}")
 
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from llm.config import WorkspaceConfig, validate
 from llm.errors import UserError, first_line
+from llm.tracking import tracking_project
 
 CURVES = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens_per_second")
 VARIED = ("optimizer.lr", "seed", "model.emb_dim", "model.n_layers", "model.n_heads", "model.context_length")
@@ -23,6 +24,7 @@ def save_workspace(config: WorkspaceConfig) -> str:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
+    project = tracking_project(config.tracking)
     try:
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
@@ -30,13 +32,13 @@ def save_workspace(config: WorkspaceConfig) -> str:
             "the package wandb-workspaces is not installed: pip install -c constraints.txt -e '.[workspace]'"
         ) from error
     try:
-        entity = config.tracking.entity or wandb.Api().default_entity
+        entity = config.tracking.entity or os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
         if not entity:
             raise UserError("your W&B account has no default entity: set tracking.entity")
         workspace = workspaces.Workspace(
             name=config.name,
             entity=entity,
-            project=config.tracking.project,
+            project=project,
             sections=_sections(),
             settings=workspaces.WorkspaceSettings(x_axis="tokens_seen"),
         )
@@ -44,7 +46,7 @@ def save_workspace(config: WorkspaceConfig) -> str:
         return str(workspace.url)
     except (wandb.errors.Error, OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"could not save workspace {config.name!r} in {config.tracking.project} ({first_line(error)}); "
+            f"could not save workspace {config.name!r} in {project} ({first_line(error)}); "
             f"check that you are logged in (`wandb login`) and may write to that project (tracking.entity)"
         ) from error
 

@@ -1,6 +1,7 @@
 """What a training run prints: its announcement, its progress, its summary and what to do next."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import torch
@@ -153,4 +154,4 @@ def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None
     log.info("resume      %s", as_command("pretrain", as_override("resume", run.run_dir), *further))
     if wandb_folder:
         log.info("W&B         %s", sync_command(wandb_folder))
-        log.info("W&B, here   wandb leet %s", wandb_folder)
+        log.info("W&B, here   wandb leet %s", shlex.quote(str(wandb_folder)))
