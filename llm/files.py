@@ -38,11 +38,11 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
         is_folder = temporary.is_dir() and not temporary.is_symlink()
         if not temporary.is_symlink():
             for file in [*temporary.rglob("*"), temporary] if is_folder else [temporary]:
-                _flush(file)
+                flush(file)
         if is_folder and path.exists():  # a folder cannot be renamed over one that is not empty
             shutil.rmtree(path)
         temporary.replace(path)
-        _flush(path.parent)  # the rename itself is on disk only once the folder is
+        flush(path.parent)  # the rename itself is on disk only once the folder is
     except OSError as error:
         reason = f"{error.strerror or error}{_room_wanted(path, size)}"
         raise UserError(f"cannot write {path}: {reason}") from error
@@ -60,7 +60,8 @@ def _room_wanted(path: Path, size: int) -> str:
     return f" (it takes {format_count(size)}B, and {format_count(_room(path.parent))}B are free)"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See that a file's content, or a folder's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

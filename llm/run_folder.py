@@ -1,6 +1,7 @@
 """What lies in a run's folder, which process holds it, and which folder a name means."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,13 +16,15 @@ from llm.overrides import as_argument
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")  # the files that grow line by line
 SUMMARY = "summary.json"
+LOSS_PLOT = "loss.png"
 RUN_ID = "run-id.txt"
 LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, so that the lock holds
 CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
 AT_FIRST = (".hydra", LOCK, CHECKPOINTS, RUN_ID, "wandb")  # and a log: what there is before the first update
 LINKS = ("last", "best")  # in it
 SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
-CHECKPOINT_NAME = re.compile(r"(start|step|best)-\d{8,}")
+CHECKPOINT_NAME = re.compile(r"(abandoned-)?(start|step|best)-\d{8,}")
+GOING_BACK = "going-back-to.txt"  # among checkpoints: those after so many updates are being set aside
 
 
 def holds_run(folder: Path) -> bool:
@@ -126,15 +129,19 @@ def mark_failed(run_dir: Path, reason: str) -> None:
 
 def steps_of(folder: Path) -> int:
     """The number of updates behind a checkpoint folder of ours, from its name."""
-    return int(folder.name.partition("-")[2])
+    return int(folder.name.rpartition("-")[2])
 
 
 def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
-    """The step checkpoints of a run, newest first; or its folders of another kind, see CHECKPOINT_NAME."""
+    """The step checkpoints of a run, newest first, without those that it goes back from; or its folders of
+    another kind, see CHECKPOINT_NAME."""
+    mark = run_dir / CHECKPOINTS / GOING_BACK
+    steps = mark.read_text("utf-8", "replace").strip() if mark.exists() else ""
+    newest = int(steps) if steps.isdecimal() else math.inf
     folders = [
         folder
         for folder in (run_dir / CHECKPOINTS).glob(f"{kind}-*")
-        if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()
+        if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir() and steps_of(folder) <= newest
     ]
     return sorted(folders, key=steps_of, reverse=True)
 

@@ -148,7 +148,8 @@ class Tracker:
         job_type: str,
         run_id: str | None = None,
     ) -> None:
-        """
+        """Start W&B's run. `replay` tells it, and this, of lines that are there already.
+
         Args:
             run_id: if W&B has a run with this id already, it is written anew.
 
@@ -162,29 +163,32 @@ class Tracker:
         self._wandb_run: Any = None  # None, too, once its process has died
         self._last: list[Callable[[Any], None]] = []  # to be logged at the end
         if self.mode != "disabled":
-            try:
-                self._begin_wandb()
-            except UserError:
-                raise
-            except Exception as error:
-                self._lose_wandb(error)
+            self._begin_wandb()
+
+    def replay(self) -> None:
+        """Take over the lines of a run that is being resumed."""
+        self.metrics, self.samples = (Record(record.path) for record in (self.metrics, self.samples))
+        self._to_wandb(self._replay)
+
+    def _replay(self, run: Any) -> None:
+        for line in read_json_lines(self.metrics.path):
+            run.log({name: math.nan if value is None else value for name, value in line.items()})
+        for folder in (self.run_dir / "wandb").glob("*run-*"):  # what they hold is in this one, or abandoned
+            if folder.name != Path(run.dir).parent.name:
+                remove(folder)
 
     def _begin_wandb(self) -> None:
-        """Start W&B's run, and log to it what the run has recorded so far."""
-        folders = self.run_dir / "wandb"
-        earlier = set(folders.glob("*run-*"))
-        run = self._wandb_run = self._start_wandb()
+        run = self._start_wandb()
         self.wandb_folder = as_typed(Path(run.dir).parent)
+        self._wandb_run = run
+        self._to_wandb(self._define_axes)
+
+    def _define_axes(self, run: Any) -> None:
         # Runs of different batch sizes compare over tokens seen; `step` can be chosen as the axis too.
         # W&B's own step counts calls of `log`, which mean nothing here.
         run.define_metric("step")
         run.define_metric("tokens_seen")
         run.define_metric("*", step_metric="tokens_seen")
-        for line in read_json_lines(self.metrics.path):
-            run.log({name: math.nan if value is None else value for name, value in line.items()})
-        if self.run_id:
-            for folder in earlier:  # what they hold is in this one, or was abandoned
-                remove(folder)
 
     def _start_wandb(self) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")  # the run's own summary says what W&B would print
@@ -243,8 +247,17 @@ class Tracker:
             run = start("offline")
         return run
 
+    def _to_wandb(self, act: Callable[[Any], None]) -> None:
+        """Do something with W&B's run, if there is one. Where its process has been killed or has broken, the
+        run continues without: an error of any kind is no reason to end it."""
+        if self._wandb_run is None:
+            return
+        try:
+            act(self._wandb_run)
+        except Exception as error:
+            self._lose_wandb(error)
+
     def _lose_wandb(self, error: Exception) -> None:
-        """Go on without W&B's process, which has been killed or has broken."""
         import wandb
 
         self._wandb_run = None
@@ -261,11 +274,7 @@ class Tracker:
         values that are not finite become null."""
         written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(self.metrics, {"step": step, **written})
-        if self._wandb_run:
-            try:
-                self._wandb_run.log({"step": step, **metrics})
-            except Exception as error:  # of any kind, for it must not end the training
-                self._lose_wandb(error)
+        self._to_wandb(lambda run: run.log({"step": step, **metrics}))
 
     def log_sample(self, line: dict[str, Any]) -> None:
         """Append a sample to `samples.jsonl`; `finish` logs all of them to W&B as one table."""
@@ -333,21 +342,18 @@ class Tracker:
         if self.mode == "disabled":
             return
         self.log_table("samples", read_json_lines(self.samples.path))
-        try:
-            if self._wandb_run is None:
-                self._begin_wandb()
-            self._finish_wandb(summary, failed)
-        except Exception as error:
-            self._lose_wandb(error)
+        self._to_wandb(lambda run: self._finish_wandb(run, summary, failed))
+        if self._wandb_run is None:  # lost, now or earlier
             try:
                 self._begin_wandb()
-                self._finish_wandb(summary, failed)
-            except Exception as again:
-                log.warning("W&B could not record this run (%s)", first_line(again))
+                self._to_wandb(self._replay)
+                self._finish_wandb(self._wandb_run, summary, failed)
+            except Exception as error:
+                log.warning("W&B could not be given this run (%s)", first_line(error))
                 self.wandb_folder = None
 
-    def _finish_wandb(self, summary: dict[str, Any], failed: bool) -> None:
-        run, lost = self._wandb_run, None
+    def _finish_wandb(self, run: Any, summary: dict[str, Any], failed: bool) -> None:
+        lost = None
         for log_to in self._last:
             log_to(run)
         run.summary.update(summary)

@@ -13,6 +13,7 @@
             tokenizer.json, vocab.json, …   the tokenizer's, if it came in files
         best-00000300/      the weights with the lowest validation loss so far
             model.safetensors, config.json, the tokenizer's files, SHA256SUMS
+        abandoned-step-00000500/, abandoned-best-…      what came after, when the run has gone back to 400
         last -> step-00000400
         best -> best-00000300
 
@@ -41,8 +42,18 @@ from llm.checkpoints.weights import Weights
 from llm.config import PretrainConfig, from_dict, validate
 from llm.data.tokenizer_files import TOKENIZER_FILES, holds_tokenizer
 from llm.errors import UserError, first_line
-from llm.files import as_json, as_typed, remove, replacing, sha256
-from llm.run_folder import CHECKPOINT_NAME, CHECKPOINTS, RECORDS, RUN_ID, find_run, step_folders, steps_of
+from llm.files import as_json, as_typed, flush, remove, replacing, sha256, write_text
+from llm.overrides import as_command, as_override
+from llm.run_folder import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS,
+    GOING_BACK,
+    RECORDS,
+    RUN_ID,
+    find_run,
+    step_folders,
+    steps_of,
+)
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
 STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
@@ -52,6 +63,8 @@ STEP_FILES = (WEIGHTS, CONFIG, STATE_TENSORS, STATE, *RECORDS)
 # Written to config.json. Version 1, before November 2026, did not say so. Version 2 adds the numbers that an
 # optimizer keeps (`optimizer_numbers`) to training_state.json, and the parts of the model to its config.
 FORMAT_VERSION = 2
+
+ABANDONED = "abandoned-"  # before the name of a checkpoint that was set aside
 
 NOT_SAVED = "checkpoint not saved: %s; training continues, and the next one tries again"
 
@@ -275,8 +288,12 @@ def _write_folder(
         lines = [f"{checksum}  {name}\n" for name, checksum in checksums.items()]
         (temporary / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     if link:
-        with replacing(folder.with_name(link)) as temporary:
-            temporary.symlink_to(folder.name)
+        _link(folder.with_name(link), folder.name)
+
+
+def _link(link: Path, name: str) -> None:
+    with replacing(link) as temporary:
+        temporary.symlink_to(name)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -297,7 +314,8 @@ def _copy_start(source: Path, size: int, target: Path) -> None:
     with target.open("wb") as file:
         if size:
             with source.open("rb") as content:
-                file.write(content.read(size))
+                if file.write(content.read(size)) < size:
+                    raise OSError(f"{source} is shorter than it was")
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -305,15 +323,67 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def prune(run_dir: Path, steps: int, keep: int) -> None:
-    """Delete all step checkpoints but the last `keep` up to `steps`, and all best ones but theirs.
-
-    Those with more steps were abandoned when the run was resumed from an earlier one.
-    """
-    kept = [folder for folder in step_folders(run_dir) if steps_of(folder) <= steps][:keep]
+    """Delete all step checkpoints but the last `keep`, and all best ones but theirs; and those set aside, once
+    the run has come as far again."""
+    kept = step_folders(run_dir)[:keep]
     names = {folder.name for folder in kept} | {_best_of(folder) for folder in kept}
-    for folder in (run_dir / CHECKPOINTS).iterdir():
-        if CHECKPOINT_NAME.fullmatch(folder.name) and folder.name not in names:
+    folders = list((run_dir / CHECKPOINTS).iterdir())
+    old = [each for each in folders if CHECKPOINT_NAME.fullmatch(each.name) and each.name not in names]
+    aside = [each for each in old if each.name.startswith(ABANDONED)]
+    keeps_aside = any(steps_of(each) > steps for each in aside)
+    for folder in old:
+        if not (keeps_aside and folder in aside):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def go_back(run_dir: Path, checkpoint: Path | None) -> Path | None:
+    """Set aside the checkpoints of a run that come after the one it continues from, all of them if there is
+    none; returns that one, which may have been set aside itself.
+
+    Killed at any point, this leaves a run that continues from the given checkpoint: until the mark is there,
+    nothing has happened; from then on nobody sees the later ones, and the next resume sets aside the rest.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = run_dir / CHECKPOINTS
+    if checkpoint and checkpoint.name.startswith(ABANDONED):
+        if best := _best_of(checkpoint):
+            _move(folder / f"{ABANDONED}{best}", folder / best)
+        checkpoint = _move(checkpoint, checkpoint.with_name(checkpoint.name.removeprefix(ABANDONED)))
+    steps = steps_of(checkpoint) if checkpoint else 0
+    later = [
+        each
+        for each in sorted([*folder.glob("step-*"), *folder.glob("best-*")])
+        if CHECKPOINT_NAME.fullmatch(each.name) and steps_of(each) > steps
+    ]
+    if not later and not (folder / GOING_BACK).exists():
+        return checkpoint
+    write_text(folder / GOING_BACK, f"{steps}\n")
+    best = _best_of(checkpoint) if checkpoint else None
+    for link, name in (("last", checkpoint and checkpoint.name), ("best", best)):
+        if name and (folder / name).exists():
+            _link(folder / link, name)
+        else:
+            remove(folder / link)
+    for each in later:
+        aside = _move(each, folder / f"{ABANDONED}{each.name}")
+        if each.name.startswith("step"):
+            log.info(
+                "%s is set aside until the run has come as far again; to return to it: %s",
+                as_typed(aside),
+                as_command("pretrain", as_override("resume", as_typed(aside))),
+            )
+    remove(folder / GOING_BACK)
+    return checkpoint
+
+
+def _move(folder: Path, target: Path) -> Path:
+    if folder.exists():
+        remove(target)
+        folder.replace(target)
+        flush(target.parent)
+    return target
 
 
 def _best_of(folder: Path) -> str | None:

@@ -5,6 +5,9 @@ so it does not matter which launcher runs the jobs, how many at once, on which m
 chose them. Runs may be limited by updates, epochs or minutes, so they are compared where they have spent the
 same share of the budget: each line of metrics is placed by the limits of the job that judges.
 
+What a rule says depends on what the other jobs have written by then, so each judgement is recorded before it
+is acted upon. A job that was killed is judged as it was, where it comes to the same evaluation again.
+
 A stopped job may be resumed. The rule then applies again: median at its next evaluation, halving at its next
 rung. With `early_stopping.rule=none` it runs to its end.
 """
@@ -13,13 +16,18 @@ import json
 import logging
 import math
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm.config import TrainingConfig
+from llm.errors import UserError
+from llm.files import append_json_lines, flush
 from llm.training.run import Run
 from llm.training.schedules import spent
+
+JUDGEMENTS = "judgements.jsonl"  # in a job's folder; of an evaluation judged again, the last line counts
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +105,7 @@ class EarlyStopping:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._judgements = read_judgements(run.run_dir / JUDGEMENTS)
         self._read: dict[Path, tuple[tuple[int, int, int], Curve]] = {}
 
     def reason_to_stop(self) -> str | None:
@@ -114,15 +123,56 @@ class EarlyStopping:
         own = curves.pop(run.run_dir.name, None)
         if own is None or own[-1].progress != run.progress():
             return None  # not a job of a sweep; or the disk is full, and the line not in the file yet
-        if settings.rule == "median":
-            reason = median_rule(own, curves.values(), settings.min_jobs)
-        else:
-            reason = halving_rule(own, curves.values(), settings.reduction, settings.from_progress)
-        if reason is None:
+        case = self._case(own)
+        if (judgement := self._recorded(case)) is None:
+            if settings.rule == "median":
+                reason = median_rule(own, curves.values(), settings.min_jobs)
+            else:
+                reason = halving_rule(own, curves.values(), settings.reduction, settings.from_progress)
+            if reason:
+                reason = f"{settings.rule} rule at step {run.counters.step}: {reason}"
+            judgement = self._record({**case, "reason": reason})
+        return _announced(judgement["reason"])
+
+    def pending_reason(self, was_carried_out: bool) -> str | None:
+        """Why the run should stop where it is resumed: it was judged so, and killed before it had stopped.
+
+        Args:
+            was_carried_out: whether it had stopped, so that whoever resumes it wants it to continue.
+        """
+        own = self._curve(self.run.run_dir / "metrics.jsonl")
+        if not own or own[-1].progress != self.run.progress():
             return None
-        reason = f"{settings.rule} rule at step {run.counters.step}: {reason}"
-        log.info("stopped early: %s", reason)
-        return reason
+        judgement = self._judgements.get(self.run.counters.step)
+        if was_carried_out and judgement and judgement["reason"]:
+            self._record({**judgement, "reason": None})
+        judgement = self._recorded(self._case(own))
+        return _announced(judgement["reason"]) if judgement else None
+
+    def _case(self, own: Curve) -> dict[str, Any]:
+        """What is judged: an evaluation, by a rule."""
+        progress, loss = own[-1]
+        return {
+            "step": self.run.counters.step,
+            "progress": progress,
+            "val/loss": loss if math.isfinite(loss) else None,
+            "early_stopping": asdict(self.run.config.early_stopping),
+        }
+
+    def _recorded(self, case: dict[str, Any]) -> dict[str, Any] | None:
+        """How the very same was judged before, if it was."""
+        judgement = self._judgements.get(case["step"])
+        return judgement if judgement == {**case, "reason": (judgement or {}).get("reason")} else None
+
+    def _record(self, judgement: dict[str, Any]) -> dict[str, Any]:
+        self._judgements[judgement["step"]] = judgement
+        file = self.run.run_dir / JUDGEMENTS
+        try:
+            append_json_lines(file, [judgement])
+            flush(file)
+        except (UserError, OSError) as error:
+            log.warning("%s; a run that is killed now may be judged anew", error)
+        return judgement
 
     def _curves(self) -> dict[str, Curve]:
         """The evaluations of each job of the sweep that has any, by the job's number."""
@@ -142,6 +192,24 @@ class EarlyStopping:
         except OSError:  # not started, or just being cut back to a checkpoint that it resumes from
             return []
         return self._read[metrics][1]
+
+
+def _announced(reason: str | None) -> str | None:
+    if reason:
+        log.info("stopped early: %s", reason)
+    return reason
+
+
+def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
+    """The judgements of a job, by step. A line that was cut off is skipped."""
+    judgements = {}
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        try:
+            judgement = json.loads(line)
+            judgements[int(judgement["step"])] = {**judgement, "reason": judgement["reason"]}
+        except (ValueError, LookupError, TypeError):
+            continue
+    return judgements
 
 
 def read_curve(metrics: Path, training: TrainingConfig) -> Curve:

@@ -9,6 +9,7 @@ from llm.errors import UserError
 from llm.generation.inference import for_inference
 from llm.generation.texts import generate_texts
 from llm.progress import Progress
+from llm.run_folder import read_summary
 from llm.tracking import Tracker
 from llm.training import console
 from llm.training.early_stopping import EarlyStopping
@@ -46,13 +47,15 @@ class Recorder:
         Raises:
             UserError: W&B cannot start, or the run folder cannot be written.
         """
-        rewind(start)
         self.run, self.run_id = run, start.run_id
-        self.stopped_early: str | None = None  # why, once early stopping has asked for an end
+        was_stopped = bool(read_summary(run.run_dir).get("stopped_early"))
         self.tracker = Tracker(run.run_dir, run.config.tracking, asdict(run.config), "pretrain", start.run_id)
+        rewind(start)  # W&B has started: from here on, little can keep the run from continuing
+        self.tracker.replay()
         self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
         self.progress = Progress("training", run.progress())
         self.early_stopping = EarlyStopping(run)
+        self.stopped_early = self.early_stopping.pending_reason(was_stopped)  # why the run should end, if so
 
     def updated(self, metrics: dict[str, float]) -> None:
         self.tracker.log(self.run.counters.step, metrics)

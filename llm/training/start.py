@@ -9,6 +9,7 @@ from typing import Any
 from llm.checkpoints.checkpoint import (
     STEP_FILES,
     damage,
+    go_back,
     kept_tokenizer,
     newest_whole,
     read_config,
@@ -25,12 +26,14 @@ from llm.files import remove, remove_leftovers, replacing, write_text
 from llm.overrides import as_argument
 from llm.run_folder import (
     CHECKPOINTS,
+    LOSS_PLOT,
     RECORDS,
     RUN_ID,
     find_run,
     read_summary,
     step_folders,
     steps_of,
+    write_summary,
 )
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ FREE_DATA_KEYS = ("data.source", "data.path", "data.cache_dir")
 # Keys of a model that given weights leave open: how it was initialised, and its dropout from here on.
 FREE_MODEL_KEYS = ("init", "drop_rate")
 SIZES = ("emb_dim", "n_heads", "n_layers")  # by which presets such as gpt124m are named
+
+RESULTS = ("error", "stopped_early", "train_loss")  # of a summary, besides the `val_…`
 
 
 @dataclass
@@ -117,7 +122,8 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
         checkpoint = Path(name).resolve()
         if problem := damage(checkpoint, STEP_FILES):
             raise UserError(f"resume={name} cannot be resumed: {problem}")
-        if checkpoint not in map(Path.resolve, step_folders(run_dir)):
+        resumable = [*step_folders(run_dir), *step_folders(run_dir, "abandoned-step")]
+        if checkpoint not in map(Path.resolve, resumable):
             raise UserError(f"resume={name}: it does not have the name of a checkpoint, as step-00000100")
     elif step_folders(run_dir):
         checkpoint = newest_whole(run_dir, STEP_FILES, identity)
@@ -230,15 +236,26 @@ def keys_unlike_default(config: PretrainConfig) -> set[str]:
 
 def rewind(start: Start) -> None:
     """Let a run folder hold what it held at the checkpoint to continue from, or nothing if there is none; and
-    record with which config it continues."""
-    for folder in (start.run_dir, start.run_dir / CHECKPOINTS):
+    record with which config it continues.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    run_dir = start.run_dir
+    for folder in (run_dir, run_dir / CHECKPOINTS):
         remove_leftovers(folder)
+    if summary := read_summary(run_dir):  # first of all: it is not finished any more
+        results = {key: None for key in summary if key.startswith("val_") or key in RESULTS}
+        write_summary(run_dir, {**summary, **results, "status": "running"})
+    write_start(run_dir, start.steps, start.config)
+    start.checkpoint = go_back(run_dir, start.checkpoint)
     for name in RECORDS:
-        path = start.run_dir / name
-        if start.checkpoint and (content := (start.checkpoint / name).read_bytes()):
+        path, content = run_dir / name, (start.checkpoint / name).read_bytes() if start.checkpoint else b""
+        if path.exists() and path.read_bytes() != content:
+            remove(run_dir / LOSS_PLOT)  # it shows what came after
+        if content:
             with replacing(path) as temporary:
                 temporary.write_bytes(content)
         else:
             remove(path)
-    write_text(start.run_dir / RUN_ID, start.run_id)
-    write_start(start.run_dir, start.steps, start.config)
+    write_text(run_dir / RUN_ID, start.run_id)
