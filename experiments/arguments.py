@@ -1,7 +1,9 @@
 """The command line as Hydra is to read it: folders to resume are found, and texts and paths are quoted."""
 
+import ast
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
 from io import StringIO
@@ -38,6 +40,8 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
     sweeps = bool(SWEEP_FLAGS & set(arguments))
     if sweeps and ONE_CONFIG_FLAGS & _flag_names(arguments):
         raise UserError("--cfg and --info show one config, not a sweep: remove -m")
+    if "WANDB_SWEEP_ID" in os.environ:
+        arguments = [each for argument in arguments for each in _from_agent(argument)]
     texts = {*_text_keys(schema), *FOLDERS}
     arguments = [_with_quotes(each, texts, sweeps) if _is_override(each) else each for each in arguments]
     flags, overrides = _flags(arguments), _by_key(arguments)
@@ -83,6 +87,34 @@ def _refuse_what_hydra_would_not_say_in_a_line(flags: list[str], overrides: dict
 def only_shows(arguments: list[str]) -> bool:
     """Whether Hydra prints help, a config or the like, in place of a run."""
     return bool(SHOWING_FLAGS & _flag_names(arguments))
+
+
+def _from_agent(argument: str) -> list[str]:
+    """An argument from an agent of a W&B sweep, which spells values as Python does: None, and nested
+    parameters as a dict."""
+    name, _, text = argument.partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a text
+        return [argument]
+    return list(_overrides_of(name, value)) if value is None or isinstance(value, dict | list) else [argument]
+
+
+def _overrides_of(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _overrides_of(f"{name}.{key}", each)
+    else:
+        yield f"{name}={_spelled(value)}"
+
+
+def _spelled(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value)
 
 
 def _flag_names(arguments: list[str]) -> set[str]:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import wandb
 from click.testing import CliRunner
+from conftest import TINY, Script, numbers
 from omegaconf import OmegaConf
 from scripts import ROOT, run_python
 from wandb.cli.cli import cli
@@ -24,8 +28,10 @@ from llm.config import ModelConfig, PretrainConfig, TrackingConfig, WorkspaceCon
 from llm.errors import UserError
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
-from llm.training import lifecycle
+from llm.training import lifecycle, loop
+from llm.training.run import Run
 
+TINY_ONLINE = [each for each in (*TINY, "data=text", "training.max_steps=1") if each != "tracking=disabled"]
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
 
 
@@ -76,7 +82,7 @@ def break_down(server: WandbServer, outage: str) -> None:
 def sync(folder: Path) -> None:
     """What `sync_command` says, in this process, with the server of the environment."""
     wandb.teardown()
-    result = CliRunner().invoke(cli, sync_command(folder).split()[1:])
+    result = CliRunner().invoke(cli, shlex.split(sync_command(folder))[1:])
     assert result.exit_code == 0, result.output
 
 
@@ -98,6 +104,8 @@ def test_online_and_by_sync_the_same_arrives(
     pretrain(config, tmp_path / "offline")
     [folder] = (tmp_path / "offline" / "wandb").glob("offline-run-*")
     sync(folder)
+    [folder] = (tmp_path / "online" / "wandb").glob("run-*")
+    sync(folder)  # once more, as after an outage that let a part of it through
     online, offline = server.runs[run_id(tmp_path / "online")], server.runs[run_id(tmp_path / "offline")]
     written = [values(line) for line in read_json_lines(tmp_path / "online" / "metrics.jsonl")]
     assert len(written) == 6
@@ -212,6 +220,199 @@ def test_a_run_that_cannot_begin_online_begins_offline(
     assert "W&B still does not answer" in caplog.text  # the next job of a sweep does not wait as long again
 
 
+class Crash(BaseException):
+    """As if the process ended here."""
+
+
+def crash_at_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the next run end before this update, with no checkpoint of what it did last."""
+    update = loop.update
+
+    def update_or_crash(run: Run, lr: float) -> dict[str, float]:
+        if run.counters.steps + 1 == number:
+            monkeypatch.setattr(loop, "update", update)
+            raise Crash
+        return update(run, lr)
+
+    monkeypatch.setattr(loop, "update", update_or_crash)
+
+
+@pytest.mark.parametrize("modes", ["online online", "offline offline", "disabled online", "online offline"])
+def test_a_resumed_run_has_the_history_of_its_metrics(
+    server: WandbServer,
+    config: PretrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    modes: str,
+) -> None:
+    before, after = modes.split()
+    run_dir = tmp_path / "a run's folder"
+    config.training.max_steps, config.training.eval_freq, config.checkpoint.every_steps = 8, 3, 2
+    config.tracking.mode = before
+    crash_at_update(monkeypatch, 6)
+    with pytest.raises(Crash):
+        pretrain(config, run_dir)
+    assert (run_dir / "checkpoints" / "last").readlink().name == "step-00000004"
+    config.tracking.mode, config.optimizer.lr, config.resume = after, 0.5, str(run_dir)
+    monkeypatch.setenv("WANDB_RESUME", "allow")  # which would append
+    summary = pretrain(config)
+    if after == "offline":
+        assert summary.wandb_folder
+        assert list((run_dir / "wandb").glob("*run-*-*")) == [Path.cwd() / summary.wandb_folder]
+        sync(Path(summary.wandb_folder))
+    written = [values(line) for line in read_json_lines(run_dir / "metrics.jsonl")]
+    assert [line["step"] for line in written] == [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7]
+    assert metrics(server.runs[run_id(run_dir)]) == [pytest.approx(line) for line in written]
+    assert server.runs[run_id(run_dir)].summary["status"] == "finished"
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_run_outlives_the_process_of_wandb(
+    server: WandbServer,
+    config: PretrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+) -> None:
+    config.tracking.mode = mode
+    update = loop.update
+
+    def update_without_wandb(run: Run, lr: float) -> dict[str, float]:
+        if run.counters.steps == 2:
+            for children in Path("/proc/self/task").glob("*/children"):
+                for child in children.read_text().split():
+                    if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text():
+                        os.kill(int(child), signal.SIGKILL)
+            time.sleep(0.2)
+        return update(run, lr)
+
+    monkeypatch.setattr(loop, "update", update_without_wandb)
+    summary = pretrain(config, tmp_path / "run")
+    assert summary.status == "finished"
+    [line] = [record.getMessage() for record in caplog.records if record.name == "llm.tracking"]
+    assert line.startswith("W&B stopped recording (")
+    if mode == "offline":
+        assert summary.wandb_folder
+        sync(Path(summary.wandb_folder))
+    run = server.runs[run_id(tmp_path / "run")]
+    written = [values(line) for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert len(written) == 6
+    assert metrics(run) == [pytest.approx(line) for line in written]
+    assert {name.split("/")[1] for name in run.uploads if name.startswith("media/")} == {"images", "table"}
+    assert (run.exit_code, run.summary["status"]) == (0, "finished")
+
+
+def test_what_is_not_configured_is_as_wandbs_variables_say(
+    server: WandbServer, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"MODE": "online", "PROJECT": "theirs", "NAME": "its name", "RUN_GROUP": "its group"}
+    variables |= {"TAGS": "one,two", "NOTES": "a note", "JOB_TYPE": "a job", "ENTITY": "us"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    config.tracking = TrackingConfig()
+    pretrain(config, tmp_path / "run")
+    names = ("project", "displayName", "groupName", "tags", "notes", "jobType")
+    run = server.runs.pop(run_id(tmp_path / "run"))
+    wanted = ["theirs", "its name", "its group", ["one", "two"], "a note", "a job"]
+    assert [run.fields[name] for name in names] == wanted
+    config.tracking = TrackingConfig("online", "ours", None, "our group", "our name", ["three"])
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    pretrain(config, tmp_path / "given")
+    run = server.runs.pop(run_id(tmp_path / "given"))
+    assert [run.fields[name] for name in names[:4]] == ["ours", "our name", "our group", ["three"]]
+    config.tracking = TrackingConfig()
+    pretrain(config, tmp_path / "disabled")
+    assert not (tmp_path / "disabled" / "wandb").exists()
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    with pytest.raises(UserError, match="WANDB_MODE=shared: must be one of offline, online, disabled"):
+        pretrain(config, tmp_path / "shared")
+    monkeypatch.delenv("WANDB_MODE")
+    config.training.max_steps = 1
+    assert "offline-run-" in str(pretrain(config, tmp_path / "offline").wandb_folder)
+    assert not server.runs
+
+
+def test_the_jobs_of_a_sweep_are_runs_of_their_own(
+    server: WandbServer, config: PretrainConfig, script: Script, environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    environment |= {"WANDB_MODE": "online", "WANDB_RUN_ID": "ab12cd34", "WANDB_RUN_GROUP": "their group"}
+    result = script(
+        "pretrain", "-m", *TINY_ONLINE, f"data.path={config.data.path}", "seed=1,2", "hydra.sweep.dir=sweep"
+    )
+    assert result.returncode == 0, result.stderr
+    runs = [server.runs[run_id(tmp_path / "sweep" / number)].fields for number in "01"]
+    assert [run["displayName"] for run in runs] == ["seed=1", "seed=2"]
+    assert {run["groupName"] for run in runs} == {"their group"}
+    assert len(server.runs) == 2
+    assert "ab12cd34" not in server.runs
+
+
+def damage_record(file: Path, damage: str) -> None:
+    content = file.read_bytes()
+    match damage:
+        case "deleted":
+            file.unlink()
+        case "replaced":
+            file.unlink()
+            file.write_bytes(b"x" * len(content))
+        case "cut":
+            os.truncate(file, 10)
+        case "appended to":
+            file.write_bytes(content + b"x\n")
+        case "changed":  # and no longer or shorter than it was
+            file.write_bytes(content[:-5] + b"xxxx\n")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "replaced", "cut", "appended to", "changed"])
+@pytest.mark.parametrize("copied", [0, 2, 4])
+def test_records_that_something_else_changes_are_restored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, copied: int
+) -> None:
+    tracker = Tracker(tmp_path, TrackingConfig(mode="disabled"), {}, "pretrain")
+    for step in range(4):
+        tracker.log(step, {"train/loss": 1 / (step + 1)})
+        if step + 1 == copied:
+            for name, size in tracker.record_sizes().items():
+                copy = tmp_path / "checkpoints" / f"step-{copied:08d}" / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes((tmp_path / name).read_bytes() if size else b"")
+    if copied == 2:
+        tracker.record_sizes()  # from here on, it relies on the copy
+    damage_record(tmp_path / "metrics.jsonl", damage)
+    if damage != "changed":
+        tracker.log(4, {"train/loss": 0.2})
+    size = tracker.record_sizes()["metrics.jsonl"]
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [line["train/loss"] for line in lines] == [1.0, 0.5, 1 / 3, 0.25, 0.2][: len(lines)]
+    assert len(lines) == (4 if damage == "changed" else 5)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    assert "metrics.jsonl was changed by something else (" in caplog.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_no_checkpoint_is_short_of_lines(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.tracking.mode, config.checkpoint.every_steps = "disabled", 2
+    pretrain(config, tmp_path / "whole")
+    file = tmp_path / "run" / "metrics.jsonl"
+    update = loop.update
+
+    def update_and_delete(run: Run, lr: float) -> dict[str, float]:
+        if run.counters.steps == 3:
+            file.unlink()
+        return update(run, lr)
+
+    monkeypatch.setattr(loop, "update", update_and_delete)
+    pretrain(config, tmp_path / "run")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert (tmp_path / "run" / "checkpoints" / "last" / "metrics.jsonl").read_bytes() == file.read_bytes()
+    [line] = [record.getMessage() for record in caplog.records if record.name == "llm.tracking"]
+    assert line.startswith(f"{file} was changed by something else (none are there of the ")
+
+
 def test_an_agent_of_a_wandb_sweep_runs_pretrain(
     server: WandbServer, tmp_path: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +426,7 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
     given = {"optimizer.lr": 0.00123, "seed": 7, "training.max_minutes": 0.001, "model": "tiny"}
     given |= {"tokenizer": "bytes", "data": "text", "data.path": config.data.path, "hydra.run.dir": "run"}
     given |= {"data.cache_dir": config.data.cache_dir, "runtime.threads": 1, "samples.max_new_tokens": 3}
+    given |= {"training.grad_clip": None, "schedule": {"warmup": 0.25, "name": "cosine"}}  # these are nested
     server.commands = [
         {
             "type": "run",
@@ -249,6 +451,8 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
     assert run.config["optimizer"]["value"]["lr"] == 0.00123
     overrides = OmegaConf.load(tmp_path / "run" / ".hydra" / "overrides.yaml")
     assert {"tracking=online", "optimizer.lr=0.00123", "seed=7"} <= set(overrides)
+    assert run.config["training"]["value"]["grad_clip"] is None
+    assert [run.config["schedule"]["value"][key] for key in ("name", "warmup")] == ["cosine", 0.25]
 
 
 def test_a_workspace_is_saved(server: WandbServer) -> None:

@@ -323,8 +323,8 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def prune(run_dir: Path, steps: int, keep: int) -> None:
-    """Delete all step checkpoints but the last `keep`, and all best ones but theirs; and those set aside, once
-    the run has come as far again."""
+    """Delete all step checkpoints but the last `keep`, and all best ones but theirs. Those that were set
+    aside are deleted once the run has come as far again."""
     kept = step_folders(run_dir)[:keep]
     names = {folder.name for folder in kept} | {_best_of(folder) for folder in kept}
     folders = list((run_dir / CHECKPOINTS).iterdir())
