@@ -3,8 +3,11 @@
 import fcntl
 import json
 import math
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,16 @@ from conftest import numbers
 from drill import TEXT, outcome
 from settings import changed, settings
 
+from llm.checkpoints.checkpoint import STEP_FILES, newest_whole, read_state
 from llm.commands.pretrain import pretrain
 from llm.config import PretrainConfig, ScheduleConfig
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import read_json_lines
-from llm.run_folder import step_folders
+from llm.run_folder import GOING_BACK, step_folders
 from llm.training.loop import watch
 from llm.training.plots import plot_losses
+from llm.training.start import Start, rewind
 from llm.training.summary import Counters
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -102,6 +107,100 @@ def test_an_earlier_checkpoint_can_be_gone_back_to(tmp_path: Path) -> None:
     (earlier / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"cannot be resumed: config\.json does not match its checksum"):
         pretrain(changed(config, resume=str(earlier)))
+
+
+class Kill(BaseException):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the process end before its n-th change of a folder's names."""
+    count = 0
+
+    def counted(change: Any) -> Any:
+        def change_or_end(*arguments: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise Kill
+            return change(*arguments, **named)
+
+        return change_or_end
+
+    for name in ("replace", "unlink", "symlink_to"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+
+
+def test_who_goes_back_is_back_wherever_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(settings(tmp_path), checkpoint__keep=4, checkpoint__every_steps=2)
+    pretrain(config, tmp_path / "run")
+    folders = step_folders(tmp_path / "run")
+    states = {folder.name: read_state(folder)["counters"]["best_step"] for folder in folders}
+    assert [*states] == [f"step-{steps:08d}" for steps in (12, 10, 8, 6)]
+    assert states["step-00000008"] != states["step-00000012"]  # another best one
+    ends = []
+    for number in count(1):
+        run = tmp_path / f"killed-{number}"
+        shutil.copytree(tmp_path / "run", run, symlinks=True)
+        chosen = run / "checkpoints" / "step-00000008"
+        with monkeypatch.context() as patch, suppress(Kill):
+            kill_at(patch, number)
+            rewind(Start(config, run, "", chosen))
+            break  # there are no more changes to be killed at
+        newest = newest_whole(run, STEP_FILES)  # where `resume=latest` continues
+        ends.append(newest.name)
+        has_begun = json.loads((run / "summary.json").read_text())["status"] == "running"
+        assert newest.name == "step-00000012" if not has_begun else newest.name in states
+        rewind(Start(config, run, "", newest))
+        best = run / "checkpoints" / f"best-{states[newest.name] + 1:08d}"
+        assert (run / "checkpoints" / "best").resolve() == best
+        assert (run / "checkpoints" / "last").resolve() == newest
+        assert (run / "metrics.jsonl").read_bytes() == (newest / "metrics.jsonl").read_bytes()
+        assert not (run / "checkpoints" / GOING_BACK).exists()
+    assert set(ends) == {"step-00000012", "step-00000008"}
+    assert ends == sorted(ends, reverse=True)  # from one moment on, it is back
+    assert len(ends) > 12
+    before = {folder.name for folder in (run / "checkpoints").glob("abandoned-*")}
+    assert {"abandoned-step-00000012", "abandoned-step-00000010"} <= before
+    assert not (run / "loss.png").exists()
+
+
+def test_a_run_that_went_back_and_was_killed_does_not_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = settings(tmp_path)
+    pretrain(config, tmp_path / "whole")
+    pretrain(config, tmp_path / "run")
+    earlier = step_folders(tmp_path / "run")[1]
+
+    def end(*arguments: Any) -> None:
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert (summary["status"], summary["val_loss"]) == ("running", None)
+        raise Kill
+
+    back = changed(config, resume=str(earlier), optimizer__lr=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr("llm.training.lifecycle.train", end)
+        with pytest.raises(Kill):
+            pretrain(back)
+    aside = tmp_path / "run" / "checkpoints" / "abandoned-step-00000012"
+    assert f"to return to it: python experiments/pretrain.py resume={aside}" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr("llm.training.lifecycle.train", end)
+        with pytest.raises(Kill):
+            pretrain(changed(config, resume=str(aside)))  # it was the better one after all
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert step_folders(tmp_path / "run")[0].name == "step-00000012"
+    with monkeypatch.context() as patch:
+        patch.setattr("llm.training.lifecycle.train", end)
+        with pytest.raises(Kill):
+            pretrain(back)
+    summary = pretrain(changed(back, resume=str(tmp_path / "run")))
+    assert (summary.status, summary.steps) == ("finished", 12)
+    assert [each["steps"] for each in summary.resumed] == [10]
+    assert numbers(tmp_path / "run")[-1] != numbers(tmp_path / "whole")[-1]
+    assert not aside.exists()  # the run has passed it
 
 
 def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
