@@ -29,6 +29,7 @@ from unittest.mock import patch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from llm.config import PretrainConfig
 from llm.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +126,22 @@ class ScriptProcess(ForkServerProcess):
         self.join(HANGS)
         stdout, stderr = (printed.result(HANGS) for printed in self._printed)
         return stdout, stderr
+
+
+def run_until_killed(config: PretrainConfig, run_dir: Path, moment: str) -> None:
+    """Train in a process of its own, which is killed when it comes to a function, as
+    `llm.training.lifecycle.conclude`."""
+    process = FORKED.Process(target=_train_until, args=(config, run_dir, moment))
+    process.start()
+    process.join(HANGS)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _train_until(config: PretrainConfig, run_dir: Path, moment: str) -> None:
+    from llm.commands.pretrain import pretrain
+
+    with patch(moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)):
+        pretrain(config, run_dir)
 
 
 def _read_to_the_end(reader: Connection) -> str:

@@ -169,7 +169,8 @@ class EarlyStopping:
         file = self.run.run_dir / JUDGEMENTS
         try:
             append_json_lines(file, [judgement])
-            flush(file)
+            if judgement["reason"]:  # about to be acted upon
+                flush(file)
         except (UserError, OSError) as error:
             log.warning("%s; a run that is killed now may be judged anew", error)
         return judgement

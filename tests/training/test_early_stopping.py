@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from drill import outcome
 from launch import Interrupted, Invocation
 from pretrain import run
+from scripts import run_until_killed
 from settings import changed, settings
 
 from llm.commands.pretrain import pretrain
@@ -21,12 +23,14 @@ from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, vali
 from llm.errors import UserError
 from llm.files import append_json_lines, read_json_lines
 from llm.training.early_stopping import (
+    JUDGEMENTS,
     Curve,
     EarlyStopping,
     Point,
     halving_rule,
     median_rule,
     read_curve,
+    read_judgements,
     rungs,
 )
 from llm.training.summary import Counters, Summary
@@ -363,6 +367,54 @@ def test_the_hopeless_job_of_a_sweep_stops_and_the_others_come_out_the_same(
     assert (finished.status, finished.stopped_early) == ("finished", None)
     assert finished.resumed[-1]["changed"] == {"early_stopping.rule": [rule, "none"]}
     assert outcome(stopped) == outcome(whole / str(HOPELESS))
+
+
+@pytest.mark.parametrize("moment", ["recorder.Recorder.finish_saving", "lifecycle.conclude"])
+@pytest.mark.parametrize("rule", ["median", "halving"])
+def test_a_stop_that_was_decided_outlives_a_kill(tmp_path: Path, whole: Path, rule: str, moment: str) -> None:
+    """Killed before the state that it follows from is saved, or after that and before the summary."""
+    _, step = first_stop(whole, rule)
+    for number in range(HOPELESS):
+        (tmp_path / "sweep" / str(number)).mkdir(parents=True)
+        shutil.copy(whole / str(number) / "metrics.jsonl", tmp_path / "sweep" / str(number))
+    stopped = tmp_path / "sweep" / str(HOPELESS)
+    config = changed(settings(tmp_path, max_steps=20), optimizer__lr=RATES[HOPELESS])
+    config.early_stopping = EarlyStoppingConfig(rule, from_progress=0.3, min_jobs=2, reduction=2)
+    run_until_killed(config, stopped, f"llm.training.{moment}")
+    assert json.loads((stopped / "summary.json").read_text())["status"] == "running"
+    for number in range(HOPELESS):  # judged now, the job would continue
+        shutil.rmtree(tmp_path / "sweep" / str(number))
+    summary = pretrain(changed(config, resume=str(stopped)))
+    assert (summary.status, summary.steps) == ("interrupted", step + 1)
+    assert summary.stopped_early
+    assert summary.stopped_early.startswith(f"{rule} rule at step {step}: ")
+    again = pretrain(
+        changed(config, resume=str(stopped))
+    )  # whoever resumes a job that stopped wants it to go on
+    assert (again.status, again.steps, again.stopped_early) == ("finished", 20, None)
+    assert outcome(stopped) == outcome(whole / str(HOPELESS))
+
+
+def test_a_job_is_judged_once_at_each_evaluation(tmp_path: Path) -> None:
+    stopping = EarlyStoppingConfig("median", min_jobs=1)
+    other = Job(tmp_path / "0", stopping, 100, 10)
+    other.evaluate(40, 2.0)
+    own = Job(tmp_path / "1", stopping, 100, 10)
+    assert own.evaluate(40, 2.5)
+    assert own.evaluate(50, 2.5) is None  # the other is not there yet
+    other.evaluate(60, 2.0)
+    lines = read_json_lines(own.metrics)
+    own.metrics.unlink()  # it was killed, and begins again
+    own.judge = EarlyStopping(own.run)
+    append_json_lines(own.metrics, lines[:1])
+    assert own.evaluate(40, 2.5) == own.evaluate(40, 2.5)
+    assert own.evaluate(50, 2.5) is None
+    assert own.evaluate(55, 2.5)
+    own.judge = EarlyStopping(own.run)
+    assert own.evaluate(50, 2.6)  # another course of the run, as with another learning rate
+    with (own.run.run_dir / JUDGEMENTS).open("a") as file:
+        file.write('{"step": 49, "rea\n[]\n{}\n')
+    assert set(read_judgements(own.run.run_dir / JUDGEMENTS)) == {39, 49, 54}
 
 
 def test_who_stops_by_hand_a_job_that_stops_early_has_stopped_it(
