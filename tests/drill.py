@@ -21,7 +21,8 @@ from pathlib import Path
 
 from scripts import ScriptProcess
 
-from llm.run_folder import is_claimed
+from llm.files import read_json_lines
+from llm.run_folder import is_claimed, step_folders, steps_of
 
 STEPS = 48
 COMMON = (
@@ -116,6 +117,8 @@ def drill(work: Drill, seed: int) -> str:
         if chance.random() < 0.6 and (damage := _damage(run, work, chance, reference)):
             faults.append(damage)
             damaged = to_find = True
+        elif not damaged and (back := _go_back(run, work, seed)):
+            faults.append(back)
         begun = bool(list(run.glob("checkpoints/st*-*")))
         process = work.start(f"resume={run.name}") if begun else work.begin(variant, run.name)
     _check_output(finish(process), damaged, to_find, work)
@@ -193,6 +196,26 @@ def _damage(run: Path, work: Drill, chance: random.Random, other: Path) -> str |
     kind = chance.choice(DAMAGES)
     damage_file(file, kind, other / "checkpoints" / "last" / file.name, chance)
     return f"{file.name} {kind}"
+
+
+def _go_back(run: Path, work: Drill, seed: int) -> str | None:
+    """Resume from the checkpoint before the newest, if there are two, and kill that run as soon as the newest
+    is set aside. The run is not to return to it."""
+    folders, chance = step_folders(run), random.Random(f"{seed} {_steps(run)}")
+    if len(folders) < 2:
+        return None
+    aside = run / "checkpoints" / f"abandoned-{folders[0].name}"
+    process = work.start(f"resume={run.name}/checkpoints/{folders[1].name}")
+    while process.is_alive() and not aside.exists():
+        time.sleep(0.0005)
+    time.sleep(chance.uniform(0, 0.02))
+    process.kill()
+    _check_output("".join(process.output()), False, False, work)
+    newest, recorded = steps_of(step_folders(run)[0]), read_json_lines(run / "metrics.jsonl")
+    assert newest <= recorded[-1]["step"] + 1, f"back at {folders[1].name}, but {newest} updates are saved"
+    assert json.loads((run / "summary.json").read_text())["status"] == "running"
+    work.counts["returns to an older checkpoint"] += 1
+    return f"killed after a return to {steps_of(folders[1])} updates"
 
 
 def damage_file(file: Path, kind: str, of_other_run: Path, chance: random.Random) -> None:

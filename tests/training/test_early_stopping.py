@@ -363,7 +363,7 @@ def test_the_hopeless_job_of_a_sweep_stops_and_the_others_come_out_the_same(
         again = pretrain(config)
         assert again.stopped_early
         assert again.stopped_early.startswith(f"median rule at step {step + 4}: best validation loss 5.")
-    finished = pretrain(changed(config, early_stopping__rule="none"))
+    finished = pretrain(changed(config, early_stopping__rule="none"), given={"early_stopping.rule"})
     assert (finished.status, finished.stopped_early) == ("finished", None)
     assert finished.resumed[-1]["changed"] == {"early_stopping.rule": [rule, "none"]}
     assert outcome(stopped) == outcome(whole / str(HOPELESS))
@@ -431,7 +431,7 @@ def test_who_stops_by_hand_a_job_that_stops_early_has_stopped_it(
 
 def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = Summary(run_dir="sweep/3", status="interrupted", best_val_loss=2.0, stopped_early="a reason")
-    monkeypatch.setattr("llm.commands.pretrain.pretrain", lambda config, run_dir, given: summary)
+    monkeypatch.setattr("llm.commands.pretrain.pretrain_in", lambda run_dir, config, given: summary)
     invocation = Invocation(tmp_path, frozenset())
     assert run(PretrainConfig(), invocation) == math.inf  # worse than all that ran to their end
     summary.stopped_early = None
