@@ -369,8 +369,9 @@ def test_the_hopeless_job_of_a_sweep_stops_and_the_others_come_out_the_same(
     assert outcome(stopped) == outcome(whole / str(HOPELESS))
 
 
-@pytest.mark.parametrize("moment", ["recorder.Recorder.finish_saving", "lifecycle.conclude"])
-@pytest.mark.parametrize("rule", ["median", "halving"])
+@pytest.mark.parametrize(
+    ("rule", "moment"), [("median", "recorder.Recorder.finish_saving"), ("halving", "lifecycle.conclude")]
+)
 def test_a_stop_that_was_decided_outlives_a_kill(tmp_path: Path, whole: Path, rule: str, moment: str) -> None:
     """Killed before the state that it follows from is saved, or after that and before the summary."""
     _, step = first_stop(whole, rule)
