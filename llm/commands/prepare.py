@@ -44,6 +44,6 @@ def prepare(config: PretrainConfig) -> None:
             config.model.context_length,
             tokens.path,
         )
-    updates = len(TrainingBatches(windows_pair[0], config.data, config.seed)) // config.training.accumulate
-    log.info("an epoch    %s updates", f"{updates:,}")
+    updates = len(TrainingBatches(windows_pair[0], config.data, config.seed)) / config.training.accumulate
+    log.info("an epoch    %s updates", f"{updates:,.2f}".removesuffix(".00"))
     log.info("took        %s", format_seconds(time.perf_counter() - begin))

@@ -55,13 +55,18 @@ class TrainingBatches:
         self.book_order = config.order == "book"
         self.seed = seed
         self.epoch = 0
-        self.position = 0  # batches of this epoch already used
+        self.position = 0  # batches of this epoch already used; the next epoch begins with its first batch
         self._epoch_generator_state: Tensor | None = None
         self._batches: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch; a last one that is not full is dropped."""
         return len(self.windows) // self.batch_size
+
+    @property
+    def used(self) -> int:
+        """Batches used so far, over all epochs."""
+        return self.epoch * len(self) + self.position
 
     def __next__(self) -> Batch:
         if self._batches is None:

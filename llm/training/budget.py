@@ -24,14 +24,15 @@ class Budget:
 def estimate_budget(run: Run, matmul_flops: float) -> Budget:
     """What the limits of a run allow on a device of `matmul_flops` floating-point operations per second."""
     config, training = run.config, run.config.training
-    update_tokens = config.data.batch_size * training.accumulate * config.model.context_length
+    batch_tokens = config.data.batch_size * config.model.context_length
+    update_tokens, epoch_tokens = training.accumulate * batch_tokens, len(run.batches) * batch_tokens
     token_flops = training_flops_per_token(run.model)
     optimizer_flops = OPTIMIZERS[config.optimizer.name].flops(run.model)
     tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
     tokens_of = {
         "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
         "max_steps": training.max_steps and training.max_steps * update_tokens,
-        "max_epochs": training.max_epochs and training.max_epochs * run.updates_per_epoch * update_tokens,
+        "max_epochs": training.max_epochs and training.max_epochs * epoch_tokens,
     }
     limit, tokens = min(
         ((limit, tokens) for limit, tokens in tokens_of.items() if tokens), key=lambda each: each[1]
@@ -42,7 +43,7 @@ def estimate_budget(run: Run, matmul_flops: float) -> Budget:
         update_tokens=update_tokens,
         limit=limit,
         tokens=tokens,
-        epochs=tokens / update_tokens / run.updates_per_epoch,
+        epochs=tokens / epoch_tokens,
         seconds_left=(tokens - run.counters.tokens_seen) / tokens_per_second,
         validation_seconds=validation_flops / EXPECTED_MFU / matmul_flops,
     )

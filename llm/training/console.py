@@ -93,7 +93,7 @@ def evaluation_line(run: Run, train: dict[str, float], validation: dict[str, flo
     """The book's evaluation line, with bits per byte."""
     step = run.counters.step
     return (
-        f"Ep {step // run.updates_per_epoch + 1} (Step {step:06d}): Train loss {train['loss']:.3f}, "
+        f"Ep {run.batches.epoch + 1} (Step {step:06d}): Train loss {train['loss']:.3f}, "
         f"Val loss {validation['loss']:.3f}, {validation['bits_per_byte']:.3f} bits per byte"
     )
 

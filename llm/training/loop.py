@@ -18,7 +18,6 @@ from torch import nn
 from llm.data.windows import Windows, book_batches, shuffled_batches
 from llm.training.evaluation import evaluate
 from llm.training.run import Run
-from llm.training.schedules import lr_factor
 from llm.training.state import checkpoint_due
 
 log = logging.getLogger(__name__)
@@ -49,19 +48,20 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
     training, counters, saved = run.config.training, run.counters, replace(run.counters)
     agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
     while (done := agree(run.progress())) < 1 and not agree(stop_requested()):
-        observer.updated(update(run, lr=run.config.optimizer.lr * lr_factor(run.config.schedule, done)))
+        epochs = int(run.epochs())
+        observer.updated(update(run, done))
         if run.runtime.is_main and training.eval_freq and counters.step % training.eval_freq == 0:
             observer.evaluated(*evaluate_splits(run))
-        if counters.steps % run.updates_per_epoch == 0:
+        if run.epochs() >= epochs + 1:
             observer.epoch_ended()
         if agree(checkpoint_due(run.config.checkpoint, counters, saved)):
             observer.save()
             saved = replace(counters)
 
 
-def update(run: Run, lr: float) -> dict[str, float]:
+def update(run: Run, done: float) -> dict[str, float]:
     """One optimizer step over `accumulate` batches; returns its metrics. A step whose loss or gradient is not
-    finite is skipped and counted.
+    finite is skipped and counted. `done` is the share of the budget that was spent before.
 
     Raises:
         NotFinite: more than `max_skipped` in a row; the weights are those before them.
@@ -69,17 +69,17 @@ def update(run: Run, lr: float) -> dict[str, float]:
     training, runtime, counters = run.config.training, run.runtime, run.counters
     start = time.perf_counter()
     loss = torch.zeros((), device=runtime.device)
-    tokens = 0
-    for micro_step in range(training.accumulate):
+    tokens, micro_batches = 0, run.micro_batches()
+    for micro_step in range(micro_batches):
         inputs, targets = next(run.batches)
         tokens += inputs.numel()
         # Gradients add up over the micro-batches; several processes average them once, at the last one.
-        exchange = runtime.processes == 1 or micro_step == training.accumulate - 1
+        exchange = runtime.processes == 1 or micro_step == micro_batches - 1
         with nullcontext() if exchange else run.trained_model.no_sync(), runtime.autocast():  # type: ignore[operator]
             # Each batch's loss is a mean. Divided by the number of batches, their gradients add up to that of
             # the mean over all of them: the same update as one large batch makes.
             share = runtime.share(inputs), runtime.share(targets)
-            batch_loss = run.trained_model(*share) / training.accumulate
+            batch_loss = run.trained_model(*share) / micro_batches
             batch_loss.backward()
         loss += batch_loss.detach()
     parameters = list(run.model.parameters())
@@ -89,16 +89,14 @@ def update(run: Run, lr: float) -> dict[str, float]:
     # `.item()` waits until a GPU has computed the number: the step depends on it, and so does the time.
     mean_loss, norm = runtime.mean(loss).item(), grad_norm.item()
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    lr = run.learning_rate(done, time.perf_counter() - start)
     if finite:
         run.optimizers.set_lr(lr)
         run.optimizers.step()
     run.optimizers.zero_grad()
     seconds = time.perf_counter() - start
     watch(run, finite, mean_loss, norm)
-    recorded = run.recorded_clock[counters.steps : counters.steps + 1]
-    counters.seconds = recorded[0] if recorded else counters.seconds + seconds
-    counters.steps += 1
-    counters.tokens_seen += tokens
+    run.count(tokens, seconds)
     return {
         **run.position(),
         "train/loss": mean_loss,

@@ -15,9 +15,10 @@ log = logging.getLogger(__name__)
 MEASURED = ("tokens_per_second",)  # differs between any two runs
 
 
-def recorded_clock(run_dir: Path) -> list[float]:
-    """The seconds of training after each update of a run."""
-    return [line["seconds"] for line in read_json_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
+def recorded_clock(run_dir: Path) -> list[tuple[float, float]]:
+    """The seconds of training after each update of a run, and its learning rate."""
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    return [(line["seconds"], line["lr"]) for line in lines if "train/loss" in line]
 
 
 def compare_rerun(rerun: Path, original: Path) -> None:

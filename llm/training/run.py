@@ -17,7 +17,7 @@ from llm.model.gpt import GPTModel
 from llm.runtime import Runtime
 from llm.training.optimizers import Optimizers, build_optimizers
 from llm.training.reruns import recorded_clock
-from llm.training.schedules import spent
+from llm.training.schedules import lr_factor, spent
 from llm.training.start import Start
 from llm.training.summary import Counters
 
@@ -39,32 +39,66 @@ class Run:
     validation_windows: Windows
     batches: TrainingBatches
     counters: Counters = field(default_factory=Counters)
-    # In a rerun, the seconds of training after each update, as the original run recorded them: one limited by
-    # the clock then ends after the same update, with the same learning rates on the way.
-    recorded_clock: list[float] = field(default_factory=list)
+    # In a rerun, the seconds of training after each update and its learning rate, as the original recorded
+    # them: one limited by the clock then ends after the same update, with the same rates on the way.
+    recorded_clock: list[tuple[float, float]] = field(default_factory=list)
     resumed: list[dict[str, Any]] = field(default_factory=list)  # see Summary
 
-    @property
-    def updates_per_epoch(self) -> int:
-        return len(self.batches) // self.config.training.accumulate
+    def epochs(self, more: int = 0) -> float:
+        """Passes over the training split that are done, fractions included, once so many more of its batches
+        are used. An update may use the last batches of one epoch and the first of the next."""
+        return (self.batches.used + more) / len(self.batches)
+
+    def micro_batches(self) -> int:
+        """Batches that the next update averages: `accumulate`, or the fewer that are left of `max_epochs`, so
+        that each batch of the split is trained on as often as that says."""
+        training = self.config.training
+        if training.max_epochs is None:
+            return training.accumulate
+        return sum(self.epochs(more) < training.max_epochs for more in range(training.accumulate))
 
     def position(self) -> dict[str, float]:
-        """Where the run is, as each line of metrics says. Epochs are passes done, fractions included."""
+        """Where the run is, as each line of metrics says."""
         counters = self.counters
         return {
             "tokens_seen": counters.tokens_seen,
-            "epoch": counters.steps / self.updates_per_epoch,
+            "epoch": self.epochs(),
             "seconds": counters.seconds,
         }
 
-    def spent(self) -> dict[str, float]:
-        """The share of each limit that is spent, by its key; limits that are not set are absent."""
-        position = self.position()
-        return spent(self.config.training, self.counters.steps, position["epoch"], position["seconds"])
+    def spent(self, steps: int = 0, seconds: float = 0.0) -> dict[str, float]:
+        """The share of each limit that is spent, by its key, once so many more updates and seconds are
+        counted; limits that are not set are absent."""
+        counters = self.counters
+        return spent(self.config.training, counters.steps + steps, self.epochs(), counters.seconds + seconds)
 
-    def progress(self) -> float:
+    def progress(self, steps: int = 0, seconds: float = 0.0) -> float:
         """The share of the budget that is spent; at 1 the run ends. The limit reached first counts."""
-        return max(self.spent().values())
+        return max(self.spent(steps, seconds).values())
+
+    def learning_rate(self, done: float, seconds: float) -> float:
+        """The learning rate of the update that has its gradient now; the same in every process.
+
+        Args:
+            done: the share of the budget that was spent before it.
+            seconds: that it has taken so far: nobody knows sooner how much of `max_minutes` it takes.
+        """
+        if self.config.training.max_minutes is not None and (recorded := self._recorded()):
+            return recorded[1]
+        reached = self.runtime.agree(self.progress(steps=1, seconds=seconds))
+        return self.config.optimizer.lr * lr_factor(self.config.schedule, done, reached)
+
+    def count(self, tokens: int, seconds: float) -> None:
+        """Count an update that took so many tokens and seconds."""
+        recorded = self._recorded()
+        self.counters.seconds = recorded[0] if recorded else self.counters.seconds + seconds
+        self.counters.steps += 1
+        self.counters.tokens_seen += tokens
+
+    def _recorded(self) -> tuple[float, float] | None:
+        """In a rerun, what the original recorded of the update being made."""
+        steps = self.counters.steps
+        return self.recorded_clock[steps] if steps < len(self.recorded_clock) else None
 
     def binding_limit(self) -> tuple[str, float]:
         """The limit that is reached first: its key and its value."""

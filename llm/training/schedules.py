@@ -1,6 +1,8 @@
 """Learning-rate schedules as pure functions of progress, the share of the run that is done, 0 to 1.
 
-Progress may be measured in steps, epochs or minutes; the shapes are the same.
+Progress may be measured in steps, epochs or minutes; the shapes are the same. Every update trains: warmup is
+read where an update ends, so that the first one has its share of it, and the decay where an update begins, so
+that the last one has more than `final`.
 """
 
 import math
@@ -34,11 +36,13 @@ SCHEDULES: dict[str, Callable[[float, ScheduleConfig], float]] = {
 }
 
 
-def lr_factor(config: ScheduleConfig, progress: float) -> float:
-    """The factor on the learning rate at `progress`: linear warmup from 0, then the schedule."""
-    if progress < config.warmup:
-        return progress / config.warmup
-    return SCHEDULES[config.name](progress, config)
+def lr_factor(config: ScheduleConfig, begin: float, end: float) -> float:
+    """The factor on the learning rate of the update that takes progress from `begin` to `end`: in the warmup
+    `end / warmup`, then the schedule at `begin`. Of 20 updates with warmup 0.2 the first four get 1/4, 2/4,
+    3/4 and 1."""
+    if end <= config.warmup:
+        return end / config.warmup
+    return SCHEDULES[config.name](max(begin, config.warmup), config)
 
 
 def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:

@@ -46,7 +46,7 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     assert set(sample) >= {"step", "prompt", "text", "sampling"}
     assert (sample["step"], len(sample["token_ids"]), sample["stop_reason"]) == (11, 5, "length")
     assert (run / ".hydra" / "config.yaml").exists()
-    assert "Ep 1 (Step 000000): Train loss 5." in (run / "pretrain.log").read_text()
+    assert "Ep 1 (Step 000000): Train loss " in (run / "pretrain.log").read_text()
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
     for hint in (
         "generate.py checkpoint=run",
@@ -226,7 +226,7 @@ def test_prepare_makes_what_a_run_then_finds(script: Script, tmp_path: Path, tex
     assert all(str(file) in result.stdout for file in files if file.suffix == ".npy")
     size = (tmp_path / "text.txt").stat().st_size
     assert f"training    {format_count(int(0.9 * size))} tokens" in result.stdout
-    assert f"an epoch    {int(0.9 * size - 1) // 64 // 2 // 3} updates" in result.stdout
+    assert f"an epoch    {int(0.9 * size - 1) // 64 // 2 / 3:.2f} updates" in result.stdout
     result = script("pretrain", *arguments)
     assert result.returncode == 0, result.stderr
     assert [(file.name, file.stat().st_mtime_ns) for file in files] == made
