@@ -43,6 +43,10 @@ def key(
     return field(default=default, metadata=metadata)
 
 
+# The largest numbers that torch computes with, whatever they are multiplied by: whole ones in 64 bits, others
+# in 32. No number has to be infinite or undefined.
+LARGEST_WHOLE, LARGEST = 2**63 - 1, 1e30
+
 WEIGHTS_MEANING = (
     "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 format, a name on its hub, "
     "or the book's .pth file"
@@ -51,11 +55,11 @@ WEIGHTS_MEANING = (
 
 @dataclass
 class ModelConfig:
-    vocab_size: int = key(50257, "size of the vocabulary, in token ids", at_least=1)
-    context_length: int = key(128, "tokens that the model sees at once", at_least=1)
-    emb_dim: int = key(128, "width of the embeddings and the residual stream", at_least=1)
+    vocab_size: int = key(50257, "size of the vocabulary, in token ids", at_least=1, at_most=10**9)
+    context_length: int = key(128, "tokens that the model sees at once", at_least=1, at_most=10**9)
+    emb_dim: int = key(128, "width of the embeddings and the residual stream", at_least=1, at_most=10**6)
     n_heads: int = key(4, "attention heads; must divide emb_dim evenly", at_least=1)
-    n_layers: int = key(4, "transformer blocks", at_least=1)
+    n_layers: int = key(4, "transformer blocks", at_least=1, at_most=10_000)
     drop_rate: float = key(0.0, "dropout probability", at_least=0, below=1)
     qkv_bias: bool = key(False, "whether query, key and value projections have a bias")
     tie_weights: bool = key(True, "whether the output head shares the token embedding's weights")
@@ -341,16 +345,19 @@ class ReportConfig:
 
 
 def validate(config: Any, prefix: str = "") -> None:
-    """Check every value against its range.
+    """Check every value against its type and its range.
 
     Raises:
-        UserError: names the first key out of range, its value and its range.
+        UserError: names the first key that does not fit, its value and what was expected.
     """
     for item in fields(config):
         value, name = getattr(config, item.name), prefix + item.name
         if is_dataclass(value):
             validate(value, f"{name}.")
             continue
+        if item.type is not Any and not _is_of_type(value, item.type):
+            wanted = getattr(item.type, "__name__", item.type)
+            raise UserError(f"{name}={value!r}: must be {wanted} ({item.metadata['meaning']})")
         if value == "" and item.type == (str | None):
             raise UserError(f"{name} is empty: give a value, or null ({item.metadata['meaning']})")
         for element in value if isinstance(value, list) else [value]:
@@ -412,9 +419,21 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
     choices, bounds = metadata["choices"] or _names_in(metadata["table"]), metadata["bounds"]
     if choices and value not in choices:
         raise UserError(f"{name}={value}: must be one of {', '.join(choices)} ({metadata['meaning']})")
+    if isinstance(value, int | float) and value > (most := LARGEST_WHOLE if type(value) is int else LARGEST):
+        bounds = {"at most": most, **bounds}
     if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
         raise UserError(f"{name}={value}: must be {wanted} ({metadata['meaning']})")
+
+
+def _is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a field of this type may hold a value: a whole number is a number too, and true is none."""
+    types = _plain_types(annotation)
+    if isinstance(value, bool):
+        return bool in types
+    if isinstance(value, list) and list in types:
+        return all(_is_of_type(each, get_args(annotation)[0]) for each in value)
+    return isinstance(value, tuple(types))
 
 
 def _names_in(table: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a device is called, how fast it multiplies, how much memory was used, and its errors in one line."""
 
 import contextlib
+import os
 import platform
 import re
 import resource
@@ -51,6 +52,11 @@ def device_name(device: torch.device) -> str:
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:

@@ -6,6 +6,7 @@ and in fp32 the book's dropout.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -119,6 +120,13 @@ class GPTModel(nn.Module):
 def parameter_count(model: nn.Module) -> int:
     """Parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameters_of(config: ModelConfig) -> int:
+    """Parameters of a model that is not made: all blocks have as many."""
+    with torch.device("meta"):  # just shapes: nothing is allocated
+        one, two = (parameter_count(GPTModel(replace(config, n_layers=layers))) for layers in (1, 2))
+    return one + (config.n_layers - 1) * (two - one)
 
 
 def matrix_parameters(model: GPTModel) -> int:

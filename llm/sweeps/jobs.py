@@ -175,7 +175,7 @@ def compact(value: str) -> str:
         number = Decimal(value)
     except InvalidOperation:
         return value
-    if not 0 < abs(number) < 0.001:
+    if not number.is_finite() or not 0 < abs(number) < 0.001:
         return value
     return min(value, f"{number.normalize():e}", key=len)
 

@@ -4,11 +4,9 @@ import logging
 import shlex
 from pathlib import Path
 
-import torch
-
 from llm.config import PretrainConfig
 from llm.device import device_name
-from llm.model.gpt import GPTModel, parameter_count
+from llm.model.gpt import parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run_folder import step_folders, steps_of
@@ -111,8 +109,7 @@ def not_finite(run: Run, error: NotFinite) -> str:
 
 def sizes(config: PretrainConfig) -> str:
     """What a run keeps in memory, and the keys to lower if it does not fit."""
-    with torch.device("meta"):  # just shapes: nothing is allocated
-        parameters = parameter_count(GPTModel(config.model))
+    parameters = parameters_of(config.model)
     data, rows = config.data, config.data.batch_size // config.runtime.processes
     return (
         f"{format_count(parameters)} parameters take about {format_count(16 * parameters)}B with gradients "

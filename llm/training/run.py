@@ -13,7 +13,8 @@ from llm.config import PretrainConfig
 from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of_tokens, load_tokenizer
 from llm.data.windows import TrainingBatches, Windows, cut_windows
-from llm.model.gpt import GPTModel
+from llm.device import memory_bytes
+from llm.model.gpt import GPTModel, parameters_of
 from llm.runtime import Runtime
 from llm.training.optimizers import Optimizers, build_optimizers
 from llm.training.reruns import recorded_clock
@@ -112,8 +113,11 @@ def build_run(start: Start, runtime: Runtime) -> Run:
 
     Raises:
         UserError: the text does not exist or does not suit the run, see `cut_windows`.
+        MemoryError: the model cannot fit this machine.
     """
     config = start.config
+    if 8 * parameters_of(config.model) > memory_bytes():  # weights and gradients in fp32
+        raise MemoryError  # now: a system that is out of memory kills a process without a word
     tokenizer = load_tokenizer(start.tokenizer)
     files = token_files(config.data, tokenizer)
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
