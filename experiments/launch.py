@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from record import error_log, logged, write_record
 from sweeping.job import Place, claimed_place, complete, composed_config, is_called_off, place_of, unresolved
 from sweeping.launchers import configure_slurm
-from sweeping.stopping import watched_sweep
+from sweeping.stopping import exit_status, watched_sweep
 
 from llm.errors import UserError
 from llm.files import as_typed, modified
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 
 
 class Interrupted(BaseException):
-    """Raised by a script's work that was stopped by hand and has saved what there was."""
+    """Raised by a script's work that a signal stopped, its argument, and that has saved what there was."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def launch(config_name: str, schema: type, work: Work, recorded: bool = True) ->
             return run_once(config, work, recorded)
 
         hydra.main(version_base="1.3", config_path=str(HERE.parent / "conf"), config_name=config_name)(run)()
-    except KeyboardInterrupt:  # before a run has begun, or after it
-        sys.exit(130)
+    except KeyboardInterrupt as error:  # before a run has begun, or after it
+        sys.exit(exit_status(error))
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         if not is_users(error):
             raise
@@ -131,8 +131,8 @@ def _end_without_result(error: BaseException, place: Place) -> float:
                     os._exit(1)  # nobody is there to take a result
                 return math.nan
             if place.sweep:
-                raise KeyboardInterrupt from None  # the jobs to come are called off
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 0)
+                raise KeyboardInterrupt(*error.args) from None  # the jobs to come are called off
+            sys.exit(exit_status(error))
         case _:
             if place.sweep:  # Hydra would keep it to itself
                 error_log.exception("error")

@@ -1,6 +1,8 @@
 """Pretrain a GPT on raw text: `python experiments/pretrain.py --help`."""
 
 import math
+import os
+import signal
 import sys
 
 from arguments import only_shows
@@ -23,7 +25,8 @@ def run(config: PretrainConfig, invocation: Invocation) -> float:
     if summary.stopped_early:
         return math.inf
     if summary.val_loss is None:
-        raise Interrupted
+        assert summary.stopped_by
+        raise Interrupted(signal.Signals[summary.stopped_by])
     return summary.val_loss
 
 
@@ -37,6 +40,11 @@ def follow_the_first() -> None:
         take_part()
     except UserError as error:
         sys.exit(f"error: {error}")
+    # Ends as processes of `multiprocessing` do. Torch's threads, which exchanged the gradients, may outlive
+    # the interpreter for a moment, and one that then wants its lock aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from sweeping.launchers import traits_of
 from sweeping.machine import divide_machine
 from sweeping.recorded import check_jobs
 from sweeping.running import Runner, Sweep, reason_of
-from sweeping.stopping import stoppable
+from sweeping.stopping import exit_status, stoppable
 
 from llm.errors import UserError
 from llm.sweeps.jobs import read_jobs, read_record
@@ -71,7 +71,7 @@ class RecordedSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run all jobs that have no result yet, and conclude.
 
-        Exits with status 1 if one failed, and with 130 after Ctrl-C.
+        Exits with status 1 if one failed, and after a signal with that of a shell: 130 after Ctrl-C.
 
         Raises:
             UserError: the folder is taken, or holds no such sweep.
@@ -98,8 +98,8 @@ class RecordedSweeper(Sweeper):
             try:
                 self._run(sweep)
                 status = 0
-            except KeyboardInterrupt:
-                status = 130
+            except KeyboardInterrupt as error:
+                status = exit_status(error)
             if conclude(folder) and not status:
                 status = 1
         if status:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
@@ -19,30 +19,47 @@ SECONDS_TO_SAVE = 60
 
 @contextmanager
 def stoppable(folder: Path, side_by_side: bool) -> Iterator[None]:
-    """Let SIGTERM end a sweep as Ctrl-C does. Jobs side by side get the signal too, save, and are waited for;
-    a second signal ends all at once."""
+    """Let SIGTERM and SIGHUP end a sweep as Ctrl-C does. Jobs side by side get the signal too, save, and are
+    waited for; a second signal ends all at once, except SIGHUP, which a closed terminal may send twice. Under
+    `nohup` that stays ignored.
+
+    Raises:
+        KeyboardInterrupt: the sweep was asked to stop; its argument is the signal.
+    """
+    asked_by: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        asked_by.append(number)
         (folder / STOP).touch()
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
-        if number == signal.SIGTERM:  # the terminal itself sends Ctrl-C to all processes
+            signal.signal(each, interrupt)
+        if number != signal.SIGINT:  # the terminal itself sends Ctrl-C to all processes
             for child in active_children():
-                os.kill(child.pid or 0, signal.SIGTERM)
+                os.kill(child.pid or 0, number)
 
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
-    if side_by_side:
-        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop}
-    else:
-        handlers = {signal.SIGTERM: signal.default_int_handler}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     remove(folder / STOP)
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    handler = stop if side_by_side else interrupt
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*(error.args or asked_by[:1])) from None
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
         remove(folder / STOP)
+
+
+def exit_status(stopped: BaseException) -> int:
+    """That of a process that a signal ended, as a shell has it: 128 and the signal's number. The exception
+    has it as its argument; Ctrl-C's has none."""
+    return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
 
 
 def asked_to_stop(folder: Path) -> bool:

@@ -50,10 +50,11 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
             if runtime.compile:
                 compile_blocks(run)
             with stop_requests(announce=runtime.is_main) as stop:
-                train(run, observer, lambda: stop.is_set or bool(recorder and recorder.stopped_early))
+                train(run, observer, lambda: bool(stop.by or (recorder and recorder.stopped_early)))
                 observer.finish_saving()
-            stopped_early = recorder.stopped_early if recorder and not stop.is_set else None
-            summary.status = "interrupted" if stop.is_set or stopped_early else "finished"
+            stopped_early = recorder.stopped_early if recorder and not stop.by else None
+            summary.status = "interrupted" if stop.by or stopped_early else "finished"
+            summary.stopped_by = stop.by.name if stop.by else None
             summary.stopped_early = stopped_early
             if recorder:
                 conclude(run, recorder, summary, matmul_flops)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, so that a run finishes its update and saves."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop, so that a run finishes its update and saves."""
 
 import logging
 import signal
@@ -10,14 +10,17 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether a person or the system has asked the run to stop."""
+    """Whether a person or the system has asked the run to stop, and by which signal."""
 
-    is_set = False
+    by: signal.Signals | None = None
 
 
 @contextmanager
 def stop_requests(announce: bool) -> Iterator[StopRequest]:
-    """Let SIGINT and SIGTERM ask for a stop. A second one then ends the process at once.
+    """Let SIGINT, SIGTERM and SIGHUP ask for a stop. A second SIGINT or SIGTERM ends the process at once.
+
+    A terminal that is closed sends SIGHUP, and its shell often sends it once more: a second one changes
+    nothing. Under `nohup` it stays ignored.
 
     Args:
         announce: whether to say so; one of the processes of a run does, and restores the handlers.
@@ -25,13 +28,16 @@ def stop_requests(announce: bool) -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.is_set = True
-        if announce:
-            log.info("\n%s: finishing this update, then saving", signal.Signals(number).name)
-            for each, handler in previous.items():
-                signal.signal(each, handler)
+        repeated, stop.by = stop.by is not None, stop.by or signal.Signals(number)
+        if announce and not repeated:
+            log.info("\n%s: finishing this update, then saving", stop.by.name)
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, previous[each])
 
-    previous = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {each: signal.signal(each, handle) for each in numbers}
     try:
         yield stop
     finally:

@@ -42,6 +42,7 @@ class Summary(Counts):
     run_dir: str = ""
     status: str = "running"  # or finished, interrupted, failed
     stopped_early: str | None = None  # of an interrupted run: why, if a rule stopped it and not a person
+    stopped_by: str | None = None  # of a run interrupted by a signal: its name, as SIGTERM
     error: str | None = None  # of a failed one
     train_loss: float | None = None  # over eval_iter batches, at the end
     validation: dict[str, float] = field(default_factory=dict)  # METRICS over the whole split, at the end

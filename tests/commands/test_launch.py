@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_in_a_sweep_a_jobs_own_overrides_are_given(launched: Launched, tmp_path:
     ("error", "single", "swept"),
     [
         (UserError("no"), 1, 1),
-        (Interrupted(), 0, 130),
+        (Interrupted(signal.SIGTERM), 143, 143),
+        (Interrupted(signal.SIGHUP), 129, 129),
         (KeyboardInterrupt(), 130, 130),
     ],
 )

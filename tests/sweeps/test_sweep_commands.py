@@ -122,23 +122,29 @@ def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_continue(
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
 
 
-@pytest.mark.parametrize("asked", ["Ctrl-C", "Ctrl-C, side by side", "SIGTERM, side by side"])
+@pytest.mark.parametrize(
+    ("number", "to_all", "side_by_side"),
+    [
+        (signal.SIGINT, True, False),
+        (signal.SIGTERM, False, False),
+        (signal.SIGINT, True, True),
+        (signal.SIGTERM, False, True),
+        (signal.SIGHUP, True, True),  # its terminal was closed
+    ],
+)
 def test_a_sweep_that_is_asked_to_stop_saves_its_jobs(
-    begin: Begin, tmp_path: Path, text: str, asked: str
+    begin: Begin, tmp_path: Path, text: str, number: signal.Signals, to_all: bool, side_by_side: bool
 ) -> None:
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if "side by side" in asked else []
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if side_by_side else []
     process = begin(
         *SWEEP, *launcher, text, "training.max_steps=100000", "seed=1,2,3", "hydra.sweep.dir=sweep"
     )
     running = 2 if launcher else 1
-    for number in range(running):
-        wait_for_checkpoint(process, tmp_path / "sweep" / str(number))
-    if asked.startswith("SIGTERM"):
-        process.terminate()
-    else:
-        process.send_signal(signal.SIGINT, group=True)
+    for each in range(running):
+        wait_for_checkpoint(process, tmp_path / "sweep" / str(each))
+    process.send_signal(number, group=to_all)
     output, errors = process.output()
-    assert (process.exitcode, errors) == (130, ""), output
+    assert (process.exitcode, errors) == (128 + number, ""), output
     jobs = read_jobs([tmp_path / "sweep"])
     assert [job.state for job in jobs] == ["interrupted"] * running + ["waiting"] * (3 - running)
     for job in jobs[:running]:

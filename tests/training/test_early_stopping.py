@@ -428,6 +428,7 @@ def test_who_stops_by_hand_a_job_that_stops_early_has_stopped_it(
     monkeypatch.setattr(EarlyStopping, "reason_to_stop", stop)
     summary = pretrain(settings(tmp_path), tmp_path / "run")
     assert (summary.status, summary.steps, summary.stopped_early) == ("interrupted", 1, None)
+    assert summary.stopped_by == "SIGINT"
 
 
 def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +436,7 @@ def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("llm.commands.pretrain.pretrain_in", lambda run_dir, config, given: summary)
     invocation = Invocation(tmp_path, frozenset())
     assert run(PretrainConfig(), invocation) == math.inf  # worse than all that ran to their end
-    summary.stopped_early = None
+    summary.stopped_early, summary.stopped_by = None, "SIGTERM"
     with pytest.raises(Interrupted):
         run(PretrainConfig(), invocation)
     summary.validation = {"loss": 3.0}
