@@ -175,14 +175,17 @@ class SamplingConfig:
         None, "draw from tokens at least this fraction as likely as the likeliest", at_least=0, at_most=1
     )
     repetition_penalty: float = key(
-        1.0, "lowers the logits of tokens that occurred before, prompt included; 1: off", above=0
+        1.0,
+        "lowers the logits of tokens that occurred before, prompt included; 1: off",
+        at_least=1e-3,
+        at_most=1e3,
     )
 
 
 @dataclass
 class SamplesConfig:
     prompt: str = key("**HAMLET**  \n", "prompt of the samples drawn during training")
-    max_new_tokens: int = key(200, "new tokens per sample", at_least=1)
+    max_new_tokens: int = key(200, "new tokens per sample", at_least=1, at_most=10**6)
     every_epoch: bool = key(False, "sample after each epoch too, not only at the end")
 
 
@@ -355,6 +358,8 @@ def validate(config: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             validate(value, f"{name}.")
             continue
+        if isinstance(value, str) and not _is_unicode(value):
+            raise UserError(f"{name}={value!a}: must be UTF-8 text ({item.metadata['meaning']})")
         if item.type is not Any and not _is_of_type(value, item.type):
             wanted = getattr(item.type, "__name__", item.type)
             raise UserError(f"{name}={value!r}: must be {wanted} ({item.metadata['meaning']})")
@@ -424,6 +429,15 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
     if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
         raise UserError(f"{name}={value}: must be {wanted} ({metadata['meaning']})")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: a byte of the command line that is not UTF-8 is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:

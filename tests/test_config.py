@@ -1,9 +1,14 @@
 """The YAML files against the dataclasses, and bad values by the line they give."""
 
-from dataclasses import asdict
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from conftest import TINY, Script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
@@ -85,7 +90,12 @@ def test_gpt2_sizes_are_the_papers(name: str, sizes: tuple[int, int, int]) -> No
         ("optimizer.betas=[0.9,1.0]", r"optimizer.betas=1.0: must be at least 0 and below 1"),
         ("training.max_minutes=null", "max_epochs, max_steps and max_minutes are all null"),
         ("data=text", r"data.path is not set: data=text needs data.path="),
-        ("sampling.repetition_penalty=0", r"sampling.repetition_penalty=0.0: must be above 0 \("),
+        ("sampling.repetition_penalty=0", r"sampling.repetition_penalty=0.0: must be at least 0.001 and at"),
+        ("optimizer.lr=1e308", r"optimizer.lr=1e\+308: must be at most 1e\+30 and above 0 \("),
+        (
+            "seed=1000000000000000000000",
+            r"seed=1000000000000000000000: must be at most 9.22337e\+18 and at le",
+        ),
         ("runtime.precision=int8", "runtime.precision=int8 is for generation"),
         ("runtime.processes=3", "data.batch_size=.* cannot be divided evenly among runtime.processes=3"),
     ],
@@ -94,6 +104,76 @@ def test_a_value_that_makes_no_sense_is_one_line(override: str, line: str) -> No
     with pytest.raises(UserError, match=line) as error:
         validate(composed("pretrain", override))
     assert "\n" not in str(error.value)
+
+
+def numeric_keys(config: Any) -> Iterator[tuple[Any, str, bool]]:
+    """Each number of a config: where it stands, its name, and whether it is one of a list."""
+    for item in fields(config):
+        if is_dataclass(value := getattr(config, item.name)):
+            yield from numeric_keys(value)
+        elif {int, float} & {item.type, *get_args(item.type)}:
+            yield config, item.name, isinstance(value, list)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, 10**30, True, "1"])
+@pytest.mark.parametrize("schema", SCHEMAS.values())
+def test_no_number_may_be_anything_else(schema: type, value: Any) -> None:
+    config = schema()
+    found = list(numeric_keys(config))
+    assert len(found) > 4
+    for place, name, in_list in found:
+        before = getattr(place, name)
+        setattr(place, name, [value, 0.5] if in_list else value)
+        with pytest.raises(UserError, match=f"{name}=.*must be") as error:
+            validate(config)
+        assert "\n" not in str(error.value)
+        setattr(place, name, before)
+    validate(config)
+
+
+def test_a_number_that_is_none_is_one_line_before_anything_is_named_after_it(
+    script: Script, tmp_path: Path
+) -> None:
+    for arguments in (["optimizer.lr=nan"], ["training.max_minutes=inf"], ["-m", "optimizer.lr=nan,-1"]):
+        result = script("pretrain", *arguments, "hydra.run.dir=run", "hydra.sweep.dir=sweep")
+        assert result.returncode == 1
+        for line in result.stderr.splitlines():
+            assert "must be" in line, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("''", "samples.prompt is empty: give some text"),
+        ("<|endoftext|>", "samples.prompt contains token id 256, but the model knows 256 tokens"),
+        ("\udcff", r"samples.prompt='\\udcff': must be UTF-8 text"),  # a byte that is not UTF-8
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_found_before_the_budget_is_spent(
+    script: Script, tmp_path: Path, text: str, prompt: str, line: str
+) -> None:
+    arguments = [
+        *TINY,
+        "data=text",
+        text,
+        "model.vocab_size=256",
+        "training.max_steps=2",
+        "hydra.run.dir=run",
+    ]
+    result = script("pretrain", *arguments, f"samples.prompt={prompt}")
+    assert result.returncode == 1
+    assert re.fullmatch(f"error: {line}.*\n", result.stderr), result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["model.n_layers=10000", "model.emb_dim=1000000"])
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(
+    script: Script, text: str, size: str
+) -> None:
+    sizes = ["model=gpt1558m", "model.n_heads=1", size, "training.max_steps=2"]
+    result = script("pretrain", *TINY, "data=text", text, *sizes)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: out of memory: .* parameters take about .*\n", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize(

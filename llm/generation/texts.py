@@ -85,13 +85,13 @@ def generate_texts(
     """
     names = names or ["prompt"] * len(prompts)
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    prompt_ids = [
-        _prompt_ids(prompt, name, tokenizer, model.config.vocab_size)
+    token_ids = [
+        prompt_ids(prompt, tokenizer, model.config.vocab_size, name)
         for prompt, name in zip(prompts, names, strict=True)
     ]
     rows = [
-        _Row(Sample(prompt, index, number, seed), token_ids, limit, tokenizer, stop or [], eos)
-        for index, (prompt, token_ids, limit) in enumerate(zip(prompts, prompt_ids, limits, strict=True))
+        _Row(Sample(prompt, index, number, seed), ids, limit, tokenizer, stop or [], eos)
+        for index, (prompt, ids, limit) in enumerate(zip(prompts, token_ids, limits, strict=True))
         for number in range(num_samples)
     ]
     progress = Progress("generating")
@@ -110,7 +110,15 @@ def generate_texts(
         yield from (row.sample for row in batch)
 
 
-def _prompt_ids(prompt: str, name: str, tokenizer: tiktoken.Encoding, vocab_size: int) -> list[int]:
+def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int, name: str = "prompt") -> list[int]:
+    """The token ids of a prompt.
+
+    Args:
+        name: of the key or file that gave it, for errors.
+
+    Raises:
+        UserError: it is empty, or contains a token id outside the vocabulary.
+    """
     token_ids = [int(token_id) for _, ids in encode_pieces([prompt], tokenizer) for token_id in ids]
     if not token_ids:
         raise UserError(

@@ -14,6 +14,7 @@ from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of_tokens, load_tokenizer
 from llm.data.windows import TrainingBatches, Windows, cut_windows
 from llm.device import memory_bytes
+from llm.generation.texts import prompt_ids
 from llm.model.gpt import GPTModel, parameters_of
 from llm.runtime import Runtime
 from llm.training.optimizers import Optimizers, build_optimizers
@@ -112,7 +113,8 @@ def build_run(start: Start, runtime: Runtime) -> Run:
     """Put a run together. What a user can have got wrong is found here, before the first update.
 
     Raises:
-        UserError: the text does not exist or does not suit the run, see `cut_windows`.
+        UserError: the text or the prompt of the samples does not exist or does not suit the run, see
+            `cut_windows` and `prompt_ids`.
         MemoryError: the model cannot fit this machine.
     """
     config = start.config
@@ -121,6 +123,8 @@ def build_run(start: Start, runtime: Runtime) -> Run:
     tokenizer = load_tokenizer(start.tokenizer)
     files = token_files(config.data, tokenizer)
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
+    # The sample comes last, and a prompt that cannot be used would be found when the budget is spent.
+    prompt_ids(config.samples.prompt, tokenizer, config.model.vocab_size, "samples.prompt")
     torch.manual_seed(config.seed)
     model = GPTModel(config.model).to(runtime.device)
     run = Run(
