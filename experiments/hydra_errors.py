@@ -10,15 +10,16 @@ from hydra.errors import HydraException
 
 from llm.errors import UserError
 
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What a disk says that is full, read-only, broken or away.
+OF_DISKS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
 
 
 def is_users(error: Exception) -> bool:
-    """Whether a user can fix an error. An OSError about no file is a bug, unless the disk is full; but one of
-    Hydra's own errors is such an OSError."""
+    """Whether a user can fix an error. An OSError about no file is a bug, unless the disk has failed; but one
+    of Hydra's own errors is such an OSError."""
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return bool(error.filename) or error.errno in DISK_FULL
+        return bool(error.filename) or error.errno in OF_DISKS
     return True
 
 
@@ -32,10 +33,8 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return (
-            f"the disk is full ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
-        )
+    if isinstance(error, OSError) and error.errno in OF_DISKS:
+        return f"cannot write ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
     if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
         return _no_such_key(unknown[1], schema)
     if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):

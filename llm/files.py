@@ -1,9 +1,12 @@
 """Atomic file writes: a file is written under a temporary name, flushed to disk and renamed, so that it
 appears whole or not at all. Also JSON lines, file locks and the cache folder."""
 
+import errno
 import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,6 +19,12 @@ from typing import IO, Any
 from llm.errors import UserError
 from llm.progress import format_count
 
+log = logging.getLogger(__name__)
+
+# What a file system says that does not do a thing, rather than fail at it.
+UNSUPPORTED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 LOCK_SECONDS = 1.0  # to keep trying for a lock, as `is_held` takes it for a moment too
 
 
@@ -27,7 +36,7 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
         size: the bytes that will be written, if many: with less free space, nothing is written at all.
 
     Raises:
-        UserError: the disk is full, or `path` cannot be written; nothing is left half written.
+        UserError: the disk is full or read-only, or `path` cannot be written; nothing is left half written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -47,7 +56,8 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
         reason = f"{error.strerror or error}{_room_wanted(path, size)}"
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        remove(temporary)
+        with suppress(OSError):  # a read-only disk says no even if there is nothing to remove
+            remove(temporary)
 
 
 def _room(folder: Path) -> int:
@@ -55,18 +65,24 @@ def _room(folder: Path) -> int:
 
 
 def _room_wanted(path: Path, size: int) -> str:
-    if not size or not path.parent.exists():
-        return ""
-    return f" (it takes {format_count(size)}B, and {format_count(_room(path.parent))}B are free)"
+    if size:
+        with suppress(OSError):
+            return f" (it takes {format_count(size)}B, and {format_count(_room(path.parent))}B are free)"
+    return ""
 
 
 def flush(path: Path) -> None:
-    """See that a file's content, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """See that a file's content, or a folder's names, are on disk; some file systems cannot do so for
+    folders."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
 
 
 def remove(path: Path) -> None:
@@ -166,11 +182,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 @contextmanager
 def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Lock a file for this process; yields whether that succeeded within `seconds`. The operating system
-    releases the lock when the process ends, however it ends."""
+    releases the lock when the process ends, however it ends. Where a file system has no locks, that is said,
+    and counts as success.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     deadline = time.monotonic() + seconds
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {lock}: {error.strerror or error}") from error
+        with file:
             locked = _lock(file, fcntl.LOCK_EX)
             # A lock on a file that its holder has deleted since keeps nobody off.
             if (ours := locked and _lies_at(file, lock)) or (not locked and time.monotonic() >= deadline):
@@ -185,7 +210,7 @@ def is_held(lock: Path) -> bool:
     try:
         with lock.open() as file:
             return not _lock(file, fcntl.LOCK_SH)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -198,10 +223,17 @@ def _lies_at(file: IO[str], path: Path) -> bool:
 
 
 def _lock(file: IO[str], kind: int) -> bool:
+    """Whether the lock was taken, or there is none to take."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        if kind == fcntl.LOCK_EX:
+            folder = as_typed(Path(file.name).parent)
+            log.warning("%s has no file locks: nothing keeps two processes from writing there", folder)
     return True
 
 
@@ -211,9 +243,50 @@ def as_typed(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def expanded(path: str) -> Path:
+    """A path with `~` as a home folder.
+
+    Raises:
+        UserError: nobody knows that folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder; write the path out") from error
+
+
 def cache_folder(configured: str | None) -> Path:
-    """The folder for token files and downloads: as configured, or the user's cache folder (XDG)."""
+    """The folder for token files and downloads: as configured, or the user's cache folder (XDG), or if that
+    cannot be written, one in the working directory."""
     if configured:
-        return Path(configured).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "gpt-experiment-runner"
+        return expanded(configured)
+    return _users_cache(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def ensure_home() -> None:
+    """Let there be a home folder for libraries that need one: where there is none, the cache folder."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(cache_folder(None))
+
+
+@functools.cache  # to say it once
+def _users_cache(home: str) -> Path:
+    try:
+        folder = expanded(home) / "gpt-experiment-runner"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = f"{folder} is not writable"
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+    except UserError:
+        reason = "there is no home folder"
+    instead = Path("outputs", "cache").absolute()
+    log.warning(
+        "no cache folder for this user (%s): token files go to %s; data.cache_dir=FOLDER chooses another",
+        reason,
+        as_typed(instead),
+    )
+    return instead

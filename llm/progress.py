@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 import time
+from contextlib import suppress
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +41,18 @@ class Progress:
         if self.live:
             line = f"{self.what} {format_bar(fraction)} {fraction:4.0%} {status} · {left} left"
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
-            print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr)
-            sys.stderr.flush()
+            self._show(line[:width])
         else:
             log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)
 
     def clear(self) -> None:
         """Erase the live bar, so that a line can be printed."""
         if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr)
+            self._show("")
+
+    def _show(self, line: str) -> None:
+        with suppress(OSError):  # a terminal that was closed, while the run saves
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr)
             sys.stderr.flush()
 
 

@@ -146,6 +146,16 @@ def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
     return sorted(folders, key=steps_of, reverse=True)
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """The folder that a path to a checkpoint means. `last` and `best` are links, or where a file system has
+    none, files that hold the folder's name."""
+    try:
+        name = path.read_text("utf-8") if path.is_file() and path.stat().st_size < 100 else ""
+    except (OSError, ValueError):
+        name = ""
+    return Path(os.path.realpath(path.with_name(name) if CHECKPOINT_NAME.fullmatch(name) else path))
+
+
 def find_run(name: str, root: Path = Path("outputs"), with_checkpoint: bool = True) -> Path:
     """The run folder that a name means: a path to it or to one of its checkpoints, or `latest`, the run under
     `root` that was begun or saved last.

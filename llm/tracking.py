@@ -14,7 +14,16 @@ from typing import Any
 
 from llm.config import TrackingConfig
 from llm.errors import UserError, first_line
-from llm.files import append, as_json_lines, as_typed, read_json_lines, remove, replacing
+from llm.files import (
+    append,
+    as_json_lines,
+    as_typed,
+    cache_folder,
+    ensure_home,
+    read_json_lines,
+    remove,
+    replacing,
+)
 from llm.run_folder import RECORDS, step_folders
 
 log = logging.getLogger(__name__)
@@ -196,6 +205,10 @@ class Tracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         for name in APPENDING:
             os.environ.pop(name, None)
+        ensure_home()
+        if not os.access(Path.home(), os.W_OK):  # where it would keep tables before they are uploaded
+            os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder(None)))
+            os.environ.setdefault("WANDB_CACHE_DIR", str(cache_folder(None)))
         import wandb
 
         config = self.config

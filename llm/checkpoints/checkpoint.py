@@ -14,7 +14,7 @@
         best-00000300/      the weights with the lowest validation loss so far
             model.safetensors, config.json, the tokenizer's files, SHA256SUMS
         abandoned-step-00000500/, abandoned-best-…      what came after, when the run has gone back to 400
-        last -> step-00000400
+        last -> step-00000400       a link; where there are none, a file with this name
         best -> best-00000300
 
 The number counts the updates done. A folder gets its name only when it is complete, on disk and read back;
@@ -50,6 +50,7 @@ from llm.run_folder import (
     GOING_BACK,
     RECORDS,
     RUN_ID,
+    checkpoint_folder,
     find_run,
     step_folders,
     steps_of,
@@ -132,10 +133,10 @@ class CheckpointWriter:
             if best:
                 write_best(self.run_dir, best[0], best[1], snapshot.config, snapshot.tokenizer)
             write_step(self.run_dir, snapshot)
-        except UserError as error:
+            prune(self.run_dir, snapshot.steps, self.keep)
+        except (UserError, OSError) as error:  # of a disk that is full, read-only, or gone
             log.warning(NOT_SAVED, error)
-            return error
-        prune(self.run_dir, snapshot.steps, self.keep)
+            return error if isinstance(error, UserError) else UserError(str(error))
         self.saved_steps = snapshot.steps
         if self.best is best:
             self.best = None
@@ -293,20 +294,26 @@ def _write_folder(
 
 def _link(link: Path, name: str) -> None:
     with replacing(link) as temporary:
-        temporary.symlink_to(name)
+        try:
+            temporary.symlink_to(name)
+        except OSError:  # a file system without links, as vfat
+            temporary.write_text(name, encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that others may read.
+    """Write a safetensors file, as readable for others as any new file.
 
     Raises:
         OSError: it cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # how this library reports a full disk
         raise OSError(first_line(error)) from error
-    path.chmod(0o644)  # safetensors lets only the owner read it
+    if path.stat().st_mode != mode:  # safetensors lets only the owner read it
+        path.chmod(mode)
 
 
 def _copy_start(source: Path, size: int, target: Path) -> None:
@@ -446,8 +453,7 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if name != "latest" and (Path(name) / WEIGHTS).exists():
-        folder = Path(name).resolve()
+    if name != "latest" and ((folder := checkpoint_folder(Path(name))) / WEIGHTS).exists():
         if problem := damage(folder, BEST_FILES):
             raise UserError(f"{folder} is damaged or no checkpoint: {problem}")
         return folder

@@ -11,7 +11,7 @@ from llm.checkpoints.weights import Weights, refuse_not_finite
 from llm.data.tokenizer import fingerprint, load_tokenizer
 from llm.errors import UserError
 from llm.files import as_typed
-from llm.run_folder import CHECKPOINTS
+from llm.run_folder import CHECKPOINTS, checkpoint_folder
 
 
 def open_weights(name: str, n_heads: int | None = None) -> Weights:
@@ -88,5 +88,5 @@ def _same(known: str, given: str, weights: Weights) -> bool:
 
 def is_ours(name: str) -> bool:
     """Whether a name means a run or a checkpoint of this program."""
-    path = Path(name)
+    path = checkpoint_folder(Path(name))
     return name == "latest" or (path / CHECKPOINTS).exists() or (path / CHECKSUMS).exists()

@@ -22,7 +22,7 @@ from llm.config import DataConfig
 from llm.data.cache import Record, block_hashes, made_once, read_record, write_record
 from llm.data.tokenizer import END_OF_TEXT
 from llm.errors import UserError
-from llm.files import cache_folder, replacing
+from llm.files import cache_folder, expanded, replacing
 from llm.progress import Progress, format_count
 
 log = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ def find_files(path: str, key: str) -> list[Path]:
         UserError: there are none; the message names `key`, the config key that gave the path.
     """
     try:
-        place = Path(path).expanduser()
+        place = expanded(path)
         if place.is_dir():
             files, skipped = _in_folder(place)
         elif place.is_file():

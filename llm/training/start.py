@@ -29,6 +29,7 @@ from llm.run_folder import (
     LOSS_PLOT,
     RECORDS,
     RUN_ID,
+    checkpoint_folder,
     find_run,
     read_summary,
     step_folders,
@@ -119,7 +120,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     """The config is the one recorded, with what is given now."""
     identity, checkpoint = run_id(run_dir), None
     if Path(name).parent.name == CHECKPOINTS:
-        checkpoint = Path(name).resolve()
+        checkpoint = checkpoint_folder(Path(name))
         if problem := damage(checkpoint, STEP_FILES):
             raise UserError(f"resume={name} cannot be resumed: {problem}")
         resumable = [*step_folders(run_dir), *step_folders(run_dir, "abandoned-step")]
