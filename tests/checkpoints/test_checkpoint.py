@@ -255,8 +255,8 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("n_layers", 10**9, "holds another model: n_layers=1, not 1000000000"),
-        ("emb_dim", 10**9, "holds another model: emb_dim=16, not 1000000000"),
+        ("n_layers", 10**4, "holds another model: n_layers=1, not 10000"),
+        ("emb_dim", 10**6, "holds another model: emb_dim=16, not 1000000"),
         ("vocab_size", 32, "holds another model: vocab_size=31, not 32"),
         ("context_length", 9, "pos_emb.weight has shape (8, 16), and the config's model wants (9, 16)"),
         ("n_heads", 3, "config.json is damaged or of another version: model.emb_dim=16 cannot be divided"),
