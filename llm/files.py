@@ -244,15 +244,11 @@ def as_typed(path: Path) -> Path:
 
 
 def expanded(path: str) -> Path:
-    """A path with `~` as a home folder.
-
-    Raises:
-        UserError: nobody knows that folder.
-    """
+    """A path with `~` as a home folder. Where there is none of that name it is a letter, as in a shell."""
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: there is no such home folder; write the path out") from error
+    except RuntimeError:
+        return Path(path)
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -274,14 +270,14 @@ def ensure_home() -> None:
 @functools.cache  # to say it once
 def _users_cache(home: str) -> Path:
     try:
-        folder = expanded(home) / "gpt-experiment-runner"
+        folder = Path(home).expanduser() / "gpt-experiment-runner"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
         reason = f"{folder} is not writable"
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"
-    except UserError:
+    except RuntimeError:
         reason = "there is no home folder"
     instead = Path("outputs", "cache").absolute()
     log.warning(

@@ -173,8 +173,7 @@ def test_without_a_home_folder_the_cache_is_where_the_run_is(
     for _ in range(2):
         assert cache_folder(None) == tmp_path / "outputs" / "cache"
     assert caplog.text.count("no cache folder for this user (there is no home folder)") == 1
-    with pytest.raises(UserError, match=r"~/text: there is no such home folder; write the path out"):
-        expanded("~/text")
+    assert expanded("~/text") == Path("~/text")
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # where nobody can write
     assert cache_folder(None) == tmp_path / "outputs" / "cache"
     assert cache_folder("/proc/none") == Path("/proc/none")  # as asked for: to fail later, with a line
