@@ -158,15 +158,24 @@ def append(path: Path, content: bytes) -> None:
     Raises:
         UserError: it cannot be written; the file is unchanged.
     """
+    with writing(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: the disk is full, read-only or away, or `path` cannot be written.
+    """
     try:
-        with path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                file.truncate(end)
-                raise
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -190,11 +199,9 @@ def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """
     deadline = time.monotonic() + seconds
     while True:
-        try:
+        with writing(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("a")
-        except OSError as error:
-            raise UserError(f"cannot write {lock}: {error.strerror or error}") from error
         with file:
             locked = _lock(file, fcntl.LOCK_EX)
             # A lock on a file that its holder has deleted since keeps nobody off.

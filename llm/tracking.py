@@ -23,6 +23,7 @@ from llm.files import (
     read_json_lines,
     remove,
     replacing,
+    writing,
 )
 from llm.run_folder import RECORDS, step_folders
 
@@ -90,8 +91,9 @@ class Record:
         Raises:
             UserError: it cannot be written.
         """
-        if self._size_on_disk() != self.size:
-            self._restore()
+        with writing(self.path):
+            if self._size_on_disk() != self.size:
+                self._restore()
         if self.pending:
             append(self.path, bytes(self.pending))
             self.size += len(self.pending)
@@ -106,13 +108,14 @@ class Record:
             UserError: it cannot be written.
         """
         self.flush()
-        if self._uncopied:
-            with self.path.open("rb") as file:
-                file.seek(-len(self._uncopied), os.SEEK_END)
-                if file.read() != self._uncopied:
-                    self._restore()
-        copied = self.size - len(self._uncopied)
-        newest = max((copy.stat().st_size for copy in self._copies()), default=0)
+        with writing(self.path):
+            if self._uncopied:
+                with self.path.open("rb") as file:
+                    file.seek(-len(self._uncopied), os.SEEK_END)
+                    if file.read() != self._uncopied:
+                        self._restore()
+            copied = self.size - len(self._uncopied)
+            newest = max((copy.stat().st_size for copy in self._copies()), default=0)
         del self._uncopied[: max(0, min(newest, self.size) - copied)]
         return self.size
 

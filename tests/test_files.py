@@ -46,7 +46,9 @@ def let_the_disk_fail(disk: pytest.MonkeyPatch, folder: Path, number: int) -> No
 
     refuse(disk, io, "open", number, writes)
     refuse(disk, os, "open", number, lambda path, flags, *_: flags & os.O_CREAT and writes(path))
-    for name in ("mkdir", "unlink", "replace", "symlink", "rmdir"):
+    # A stale handle of a network file system cannot even be looked at.
+    looks = ("stat", "lstat", "listdir", "scandir") if number == errno.ESTALE else ()
+    for name in ("mkdir", "unlink", "replace", "symlink", "rmdir", *looks):
         refuse(disk, os, name, number, lambda path, *_: writes(path))
 
 
