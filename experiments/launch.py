@@ -27,7 +27,7 @@ from sweeping.job import Place, claimed_place, complete, composed_config, is_cal
 from sweeping.launchers import configure_slurm
 from sweeping.stopping import exit_status, watched_sweep
 
-from llm.errors import UserError
+from llm.errors import UserError, shown
 from llm.files import as_typed, modified
 from llm.run_folder import SUMMARY, mark_failed, write_summary
 
@@ -72,7 +72,7 @@ def launch(config_name: str, schema: type, work: Work, recorded: bool = True) ->
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         if not is_users(error):
             raise
-        print(f"error: {one_line(error, schema)}", file=sys.stderr)
+        print(f"error: {shown(one_line(error, schema), keep='')}", file=sys.stderr)
         sys.exit(1)
 
 

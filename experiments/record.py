@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from sweeping.job import Place, composed_config
 
 from llm.files import write_text
+from llm.progress import LineFormatter
 
 error_log = logging.getLogger("error")  # what ended a run: to its log only
 error_log.propagate = False
@@ -30,8 +31,11 @@ def write_record(config: DictConfig, place: Place) -> None:
 @contextmanager
 def logged(place: Place, script: str | None) -> Iterator[None]:
     """Keep the log in the run's folder. A job's goes nowhere else: the terminal shows the sweep."""
-    file = logging.FileHandler(place.run_dir / f"{script}.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    path = place.run_dir / f"{script}.log"
+    if path.is_symlink() or path.is_fifo():  # never write through it
+        path.unlink()
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(LineFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     shown = list(root.handlers)
     if place.sweep:

@@ -4,8 +4,9 @@ Independent of Hydra and torch. The defaults are those of `conf/`, so `PretrainC
 `python experiments/pretrain.py` runs.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
 from importlib import import_module
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -491,6 +492,22 @@ def with_given(recorded: Any, config: Any, given: Collection[str], prefix: str =
         elif is_dataclass(ours):
             values[item.name] = with_given(ours, getattr(config, item.name), given, f"{name}.")
     return replace(recorded, **values)
+
+
+def leaf_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys of a schema that have values."""
+    for item in fields(schema):
+        if is_dataclass(item.type):
+            yield from leaf_keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + item.name
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key; None if there is no such key."""
+    if key not in leaf_keys(type(config)):
+        return None
+    return reduce(getattr, key.split("."), config)
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -95,10 +96,10 @@ def remove(path: Path) -> None:
 
 
 def modified(path: Path) -> float:
-    """When a file was last written, in seconds since the epoch; 0 if it does not exist."""
+    """When a file was last written, in seconds since the epoch; 0 if it does not exist or cannot be seen."""
     try:
         return path.stat().st_mtime
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return 0.0
 
 
@@ -181,11 +182,27 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSON-lines file; a last line cut off by a crash is skipped."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """The objects of a JSON-lines file. A damaged line is skipped, as is a last one that a crash cut off."""
+    lines = map(parse_json, read_content(path).split(b"\n")[:-1])
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def parse_json(content: bytes) -> Any:
+    """A value in JSON that may be damaged, or a stranger's: None if it cannot be read, as is what JSON does
+    not know, NaN and infinity."""
+    try:
+        return json.loads(content.decode(), parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_content(path: Path, most: float = math.inf) -> bytes:
+    """The bytes of a file; none where there is no file, but perhaps a folder, a device or a pipe, where it
+    cannot be read, and where there are more than `most`."""
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= most else b""
+    except OSError:
+        return b""
 
 
 @contextmanager
@@ -214,6 +231,8 @@ def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
 
 def is_held(lock: Path) -> bool:
     """Whether a process holds the lock on a file."""
+    if not lock.is_file():  # to open a pipe would wait for its other end
+        return False
     try:
         with lock.open() as file:
             return not _lock(file, fcntl.LOCK_SH)

@@ -6,6 +6,8 @@ import sys
 import time
 from contextlib import suppress
 
+from llm.errors import shown
+
 log = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 10.0
@@ -56,6 +58,13 @@ class Progress:
             sys.stderr.flush()
 
 
+class LineFormatter(logging.Formatter):
+    """Of logs that a terminal may show: they quote names, texts and errors, which may be anybody's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 def format_bar(fraction: float) -> str:
     """A fraction (0 to 1) as a bar."""
     filled = round(min(fraction, 1.0) * BAR_WIDTH)
@@ -93,6 +102,7 @@ def format_count(count: float) -> str:
 def format_table(cells: list[list[str]], left: set[int]) -> str:
     """Rows of cells as lines, the first row being the heading; columns in `left` are aligned left, the others
     right."""
+    cells = [[shown(cell, keep="") for cell in row] for row in cells]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(

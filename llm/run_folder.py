@@ -1,6 +1,5 @@
 """What lies in a run's folder, which process holds it, and which folder a name means."""
 
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any
 from llm.errors import UserError
 from llm.files import as_typed, held, is_held, modified, remove, write_json
 from llm.overrides import as_argument
+from llm.records import Record, read_record
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")  # the files that grow line by line
 SUMMARY = "summary.json"
@@ -89,13 +89,17 @@ def _taken(folder: Path, is_free: bool) -> str:
 def refuse_links(folder: Path) -> None:
     """
     Raises:
-        UserError: a file or folder in a run's folder is a link, through which the run would write elsewhere.
+        UserError: a file or folder in a run's folder is a link, through which the run would write elsewhere,
+            or a pipe, for which it would wait.
     """
     for place in (folder, folder / CHECKPOINTS):
         for entry in place.iterdir() if place.is_dir() else ():
-            if entry.is_symlink() and entry.name not in LINKS:
+            if entry.is_symlink() and entry.name in LINKS:
+                continue
+            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+                kind = "link" if entry.is_symlink() else "pipe or device"
                 raise UserError(
-                    f"{as_typed(entry)} is a link: a run writes only in its own folder; remove it"
+                    f"{as_typed(entry)} is a {kind}: a run writes only in its own folder; remove it"
                 )
 
 
@@ -104,13 +108,9 @@ def is_claimed(run_dir: Path) -> bool:
     return is_held(run_dir / LOCK)
 
 
-def read_summary(run_dir: Path) -> dict[str, Any]:
+def read_summary(run_dir: Path) -> Record:
     """A run folder's `summary.json`; empty if there is none yet, or if it is damaged."""
-    try:
-        summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+    return read_record(run_dir / SUMMARY)
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

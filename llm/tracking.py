@@ -25,6 +25,7 @@ from llm.files import (
     replacing,
     writing,
 )
+from llm.records import read_samples
 from llm.run_folder import RECORDS, step_folders
 
 log = logging.getLogger(__name__)
@@ -332,7 +333,8 @@ class Tracker:
         def log_to(run: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+            data = [[row.get(column) for column in columns] for row in rows]
+            table = wandb.Table(columns=columns, data=data)
             if not run.offline and not _answers():
                 # Online, the client asks the server about a table, waits long for an answer and raises
                 # without one. A table already bound to the run is only kept as a file.
@@ -357,7 +359,7 @@ class Tracker:
         """Log the samples and the summary to W&B and finish its run; warn of what was not uploaded."""
         if self.mode == "disabled":
             return
-        self.log_table("samples", read_json_lines(self.samples.path))
+        self.log_table("samples", read_samples(self.samples.path))
         self._to_wandb(lambda run: self._finish_wandb(run, summary, failed))
         if self._wandb_run is None:  # lost, now or earlier
             try:

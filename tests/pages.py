@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 
 
-def data_of(page: Path) -> dict[str, Any]:
+def data_of(page: Path, **options: Any) -> dict[str, Any]:
     """What the page's scripts draw."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"))
     assert found
-    return json.loads(found[1])
+    return json.loads(found[1], **options)
 
 
 def in_browser(page: Path, script: str, *flags: str) -> dict[str, Any]:
@@ -31,8 +33,10 @@ def in_browser(page: Path, script: str, *flags: str) -> dict[str, Any]:
     show of them, as `hit` whether a HOSTILE text was run. It may use `texts` and `table` of a selector."""
     assert BROWSER
     watch = (
-        "<script>const errors = []; addEventListener('error', event => errors.push(event.message));"
-        "console.error = (...what) => errors.push(what.join(' ')); var hit = 0;</script>"
+        "const errors = []; addEventListener('error', event => errors.push(event.message));"
+        "addEventListener('securitypolicyviolation', event => errors.push(event.violatedDirective + ' ' + "
+        "event.blockedURI + event.sample));"
+        "console.error = (...what) => errors.push(what.join(' ')); var hit = 0;"
     )
     reading = (
         "const texts = selector => [...document.querySelectorAll(selector)].map(each => each.textContent);"
@@ -40,11 +44,15 @@ def in_browser(page: Path, script: str, *flags: str) -> dict[str, Any]:
         "row => [...row.cells].map(cell => cell.textContent));"
     )
     ending = (
-        "document.body.innerHTML = '<pre id=found></pre>';"
-        "document.getElementById('found').textContent = JSON.stringify(found);"
+        "const pre = document.createElement('pre'); pre.id = 'found'; document.body.replaceChildren(pre);"
+        "pre.textContent = JSON.stringify(found);"
     )
-    text = page.read_text("utf-8").replace("<style>", watch + "<style>", 1)
     script = f"const found = {{ errors }};\n{reading}\n{script}\nfound.hit = hit;\n{ending}"
+    text = page.read_text("utf-8")
+    hashes = [b64encode(sha256(each.encode()).digest()).decode() for each in (watch, script)]
+    ours = " ".join(f"'sha256-{each}'" for each in hashes)
+    text = text.replace("script-src ", f"script-src 'report-sample' {ours} ", 1)
+    text = text.replace("<style>", f"<script>{watch}</script><style>", 1)
     copy = page.with_name("clicks.html")
     copy.write_text(text.replace("</html>", f"<script>{script}</script></html>"), encoding="utf-8")
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llm.errors import shown
 from llm.files import as_typed
 from llm.overrides import as_command, as_override
 from llm.sweeps.jobs import DONE, read_jobs, read_record
@@ -24,11 +25,11 @@ def conclude(folder: Path) -> bool:
 
         conclude_study(folder, jobs)
     else:
-        print(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}")
+        print(shown(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}"))
         if script == "pretrain" and jobs:
-            print(f"report      {sweep_report(jobs, [folder], folder)}")
+            print(shown(f"report      {sweep_report(jobs, [folder], folder)}"))
         if any(job.summary.get("wandb_folder") for job in jobs):
-            print(f"W&B         {sync_command(folder, '*/wandb/*run-*')}")
+            print(shown(f"W&B         {sync_command(folder, '*/wandb/*run-*')}"))
     if any(job.state not in DONE for job in jobs):
-        print(f"resume      {as_command(script, '-m', as_override('sweep.resume', folder))}")
+        print(shown(f"resume      {as_command(script, '-m', as_override('sweep.resume', folder))}"))
     return any(job.state in ("failed", "killed", "interrupted") for job in jobs)

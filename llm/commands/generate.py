@@ -6,23 +6,22 @@ import logging
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from llm.config import GenerateConfig, TrackingConfig, validate
 from llm.data.corpus import find_files, read_text, text_of
 from llm.data.token_file import token_files
 from llm.device import device_errors_in_one_line
-from llm.errors import UserError
+from llm.errors import UserError, shown
 from llm.files import append_json_lines, cache_folder, remove
 from llm.generation.copying import NgramIndex, load_ngram_index
 from llm.generation.inference import Loaded, load_for_inference
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
 from llm.progress import format_table
+from llm.records import read_config_text, read_config_texts, read_overrides
 from llm.run_folder import write_summary
 from llm.runtime import start_runtime
 from llm.sweeps.jobs import Job
@@ -70,12 +69,9 @@ def conclude_study(folder: Path, jobs: list[Job]) -> None:
     """Close a sweep of studies: print a table, write a report to its folder, and log it as a W&B run beside
     those of the jobs."""
     page = study_report(jobs, [folder], folder)
-    configs = [job.folder / ".hydra" / "config.yaml" for job in jobs]
-    recorded = OmegaConf.load(next(config for config in configs if config.exists())).tracking
     failed = [job for job in jobs if job.error]
-    tracker = Tracker(
-        folder, TrackingConfig(**{**recorded, "name": "study", "group": str(folder)}), {}, "study"
-    )
+    tracking = replace(_recorded_tracking(jobs), name="study", group=str(folder))
+    tracker = Tracker(folder, tracking, {}, "study")
     tracker.log_table("settings", [table_row(job) for job in jobs])
     tracker.log_picture("report", folder / "report.png")
     tracker.finish({"settings": len(jobs), "failed": len(failed)}, failed=bool(failed))
@@ -84,9 +80,22 @@ def conclude_study(folder: Path, jobs: list[Job]) -> None:
         figures = [written(job, metric) for metric in MAIN_METRICS]
         cells.append([job.name, job.title, *figures, job.error or ""])
     print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
-    print(f"\nreport      {page}")
+    print(shown(f"\nreport      {page}"))
     if tracker.wandb_folder:
-        print(f"W&B         {sync_command(folder, 'wandb/*run-*', '*/wandb/*run-*')}")
+        print(shown(f"W&B         {sync_command(folder, 'wandb/*run-*', '*/wandb/*run-*')}"))
+
+
+def _recorded_tracking(jobs: list[Job]) -> TrackingConfig:
+    """Where the jobs of a study were tracked; nowhere, if that is not known."""
+    for job in jobs:
+        names = ("mode", "project", "entity")
+        texts = {name: read_config_text(job.folder, f"tracking.{name}") for name in names}
+        if texts["mode"] or read_overrides(job.folder):  # no mode: as W&B's own variables say
+            found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+            tracking = TrackingConfig(**found, tags=read_config_texts(job.folder, "tracking.tags"))
+            validate(tracking, "tracking.")
+            return tracking
+    return TrackingConfig("disabled")
 
 
 def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
@@ -173,7 +182,7 @@ def _heading(config: GenerateConfig, sample: Sample, prompts: int) -> str:
 
 
 def _show(piece: str) -> None:
-    print(piece, end="", flush=True)
+    print(shown(piece), end="", flush=True)
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from llm.config import PretrainConfig, validate
 from llm.errors import UserError
 from llm.processes import follow, processes
+from llm.progress import LineFormatter
 from llm.run_folder import claimed, find_run
 from llm.runtime import launched_processes
 from llm.training import console
@@ -53,7 +54,9 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
     if launched := launched_processes():
         config = replace(config, runtime=replace(config.runtime, processes=launched))
     if not logging.getLogger().handlers:  # in a notebook; under Hydra the log is set up by now
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(LineFormatter("%(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     begin = time.perf_counter()
     summary = Summary(run_dir=str(run_dir))
     try:

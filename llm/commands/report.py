@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm.config import ReportConfig
-from llm.errors import UserError
+from llm.errors import UserError, shown
 from llm.sweeps.jobs import RECORD, Job, find_sweep, read_jobs, read_record
 from llm.sweeps.report import study_report, sweep_report
 from llm.sweeps.study import is_study
@@ -26,7 +26,12 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
     target = Path(config.to) if config.to else folders[0] if len(folders) == 1 else run_dir
     report = study_report if _is_study(folders, jobs) else sweep_report
     page = report(jobs, folders, target)
-    print(f"report      {page}\ntable       {target / 'report.csv'}\npicture     {target / 'report.png'}")
+    for name, file in (
+        ("report", page),
+        ("table", target / "report.csv"),
+        ("picture", target / "report.png"),
+    ):
+        print(shown(f"{name:<11} {file}", keep=""))
     return page
 
 

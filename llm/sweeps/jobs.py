@@ -3,19 +3,20 @@
 Nothing here needs the process that runs the sweep.
 """
 
-import json
+import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from omegaconf import OmegaConf
-
-from llm.errors import UserError
-from llm.files import is_held, modified, write_json
-from llm.overrides import split_override
+from llm.config import leaf_keys, value_of
+from llm.errors import UserError, shown
+from llm.files import is_held, modified, parse_json, read_content, write_json
+from llm.overrides import as_command, split_override
+from llm.records import RECORD_BYTES, Record, list_of, read_config_text, read_overrides, text
 from llm.run_folder import SUMMARY, SWEEP, folders_with, is_claimed, read_summary
 
 RECORD = SWEEP  # see write_record
@@ -23,6 +24,9 @@ LOCK = ".sweep.lock"  # held by the process that runs the sweep
 STOP = ".stop"  # there once a sweep whose jobs run side by side was asked to stop
 NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not change what a job does
 DONE = ("finished", "stopped")  # states with a result, whose jobs are not run again
+PLAIN_OPTION = re.compile(r"[\w-]+(/[\w-]+)*|\[[\w/, -]*\]", re.ASCII)  # no path to a file elsewhere
+RESOLVER = re.compile(r"\$\{[^}]*:")
+SCRIPT = re.compile("[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Job:
     name: str  # its number; with several sweeps side by side, the sweep's folder too
     overrides: list[str]
     setting: dict[str, str] = field(default_factory=dict)  # values of the keys that vary between jobs
-    summary: dict[str, Any] = field(default_factory=dict)  # empty until there is one
+    summary: Record = field(default_factory=dict)  # empty until there is one
 
     @property
     def title(self) -> str:
@@ -65,12 +69,6 @@ class Job:
             return f"stopped early: {self.summary['stopped_early']}"
         usual = {"interrupted": "stopped by hand", "killed": "killed, or its machine went down"}
         return self.summary.get("error") or usual.get(state, "it did not finish")
-
-    @property
-    def overrides_alone(self) -> list[str]:
-        """Overrides that run it again by itself, even if the experiment that it names is a sweep."""
-        experiment = any(split_override(each)[0] == "experiment" for each in self.overrides)
-        return [*self.overrides, *["hydra.mode=RUN"] * experiment]
 
     def reread(self) -> "Job":
         """The same job with the summary that is in its folder now."""
@@ -108,7 +106,7 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
         if jobs or (folder / RECORD).exists():  # a search begins without jobs
             found += [(job, prefix + job.name, overrides) for job, overrides in jobs]
         elif (folder / SUMMARY).exists() or (folder / "metrics.jsonl").exists():
-            found.append((folder, folder.name, _recorded_overrides(folder)))
+            found.append((folder, folder.name, read_overrides(folder)))
         else:
             raise UserError(f"{folder} holds neither a sweep nor a run")
     if len(folders) == 1 and (folders[0] / RECORD).exists():
@@ -129,35 +127,52 @@ def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
     folders = sorted(
         (path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")), key=lambda job: order(job.name)
     )
-    return [(job, _recorded_overrides(job)) for job in folders]
-
-
-def _recorded_overrides(run_dir: Path) -> list[str]:
-    file = run_dir / ".hydra" / "overrides.yaml"
-    return [str(each) for each in OmegaConf.load(file)] if file.exists() else []
+    return [(job, read_overrides(job)) for job in folders]
 
 
 def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:
     """For each job's overrides, those whose value is not the same in all jobs. For a job that does not set
-    such a key, the value is read from the config recorded in its folder, if `folders` is given."""
+    such a key, the value is that which it was trained with, read from its folder, if `folders` is given."""
     given = [dict(split_override(each) for each in overrides) for overrides in jobs]
     every_key = dict.fromkeys(key for own in given for key in own)
     keys = [key for key in every_key if not key.startswith(NEVER_VARIED)]
     incomplete = {key for key in keys if any(key not in own for own in given)}
     for own, folder in zip(given, folders or [], strict=False):
         if absent := [key for key in incomplete if key not in own]:
-            file = folder / ".hydra" / "config.yaml"
-            config = OmegaConf.load(file) if file.exists() else OmegaConf.create()
-            found = {key: OmegaConf.select(config, key) for key in absent}
-            own |= {key: str(value) for key, value in found.items() if value is not None}
+            own |= _recorded_texts(folder, absent)
     varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
     return [{key: own[key] for key in varied if key in own} for own in given]
+
+
+def _recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
+    """What a run has for keys, as its newest checkpoint says, or else Hydra's record; without those that are
+    null."""
+    from llm.checkpoints.checkpoint import recorded_config  # imports torch, which most reports need not
+
+    config = recorded_config(run_dir)
+    if config is None:
+        found = {key: read_config_text(run_dir, key) for key in keys}
+    else:
+        found = {key: _as_text(value_of(config, key)) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _as_text(value: Any) -> str | None:
+    """A value as an override spells it."""
+    match value:
+        case None:
+            return None
+        case bool():
+            return str(value).lower()
+        case list():
+            return f"[{','.join(str(each) for each in value)}]"
+    return str(value)
 
 
 def setting_of(overrides: list[str], varied: list[str]) -> dict[str, str]:
     """The values that a job's overrides give to the varied keys."""
     given = dict(split_override(each) for each in overrides)
-    return {key: given[key] for key in varied}
+    return {key: given[key] for key in varied if key in given}
 
 
 def title_of(setting: dict[str, str]) -> str:
@@ -183,9 +198,39 @@ def compact(value: str) -> str:
 def order(value: str) -> tuple[bool, float, str]:
     """A sort key for the values of a setting: numbers first, by size, then texts."""
     try:
-        return False, float(value), value
+        number = float(value)
     except ValueError:
-        return True, 0.0, value
+        number = math.nan
+    return (True, 0.0, value) if math.isnan(number) else (False, number, value)
+
+
+# Commands to paste
+
+
+def command_again(script: str, schema: type, job: Job, *further: str) -> str | None:
+    """The command that runs a job again by itself, even if the experiment that it names is a sweep.
+
+    What its folder says may be a stranger's. So the command sets keys of the schema, and chooses options of
+    groups by plain names; Hydra's own settings are left out, as they do not change what a job does. None if
+    there is more to it: another key, a resolver such as `${oc.env:…}`, a terminal's control codes.
+    """
+    keys, groups = {*leaf_keys(schema)}, {item.name for item in fields(schema)} | {"experiment", "scale"}
+    overrides: dict[str, str] = {}
+    for override in job.overrides:
+        key, value = split_override(override)
+        if key.startswith(("hydra.", "hydra/")) or key == "resume":
+            continue
+        is_plain = bool(PLAIN_OPTION.fullmatch(value)) if key in groups - keys else not RESOLVER.search(value)
+        if key not in keys | groups or not is_plain:
+            return None
+        overrides[key] = f"{key}={value}"
+    alone = ["hydra.mode=RUN"] if "experiment" in overrides else []
+    return printable(as_command(script, *overrides.values(), *further, *alone))
+
+
+def printable(command: str) -> str | None:
+    """A command, unless it holds characters that a terminal obeys when they are pasted."""
+    return command if shown(command, keep="") == command else None
 
 
 # The record
@@ -211,19 +256,34 @@ def find_sweep(name: str, script: str | None = None, root: Path = Path("outputs"
     raise UserError(f"latest: there is no sweep begun {begun}under {root}/; begin one with -m")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+class SweepRecord(TypedDict):
+    """What a sweep is, see `write_record`."""
+
+    script: str
+    arguments: list[str]
+    varied: list[str]
+    jobs: list[list[str]]
+
+
+def read_record(folder: Path) -> SweepRecord:
     """What `write_record` wrote.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
-        return {key: record[key] for key in ("script", "arguments", "varied", "jobs")}
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder / RECORD} is damaged: {error}") from error
+    file, texts = folder / RECORD, list_of(text)
+    if not file.exists():
+        raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD}")
+    kinds = {"script": _script, "arguments": texts, "varied": texts, "jobs": list_of(texts)}
+    values = parse_json(read_content(file, RECORD_BYTES))
+    for name, kind in kinds.items():
+        if not isinstance(values, dict) or kind(values.get(name)) is None:
+            raise UserError(f"{file} is damaged: it does not say {name!r} as a sweep's record does")
+    return SweepRecord(**{name: values[name] for name in kinds})  # type: ignore[typeddict-item]
+
+
+def _script(value: Any) -> str | None:
+    return value if isinstance(value, str) and SCRIPT.fullmatch(value) else None
 
 
 def write_record(

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llm.errors import shown
 from llm.files import replacing
 from llm.sweeps.jobs import Job, compact, order, short_key, title_of
-from llm.sweeps.page import writable
 from llm.sweeps.ranking import (
     Grid,
     HeatCell,
@@ -82,23 +82,23 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -
     few_jobs = len(results) <= 5 * FEW
     colours, legend = _job_colours(results, groups)
     best_last = sorted(results, key=lambda result: result.rank, reverse=True)
-    shown = [result.evaluations for result in best_last]
+    curves = [result.evaluations for result in best_last]
     axes.add_collection(
         LineCollection(
-            [np.column_stack([rows[1], rows[3]]) for rows in shown],
+            [np.column_stack([rows[1], rows[3]]) for rows in curves],
             colors=[colours[result] for result in best_last],
             linewidths=1.8 if few_jobs else 0.6,
             alpha=1 if few_jobs else 0.7,
         )
     )
     if few_jobs:
-        shown += [result.training[[0, 1, 2, 4]] for result in best_last]
+        curves += [result.training[[0, 1, 2, 4]] for result in best_last]
         for result in best_last:
             axes.plot(result.training[1], result.training[4], ":", lw=0.9, color=colours[result])
-    losses = np.concatenate([rows[3] for rows in shown])
-    tokens = np.concatenate([rows[1] for rows in shown])
+    losses = np.concatenate([rows[3] for rows in curves])
+    tokens = np.concatenate([rows[1] for rows in curves])
     if np.isfinite(losses).any():
-        low, high = _loss_range(shown, losses[np.isfinite(losses)])
+        low, high = _loss_range(curves, losses[np.isfinite(losses)])
         axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
         axes.set_xlim(0, 1.01 * max(tokens))
     title = "Validation loss" + ", and dotted the smoothed training loss" * few_jobs
@@ -256,5 +256,5 @@ def draw_study(jobs: list[Job], path: Path) -> None:
 
 def _label(text: str, most: int = 20) -> str:
     """A text that fits beside an axis and is not taken for mathematics."""
-    shown = text if len(text) <= most else text[: most - 1] + "…"
-    return writable(shown).replace("$", r"\$")
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return shown(cut, keep="").replace("$", r"\$")

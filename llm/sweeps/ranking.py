@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import mean
 
+from llm.records import figure_in
 from llm.sweeps.jobs import compact, order, short_key
 from llm.sweeps.results import Result, or_infinite
 
@@ -63,18 +63,12 @@ def values_of(settings: list[Setting], key: str) -> list[str]:
 
 
 def is_numeric(values: list[str]) -> bool:
-    return all(_number(value) is not None for value in values)
-
-
-def _number(value: str) -> float | None:
-    with suppress(ValueError):
-        return number if math.isfinite(number := float(value)) else None
-    return None
+    return all(figure_in(value) is not None for value in values)
 
 
 def wants_log(key: str, values: list[str]) -> bool:
     """Whether numbers span a decade, or are learning rates."""
-    numbers = [_number(value) or 0.0 for value in values]
+    numbers = [figure_in(value) or 0.0 for value in values]
     low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     return 0 < low < high and (high >= 10 * low or short_key(key) == "lr")
 

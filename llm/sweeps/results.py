@@ -10,18 +10,20 @@ from itertools import repeat
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 
+from llm.files import read_content
 from llm.progress import Progress
+from llm.records import LARGEST, figure
 from llm.sweeps.jobs import Job
 
 POSITION = ("step", "tokens_seen", "seconds")  # of a line of metrics; the x axes
 SMOOTHED_SHARE = 50  # the moving average spans a fiftieth of a job's updates
 PARTS = 100_000  # into which all curves together are cut; two points of each are drawn
 MOST_PARTS, LEAST_PARTS = 1000, 50  # of one curve
+NUMBERS, NUMBERS_OR_NULL = {int, float}, {int, float, type(None)}  # as orjson reads them
 MUCH = 100e6  # bytes of metrics, from which on a process per core pays off
 
 
@@ -32,7 +34,7 @@ class Result:
     job: Job
     state: str
     error: str | None
-    figures: dict[str, float]  # of summary.json
+    figures: dict[str, float]  # of summary.json, all that there are
     training: np.ndarray  # a row each of POSITION, the loss and the smoothed loss; the points that are drawn
     evaluations: np.ndarray  # a row each of POSITION and the validation loss
     steps: int
@@ -68,7 +70,7 @@ def or_infinite(value: float | None) -> float:
 def read_results(jobs: list[Job]) -> list[Result]:
     parts = max(LEAST_PARTS, min(MOST_PARTS, PARTS // len(jobs)))
     files = [job.folder / "metrics.jsonl" for job in jobs]
-    size = sum(file.stat().st_size for file in files if file.exists())
+    size = sum(file.stat().st_size for file in files if file.is_file())
     progress = Progress("reading")
     results = []
     with ExitStack() as stack:
@@ -89,7 +91,7 @@ def read_result(job: Job, parts: int) -> Result:
     span = max(1, training.shape[1] // SMOOTHED_SHARE)
     training = np.vstack([training, smoothed(training[-1], span)])
     step, tokens_seen, seconds = training[:3, -1].tolist() if training.size else (-1, 0, 0.0)
-    figures = {name: value for name, value in job.summary.items() if is_figure(value)}
+    figures = {name: value for name, value in job.summary.items() if figure(value) is not None}
     return Result(
         job,
         job.state,
@@ -105,29 +107,32 @@ def read_result(job: Job, parts: int) -> Result:
     )
 
 
-def is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_metrics(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """The updates and the evaluations of a `metrics.jsonl`, each as rows of POSITION and the loss.
 
-    What is null there is NaN here. A last line that was cut off is skipped, as is any that is damaged.
+    A loss that is null there is NaN here. A last line that was cut off is skipped, as is any that is damaged.
     """
-    content = file.read_bytes() if file.exists() else b""
     found: dict[str, list[tuple[float | None, ...]]] = {"train/loss": [], "val/loss": []}
     pick = {loss: itemgetter(*POSITION, loss) for loss in found}
-    for line in content.split(b"\n")[:-1]:
+    for line in read_content(file).split(b"\n")[:-1]:
         try:
             metrics = orjson.loads(line)
             loss = "train/loss" if "train/loss" in metrics else "val/loss"
-            found[loss].append(pick[loss](metrics))
+            values = pick[loss](metrics)
         except (orjson.JSONDecodeError, LookupError, TypeError):
             continue
+        if all(type(value) in NUMBERS for value in values[:-1]) and type(values[-1]) in NUMBERS_OR_NULL:
+            found[loss].append(values)
     training, evaluations = (
-        np.array(lines, dtype=float).reshape(-1, len(POSITION) + 1).T for lines in found.values()
+        _within_reason(np.array(lines, dtype=float).reshape(-1, len(POSITION) + 1).T)
+        for lines in found.values()
     )
     return training, evaluations
+
+
+def _within_reason(rows: np.ndarray) -> np.ndarray:
+    """Without the points of which one number is larger than any figure; see llm/records.py."""
+    return rows[:, (np.abs(np.nan_to_num(rows)) <= LARGEST).all(axis=0)]
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from llm.records import figure as as_figure
 from llm.sweeps.jobs import Job, short_key
 from llm.sweeps.ranking import HeatCell, shades_by_size, swept_keys, values_of
-from llm.sweeps.results import is_figure
 
 # What is shown of each setting: its title, how its number is written, and what it means.
 METRICS = {
@@ -29,8 +29,7 @@ def is_study(jobs: list[Job]) -> bool:
 
 def figure(job: Job, metric: str) -> float | None:
     """None where it could not be measured, or the job did not come to it."""
-    value = job.summary.get(metric)
-    return value if is_figure(value) else None
+    return as_figure(job.summary.get(metric))
 
 
 def written(job: Job, metric: str) -> str:
@@ -62,5 +61,5 @@ def axes_of(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
 
 def subject_of(jobs: list[Job]) -> str:
     """The checkpoint and its step; nothing if no job got so far as to load it."""
-    summary = next((job.summary for job in jobs if "checkpoint" in job.summary), None)
-    return f"{summary['checkpoint']}, step {summary['step']}" if summary else ""
+    summary = next((job.summary for job in jobs if job.summary.get("checkpoint")), None)
+    return f"{summary['checkpoint']}, step {summary.get('step', '?')}" if summary else ""

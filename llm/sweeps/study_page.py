@@ -7,9 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llm.files import as_typed, read_json_lines
-from llm.overrides import as_command
-from llm.sweeps.jobs import Job, compact, short_key
+from llm.config import GenerateConfig
+from llm.files import as_typed
+from llm.progress import format_figure
+from llm.records import LARGEST, Record, read_samples
+from llm.sweeps.jobs import Job, command_again, compact, short_key
 from llm.sweeps.ranking import grid_of, values_of
 from llm.sweeps.study import METRICS, axes_of, metric_cells, subject_of, written
 
@@ -35,11 +37,12 @@ def _about(jobs: list[Job], samples: int) -> str:
         f"{datetime.now():%Y-%m-%d %H:%M}",
         f"{len(jobs)} setting{'s' * (len(jobs) > 1)}",
         f"{samples} samples",
-        f"{sum(summary['new_tokens'] for summary in finished):,} tokens",
+        f"{sum(summary.get('new_tokens') or 0 for summary in finished):,} tokens",
     ]
     if finished:
-        parts += [finished[0]["precision"], f"seed {finished[0]['seed']}"]
-    return " · ".join(parts)
+        seed = finished[0].get("seed")
+        parts += [finished[0].get("precision") or "", "" if seed is None else f"seed {seed}"]
+    return " · ".join(filter(None, parts))
 
 
 def _grids(jobs: list[Job]) -> list[dict[str, Any]]:
@@ -62,9 +65,9 @@ def _job(job: Job) -> dict[str, Any]:
     if job.summary.get("longest_copy_text"):
         copy = (
             f"Longest copy, {written(job, 'longest_copy')} tokens, from training token "
-            f"{job.summary['longest_copy_token']:,} on: {job.summary['longest_copy_text']}"
+            f"{format_figure(job.summary.get('longest_copy_token'), '{:,}')} on: "
+            f"{job.summary['longest_copy_text']}"
         )
-    lines = read_json_lines(job.folder / "samples.jsonl")
     return {
         "name": job.name,
         "title": job.title,
@@ -72,20 +75,25 @@ def _job(job: Job) -> dict[str, Any]:
         "error": job.error,
         "copy": copy,
         "samples": [
-            {"prompt": line["prompt"], "text": line["text"][len(line["prompt"]) :], "note": _note(line)}
-            for line in lines
+            {
+                "prompt": line["prompt"],
+                "text": line["text"].removeprefix(line["prompt"]),
+                "note": _note(line),
+            }
+            for line in read_samples(job.folder / "samples.jsonl")
         ],
-        "again": as_command("generate", *job.overrides_alone, "study=true"),
+        "again": command_again("generate", GenerateConfig, job, "study=true"),
     }
 
 
-def _note(line: dict[str, Any]) -> str:
+def _note(line: Record) -> str:
     """The figures of a sample, in a line."""
-    tokens = len(line["token_ids"])
-    parts = [f"sample {line['sample']}"]
-    if tokens:
-        parts.append(f"perplexity {math.exp(-line['log_probability'] / tokens):.1f}")
-    parts.append(f"{tokens} tokens, ended by {line['stop_reason']}")
+    tokens, log_probability = len(line.get("token_ids") or []), line.get("log_probability")
+    parts = [f"sample {format_figure(line.get('sample'), '{}')}"]
+    if tokens and log_probability is not None and -log_probability / tokens < math.log(LARGEST):
+        parts.append(f"perplexity {math.exp(-log_probability / tokens):.1f}")
+    parts.append(f"{tokens} tokens, ended by {line.get('stop_reason') or '–'}")
     if line.get("copied") is not None:
-        parts.append(f"{line['copied']:.0%} copied, at most {line['longest_copy']} tokens in a row")
+        longest = format_figure(line.get("longest_copy"), "{}")
+        parts.append(f"{line['copied']:.0%} copied, at most {longest} tokens in a row")
     return " · ".join(parts)

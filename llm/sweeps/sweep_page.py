@@ -1,6 +1,5 @@
 """What the page of a sweep of training runs shows, as plain values; templates/sweep.html draws it."""
 
-import json
 import math
 import shlex
 from collections.abc import Callable, Iterable
@@ -12,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from llm.config import PretrainConfig
 from llm.files import as_typed
 from llm.overrides import as_command, as_override
 from llm.progress import format_count, format_seconds
-from llm.sweeps.jobs import DONE, RECORD, compact, short_key, title_of
+from llm.records import Record, read_samples
+from llm.sweeps.jobs import DONE, RECORD, command_again, compact, printable, short_key, title_of
 from llm.sweeps.pictures import COLOURS, FEW
 from llm.sweeps.ranking import (
     is_numeric,
@@ -89,22 +90,22 @@ def _common(results: list[Result]) -> dict[str, list[str]]:
     return {
         "overrides": [shlex.join(shared) or "none"],
         "parameters": _facts(results, lambda summary: format_count(summary["parameters"] or math.nan)),
-        "device": _facts(results, lambda summary: f"{summary['device']}, {summary['precision']}"),
-        "machine": _facts(results, lambda summary: str(summary["machine"])),
-        "torch": _facts(results, lambda summary: str(summary["versions"]["torch"])),
+        "device": _facts(results, lambda summary: summary["device"] + ", " + summary["precision"]),
+        "machine": _facts(results, lambda summary: summary["machine"]),
+        "torch": _facts(results, lambda summary: summary["versions"]["torch"]),
         "commit": _facts(
             results, lambda summary: summary["git_commit"][:10] + " with changes" * (not summary["git_clean"])
         ),
     }
 
 
-def _facts(results: list[Result], fact: Callable[[dict[str, Any]], str]) -> list[str]:
+def _facts(results: list[Result], fact: Callable[[Record], str | None]) -> list[str]:
     """What the summaries say, each thing once; nothing from those that have no such thing."""
     found = {}
     for result in results:
-        with suppress(LookupError, TypeError, ValueError):
+        with suppress(LookupError, TypeError):
             found[fact(result.job.summary)] = True
-    return [value for value in found if value.strip(", ") and value != "nan"]
+    return [value for value in found if value and value.strip(", ") and value != "nan"]
 
 
 # Jobs and settings, as the charts need them
@@ -147,7 +148,7 @@ def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axi
             "final": result.val_loss is not None,
             "training": _rounded(result.training),
             "validation": _rounded(result.evaluations),
-            "again": as_command("pretrain", *result.job.overrides_alone),
+            "again": command_again("pretrain", PretrainConfig, result.job),
             "resume": _resume(result),
         }
         for result in results
@@ -187,17 +188,18 @@ def _rounded(rows: np.ndarray) -> list[list[float | None]]:
 def _resume(result: Result) -> str | None:
     if result.state == "waiting":
         return None
-    return as_command("pretrain", as_override("resume", as_typed(result.job.folder)))
+    return printable(as_command("pretrain", as_override("resume", as_typed(result.job.folder))))
 
 
 def _resume_all(results: list[Result], folders: list[Path]) -> list[str]:
     """How to resume each sweep that is not done."""
     unfinished = {result.job.folder.parent for result in results if result.state not in DONE}
-    return [
-        as_command("pretrain", "-m", as_override("sweep.resume", as_typed(folder)))
+    commands = [
+        printable(as_command("pretrain", "-m", as_override("sweep.resume", as_typed(folder))))
         for folder in folders
         if folder in unfinished and (folder / RECORD).exists()
     ]
+    return [*filter(None, commands)]
 
 
 # Samples
@@ -219,10 +221,7 @@ def _samples(results: list[Result]) -> list[dict[str, Any]]:
 
 def _last_sample(folder: Path) -> dict[str, str]:
     """The prompt and its continuation, of the last whole line."""
-    file = folder / "samples.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    for line in reversed(lines):
-        with suppress(ValueError, LookupError, TypeError, AttributeError):
-            sample = json.loads(line)
-            return {"prompt": sample["prompt"], "text": sample["text"].removeprefix(sample["prompt"])}
-    return {"prompt": "", "text": "(it left no sample)"}
+    if not (samples := read_samples(folder / "samples.jsonl")):
+        return {"prompt": "", "text": "(it left no sample)"}
+    prompt, text = samples[-1]["prompt"], samples[-1]["text"]
+    return {"prompt": prompt, "text": text.removeprefix(prompt)}

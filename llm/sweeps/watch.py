@@ -1,20 +1,19 @@
 """What a sweep prints: a live table of its jobs on a terminal, lines elsewhere, and a table at its end."""
 
-import json
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
+from typing import Any, TextIO
 
 from llm.config import TrainingConfig
-from llm.files import modified
+from llm.errors import shown
+from llm.files import modified, parse_json
 from llm.progress import format_bar, format_count, format_figure, format_seconds, format_table
+from llm.records import Record, figure_in, read_config_text, typed
 from llm.run_folder import SUMMARY
 from llm.sweeps.jobs import RECORD, Job, begun, read_jobs, state_since
 from llm.training.schedules import spent
@@ -47,7 +46,7 @@ class SweepProgress:
         self.folder, self.since, self.total = folder, since, total
         self.jobs: dict[str, Job] = {}
         self.states: dict[str, str] = {}
-        self._metrics: dict[str, dict[str, Any]] = {}
+        self._metrics: dict[str, Record] = {}
         self._limits: dict[str, TrainingConfig] = {}
         self._started = time.monotonic()
         self._record_read = 0.0
@@ -86,32 +85,29 @@ class SweepProgress:
     def best(self) -> Job | None:
         return best_of(self.named("finished"))
 
-    def last_metrics(self, job: Job) -> dict[str, Any]:
+    def last_metrics(self, job: Job) -> Record:
         """The figures of the last whole line that a job wrote, and of the last evaluation seen."""
-        try:
-            with (job.folder / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-                lines = file.read().split(b"\n")[1:-1]
-        except FileNotFoundError:
-            return {}
-        metrics = self._metrics.setdefault(job.name, {})
-        for line in lines:
-            with suppress(ValueError):  # a damaged line
-                metrics |= json.loads(line)
+        file, metrics = job.folder / "metrics.jsonl", self._metrics.setdefault(job.name, {})
+        if file.is_file():
+            with file.open("rb") as content:
+                content.seek(max(0, content.seek(0, 2) - TAIL_BYTES))
+                for line in content.read().split(b"\n")[1:-1]:
+                    metrics |= typed(parse_json(line))
         return metrics
 
-    def job_share(self, job: Job, metrics: dict[str, Any]) -> float:
+    def job_share(self, job: Job, metrics: Record) -> float:
         """How much of its budget a running job has spent, 0 to 1."""
-        if not metrics:
+        step, epoch, seconds = (metrics.get(name) for name in ("step", "epoch", "seconds"))
+        if step is None or epoch is None or seconds is None:
             return 0.0
         if job.name not in self._limits:
-            config = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
-            limits = ("max_steps", "max_epochs", "max_minutes")
-            found = {limit: OmegaConf.select(config, f"training.{limit}") for limit in limits}
-            if not any(found.values()):  # Hydra is still writing it
+            names = ("max_steps", "max_epochs", "max_minutes")
+            texts = {name: read_config_text(job.folder, f"training.{name}") for name in names}
+            limits: dict[str, Any] = {name: value and figure_in(value) for name, value in texts.items()}
+            if not any(value and value > 0 for value in limits.values()):  # it is still being written
                 return 0.0
-            self._limits[job.name] = TrainingConfig(**found)
-        shares = spent(self._limits[job.name], metrics["step"] + 1, metrics["epoch"], metrics["seconds"])
+            self._limits[job.name] = TrainingConfig(**limits)
+        shares = spent(self._limits[job.name], step + 1, epoch, seconds)
         return min(1.0, max(shares.values()))
 
     def share(self) -> float:
@@ -157,18 +153,18 @@ def _plain_lines(progress: SweepProgress) -> Iterator[None]:
         for name in progress.poll():
             job, state = progress.jobs[name], progress.states[name]
             if state == "running":
-                print(f"job {name} · {job.title} · started", flush=True)
+                _print(f"job {name} · {job.title} · started")
             elif state == "failed":
-                print(f"error: job {name} ({job.title}): {job.error}", file=sys.stderr, flush=True)
+                _print(f"error: job {name} ({job.title}): {job.error}", sys.stderr)
             else:
                 parts = [_ended_line(job, state), progress.heading(), progress.best_so_far()]
-                print(" · ".join(filter(None, parts)), flush=True)
+                _print(" · ".join(filter(None, parts)))
 
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
             look()
 
-    print(f"sweep folder {progress.folder} · {progress.heading()}", flush=True)
+    _print(f"sweep folder {progress.folder} · {progress.heading()}")
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -177,6 +173,10 @@ def _plain_lines(progress: SweepProgress) -> Iterator[None]:
         ended.set()
         thread.join()
         look()
+
+
+def _print(line: str, file: TextIO | None = None) -> None:
+    print(shown(line, keep=""), file=file, flush=True)
 
 
 def _ended_line(job: Job, state: str) -> str:
@@ -211,7 +211,7 @@ def live_table(progress: SweepProgress) -> Any:
     ended = progress.named("finished", "stopped", "failed", "interrupted")
     ended.sort(key=lambda job: modified(job.folder / SUMMARY))
     left = room - len(running) - min(1, len(waiting))  # at least one that waits is shown
-    shown = ended[max(0, len(ended) - max(0, left)) :]
+    lately = ended[max(0, len(ended) - max(0, left)) :]
     table = Table(box=None, pad_edge=False, expand=True)
     for name in ("job", "set", "state"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "set" else None)
@@ -219,25 +219,27 @@ def live_table(progress: SweepProgress) -> Any:
         table.add_column(name, justify="right", no_wrap=True)
     best = progress.best()
     styles = {"running": "bold", "failed": "red", "stopped": "dim"}
-    for job in [*shown, *running, *waiting[: max(0, room - len(shown) - len(running))]]:
+    for job in [*lately, *running, *waiting[: max(0, room - len(lately) - len(running))]]:
         state, metrics = progress.states[job.name], progress.last_metrics(job)
         share = progress.job_share(job, metrics) if state == "running" else None
         loss = job.summary.get("val_loss") if state != "running" else metrics.get("val/loss")
         started = begun(job)
         spent = time.time() - started if state == "running" and started else job.summary.get("total_seconds")
+        what = job.title + (f": {job.error}" if state == "failed" else "")
         table.add_row(
-            job.name,
-            job.title + (f": {job.error}" if state == "failed" else ""),
+            Text(shown(job.name, keep="")),  # a plain text would be read as rich's markup
+            Text(shown(what, keep="")),
             state + (" ★" if job is best else ""),
             "" if share is None else f"{share:.0%}",
             format_figure(metrics.get("train/loss"), "{:.3f}", ""),
             format_figure(loss, "{:.3f}", ""),
-            "" if not metrics else format_count(metrics["tokens_seen"]),
+            format_count(tokens) if (tokens := metrics.get("tokens_seen")) else "",
             "" if spent is None or state == "waiting" else format_seconds(spent),
             style=styles.get(state, "dim" if state == "waiting" else None),
         )
     heading = Text(f"{format_bar(progress.share())} {progress.heading()}")
-    return Group(Text(f"sweep folder {progress.folder}"), heading, Text(progress.best_so_far()), table)
+    folder = Text(shown(f"sweep folder {progress.folder}", keep=""))
+    return Group(folder, heading, Text(shown(progress.best_so_far(), keep="")), table)
 
 
 def best_of(jobs: list[Job]) -> Job | None:

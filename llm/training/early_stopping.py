@@ -12,7 +12,6 @@ A stopped job may be resumed. The rule then applies again: median at its next ev
 rung. With `early_stopping.rule=none` it runs to its end.
 """
 
-import json
 import logging
 import math
 from collections.abc import Collection
@@ -23,7 +22,8 @@ from typing import Any, NamedTuple
 
 from llm.config import TrainingConfig
 from llm.errors import UserError
-from llm.files import append_json_lines, flush
+from llm.files import append_json_lines, flush, parse_json, read_json_lines
+from llm.records import count, typed
 from llm.training.run import Run
 from llm.training.schedules import spent
 
@@ -203,19 +203,16 @@ def _announced(reason: str | None) -> str | None:
 
 def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
     """The judgements of a job, by step. A line that was cut off is skipped."""
-    judgements = {}
-    for line in file.read_bytes().splitlines() if file.exists() else []:
-        try:
-            judgement = json.loads(line)
-            judgements[int(judgement["step"])] = {**judgement, "reason": judgement["reason"]}
-        except (ValueError, LookupError, TypeError):
-            continue
-    return judgements
+    return {
+        step: line
+        for line in read_json_lines(file)
+        if (step := count(line.get("step"))) is not None and isinstance(line.get("reason", 0), str | None)
+    }
 
 
 def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
-    """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. An incomplete line, still
-    being written or cut off when its job was killed, is skipped.
+    """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. A damaged line is skipped, as
+    is one still being written, or cut off when its job was killed.
 
     Raises:
         OSError: the file cannot be read.
@@ -224,11 +221,11 @@ def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
     for line in metrics.read_bytes().splitlines():
         if b'"val/loss"' not in line:  # most lines are of updates, and there are too many to parse
             continue
-        try:
-            values = json.loads(line)
-        except ValueError:
+        values = typed(parse_json(line))
+        step, epoch, seconds = (values.get(name) for name in ("step", "epoch", "seconds"))
+        if "val/loss" not in values or step is None or epoch is None or seconds is None:
             continue
-        shares = spent(training, values["step"] + 1, values["epoch"], values["seconds"])
         loss = values["val/loss"]
+        shares = spent(training, step + 1, epoch, seconds)
         curve.append(Point(max(shares.values()), math.inf if loss is None else loss))
     return curve

@@ -1,8 +1,10 @@
 """Plots: the loss curves of a run folder, and next-token probabilities."""
 
+import math
 from pathlib import Path
 
-from llm.files import read_json_lines, replacing
+from llm.files import replacing
+from llm.records import Record, read_lines
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f6fb4", "#d1495b"
 # The model's own distribution, then each stage of sampling.
@@ -21,14 +23,14 @@ def plot_losses(run_dir: Path) -> Path:
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    lines = read_json_lines(run_dir / "metrics.jsonl")
+    lines = read_lines(run_dir / "metrics.jsonl")
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "val/loss" in line]
     figure = Figure(figsize=(8, 5), dpi=150)
     axes = figure.subplots()
     axes.plot(
-        [line["epoch"] for line in steps],
-        [line["train/loss"] for line in steps],
+        _column(steps, "epoch"),
+        _column(steps, "train/loss"),
         color=TRAIN_COLOUR,
         alpha=0.25,
         linewidth=1,
@@ -39,8 +41,8 @@ def plot_losses(run_dir: Path) -> Path:
         ("val/loss", "validation", VALIDATION_COLOUR),
     ):
         axes.plot(
-            [line["epoch"] for line in evaluations],
-            [line[name] for line in evaluations],
+            _column(evaluations, "epoch"),
+            _column(evaluations, name),
             color=colour,
             linewidth=2,
             marker="o",
@@ -53,8 +55,9 @@ def plot_losses(run_dir: Path) -> Path:
     axes.spines["right"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
     axes.legend(frameon=False)
-    if steps and steps[-1]["epoch"]:
-        tokens_per_epoch = steps[-1]["tokens_seen"] / steps[-1]["epoch"]
+    last = steps[-1] if steps else {}
+    if last.get("epoch") and last.get("tokens_seen"):
+        tokens_per_epoch = last["tokens_seen"] / last["epoch"]
         tokens = axes.secondary_xaxis(
             "top", functions=(lambda epoch: epoch * tokens_per_epoch, lambda seen: seen / tokens_per_epoch)
         )
@@ -66,6 +69,11 @@ def plot_losses(run_dir: Path) -> Path:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
+
+
+def _column(lines: list[Record], name: str) -> list[float]:
+    """What is missing is NaN, a gap in the curve."""
+    return [math.nan if (value := line.get(name)) is None else value for line in lines]
 
 
 def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]], text: str) -> Path:

@@ -1,14 +1,14 @@
 """Whether a rerun reproduced the numbers of the run that it repeats."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, read_checksums
-from llm.errors import UserError
-from llm.files import read_json_lines
-from llm.run_folder import RECORDS, step_folders
+from llm.errors import UserError, first_line
+from llm.files import read_content, read_json_lines
+from llm.records import figure
+from llm.run_folder import RECORDS, read_summary, step_folders
 
 log = logging.getLogger(__name__)
 
@@ -16,9 +16,19 @@ MEASURED = ("tokens_per_second",)  # differs between any two runs
 
 
 def recorded_clock(run_dir: Path) -> list[tuple[float, float]]:
-    """The seconds of training after each update of a run, and its learning rate."""
-    lines = read_json_lines(run_dir / "metrics.jsonl")
-    return [(line["seconds"], line["lr"]) for line in lines if "train/loss" in line]
+    """The seconds of training after each update of a run, and its learning rate.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    file, clock = run_dir / "metrics.jsonl", []
+    for line in _whole_lines(file):
+        if "train/loss" in line:
+            seconds, lr = figure(line.get("seconds")), figure(line.get("lr"))
+            if seconds is None or lr is None:
+                raise UserError(f"{file} is damaged: an update does not say when and at what rate")
+            clock.append((seconds, lr))
+    return clock
 
 
 def compare_rerun(rerun: Path, original: Path) -> None:
@@ -42,7 +52,7 @@ def first_difference(rerun: Path, original: Path) -> str | None:
     """Where a rerun's numbers first differ from the original's, or None if they are the same: all lines of
     metrics and samples, and the final weights and optimizer state. An original that did not finish is
     compared as far as it got."""
-    finished = _summary(original)["status"] == "finished"
+    finished = read_summary(original).get("status") == "finished"
     for name in RECORDS:
         ours, theirs = _lines(rerun / name), _lines(original / name)
         for one, other in zip(ours, theirs, strict=False):
@@ -53,7 +63,10 @@ def first_difference(rerun: Path, original: Path) -> str | None:
             return f"{name} with {len(ours)} lines (originally {len(theirs)})"
     if not finished:
         return None
-    ours_sums, theirs_sums = (read_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
+    try:
+        ours_sums, theirs_sums = (read_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"the newest checkpoint of {original} is damaged: {first_line(error)}") from error
     for name in (WEIGHTS, STATE_TENSORS):
         if ours_sums.get(name) != theirs_sums.get(name):
             return f"the final {name}"
@@ -61,36 +74,43 @@ def first_difference(rerun: Path, original: Path) -> str | None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if key not in MEASURED} for line in read_json_lines(file)
-    ]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in _whole_lines(file)]
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a record of which none may be missing: later numbers would be taken for other updates'.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    lines = read_json_lines(file)
+    if len(lines) != read_content(file).count(b"\n"):
+        raise UserError(f"{file} is damaged: the run cannot be repeated or compared with")
+    return lines
 
 
 def other_circumstances(rerun: Path, original: Path) -> list[str]:
     """What differs between the summaries of two runs and may change their numbers, one line each."""
-    ours, theirs = _summary(rerun), _summary(original)
+    ours, theirs = read_summary(rerun), read_summary(original)
+    versions = theirs.get("versions") or {}
     lines = [
         f"{name} {ours.get(name)} (originally {theirs.get(name)})"
         for name in ("git_commit", "device", "precision", "machine")
         if ours.get(name) != theirs.get(name)
     ]
     lines += [
-        f"{name} {found} (originally {theirs['versions'].get(name)})"
-        for name, found in ours["versions"].items()
-        if found != theirs["versions"].get(name)
+        f"{name} {found} (originally {versions.get(name)})"
+        for name, found in (ours.get("versions") or {}).items()
+        if found != versions.get(name)
     ]
     lines += [
         f"{whose} code had uncommitted changes"
         for whose, summary in (("this run's", ours), ("the original's", theirs))
-        if summary["git_clean"] is False
+        if summary.get("git_clean") is False
     ]
     lines += [
         f"the original was changed after {resumed['steps']} updates: {key}={now} (it was {was})"
-        for resumed in theirs["resumed"]
+        for resumed in theirs.get("resumed") or []
         for key, (was, now) in resumed["changed"].items()
     ]
     return lines
-
-
-def _summary(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "summary.json").read_text("utf-8"))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from llm.files import held, write_json
 from llm.run_folder import LOCK
 from llm.sweeps.jobs import (
     Job,
+    command_again,
     compact,
     find_sweep,
     read_jobs,
@@ -122,7 +124,10 @@ def test_the_state_of_a_job_is_read_from_its_folder(tmp_path: Path) -> None:
 
 def test_a_job_of_a_named_sweep_can_be_run_alone(script: Script, tmp_path: Path) -> None:
     job = Job(tmp_path, "0", ["experiment=sweep_lr", "seed=1", "optimizer.lr=0.1"])
-    result = script("pretrain", *job.overrides_alone, "data=text", "data.path=nothing", "hydra.run.dir=run")
+    command = command_again("pretrain", PretrainConfig, job, "data=text", "data.path=nothing")
+    assert command
+    arguments = shlex.split(command)[2:]
+    result = script("pretrain", *arguments, "hydra.run.dir=run")
     assert result.stderr.startswith("error: data.path=nothing: no such file")
     assert [path.name for path in tmp_path.iterdir()] == []  # a run that is refused leaves nothing
 

@@ -15,10 +15,10 @@ from conftest import Script
 from pages import HOSTILE, data_of, in_browser, needs_browser
 
 from llm.commands.report import write_report
-from llm.config import ReportConfig
+from llm.config import PretrainConfig, ReportConfig
 from llm.errors import UserError
 from llm.run_folder import claimed
-from llm.sweeps.jobs import write_record
+from llm.sweeps.jobs import Job, command_again, write_record
 from llm.sweeps.results import read_metrics, smoothed, thinned
 
 
@@ -117,7 +117,8 @@ def test_the_page_needs_nothing_but_itself(sweep: Path) -> None:
 
 
 def test_best_and_worst_samples_and_commands(sweep: Path) -> None:
-    write_job(sweep, 5, {"optimizer.lr": HOSTILE, "seed": "0"}, None, status="interrupted")
+    printable = HOSTILE.replace("\x1b", "")
+    write_job(sweep, 5, {"optimizer.lr": printable, "seed": "0"}, None, status="interrupted")
     page = report(sweep)
     assert page["samples"] == [
         {"place": "The best", "job": 2, "prompt": "To be", "text": f" sample of 2 {HOSTILE}"},
@@ -127,7 +128,38 @@ def test_best_and_worst_samples_and_commands(sweep: Path) -> None:
     assert first["again"] == "python experiments/pretrain.py model=tiny optimizer.lr=1e-3 seed=0"
     assert first["resume"] == f"python experiments/pretrain.py resume={sweep}/0"
     again = subprocess.run(["sh", "-c", f"printf '%s\\n' {last['again']}"], capture_output=True, text=True)
-    assert again.stdout.splitlines()[3] == f"optimizer.lr={HOSTILE}"  # as the shell reads it
+    assert again.stdout.splitlines()[3] == f"optimizer.lr={printable}"  # as the shell reads it
+
+
+@pytest.mark.parametrize(
+    ("override", "printed"),
+    [
+        ("hydra.job.env_set.GIT_SSH=x", "seed=1"),  # how a job is run is left out: it changes no number
+        ("+hydra.job.env_set.GIT_SSH=x", "seed=1"),
+        ("hydra/launcher=joblib", "seed=1"),
+        ("resume='run'", "seed=1"),
+        ("+optimizer.lr=0.1", "seed=1 optimizer.lr=0.1"),
+        ("data.stride=${model.context_length}", "seed=1 'data.stride=${model.context_length}'"),
+        ("data.path='a b'", """seed=1 'data.path='"'"'a b'"'"''"""),
+        ("experiment=sweep_lr", "seed=1 experiment=sweep_lr hydra.mode=RUN"),
+        ("experiment=[a,b]", "seed=1 'experiment=[a,b]' hydra.mode=RUN"),
+        ("model=tiny", "seed=1 model=tiny"),
+        ("model=../../tmp/theirs", None),  # a config from elsewhere
+        ("model=/tmp/theirs", None),
+        ("experiment=[a,../b]", None),
+        ("data.path=${oc.env:WANDB_API_KEY}", None),
+        ("data.path=${a.${oc.env:KEY}}", None),
+        ("new.key=1", None),
+        ("--config-dir=/tmp/theirs", None),
+        ("model@optimizer=tiny", None),
+        ("data.path='\x1b[201~touch pwned\n'", None),  # ends what a terminal takes for pasted
+        ("data.path='\u202eabc'", None),
+    ],
+)
+def test_a_command_to_paste_holds_keys_and_options_alone(override: str, printed: str | None) -> None:
+    job = Job(Path("run"), "run", ["seed=1", override])
+    command = command_again("pretrain", PretrainConfig, job)
+    assert command == (printed and f"python experiments/pretrain.py {printed}")
 
 
 def test_table_of_figures(sweep: Path) -> None:

@@ -109,6 +109,11 @@ function addFacts(list, pairs) {
   }
 }
 
+function addCommand(parent, command) {
+  if (command) add(parent, "code", command);
+  else add(parent, "small", "its record holds more than a command to paste may: see .hydra/overrides.yaml");
+}
+
 function addSample(parent, { prompt, text }) {
   const shown = add(parent, "pre");
   add(shown, "span", prompt);

@@ -50,6 +50,6 @@ addTable(byId("settings"), "all settings", [
 for (const job of jobs) {
   const item = add(byId("commands"), "li");
   add(item, "p", nameOf(job));
-  add(item, "code", job.again);
+  addCommand(item, job.again);
 }
 show(0);

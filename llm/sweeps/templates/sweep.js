@@ -60,7 +60,7 @@ function addCommands(parent) {
   for (const job of jobs) {
     const item = add(parent, "li"), about = add(item, "p", "Job " + job.name + ": " + job.title + " ");
     add(about, "small", "(" + job.state + ")");
-    add(item, "code", job.again);
+    addCommand(item, job.again);
     if (job.resume) add(item, "code", job.resume);
     if (job.state == "finished") add(item, "small", "it is finished: add a higher limit, as training.max_steps=…");
   }

@@ -1,0 +1,160 @@
+"""What runs, sweeps and studies have recorded, read as what it is meant to be.
+
+A record may be half written, damaged, or made by a stranger. So each value is read by its kind: a figure, a
+count, a text. What is of another kind counts as absent. Texts stay as they are: no interpolation is resolved.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm.files import parse_json, read_content, read_json_lines
+
+RECORD_BYTES = 64_000_000  # of a record in JSON; more is damage
+YAML_BYTES = 200_000  # YAML is read slowly; ours has some thousands
+LARGEST = 1e100  # of figures, in size: sums and squares of them are finite too
+
+Record = dict[str, Any]  # what is null stays None, for it may be of any kind
+
+
+# Kinds: a value, or None if it is of another kind
+
+
+def figure(value: Any) -> float | None:
+    """A finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= LARGEST else None
+
+
+def figure_in(value: str) -> float | None:
+    """The figure that a text stands for, if it does."""
+    try:
+        return figure(float(value))
+    except ValueError:
+        return None
+
+
+def count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 2**64 else None
+
+
+def text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def list_of(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any] | None]:
+    """The kind of lists of which every element is of a kind."""
+
+    def read(value: Any) -> list[Any] | None:
+        is_whole = isinstance(value, list) and all(kind(each) is not None for each in value)
+        return value if is_whole else None
+
+    return read
+
+
+def _texts_by_name(value: Any) -> dict[str, str] | None:
+    return value if isinstance(value, dict) and all(map(_is_text, value.values())) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _settings(value: Any) -> Record | None:
+    return value if isinstance(value, dict) else None
+
+
+def _change(value: Any) -> Record | None:
+    """After how many updates a run was resumed, with what changed: keys with what was and what is."""
+    match value:
+        case {"steps": int(), "changed": dict(changed)}:
+            pairs = all(isinstance(each, list) and len(each) == 2 for each in changed.values())
+            return value if pairs else None
+    return None
+
+
+# By name; whatever else a record holds is a figure, as every metric is.
+_TEXTS = (
+    *("run_dir", "status", "stopped_early", "error", "device", "precision", "machine", "git_commit"),
+    *("init_from", "wandb_folder", "checkpoint", "prompt", "text", "stop_reason", "longest_copy_text"),
+)
+_COUNTS = (
+    *("step", "steps", "tokens_seen", "best_step", "skipped", "grad_norm_spikes", "peak_memory_bytes"),
+    *("parameters", "seed", "num_samples", "new_tokens", "prompt_index", "sample"),
+    *("longest_copy", "longest_copy_token"),
+)
+KINDS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_TEXTS, text),
+    **dict.fromkeys(_COUNTS, count),
+    "git_clean": flag,
+    "versions": _texts_by_name,
+    "sampling": _settings,
+    "resumed": list_of(_change),
+    "token_ids": list_of(count),
+}
+
+
+def typed(values: Any) -> Record:
+    """What is of its kind among the values of a summary, or of a line of metrics or samples."""
+    if not isinstance(values, dict):
+        return {}
+    read = {name: KINDS.get(name, figure)(value) for name, value in values.items()}
+    return {name: value for name, value in read.items() if value is not None or values[name] is None}
+
+
+def read_record(file: Path) -> Record:
+    """A record in JSON, such as `summary.json`; empty if there is none, or it is damaged."""
+    return typed(parse_json(read_content(file, RECORD_BYTES)))
+
+
+def read_lines(file: Path) -> list[Record]:
+    """The lines of `metrics.jsonl` or `samples.jsonl`, but those that are damaged."""
+    return [typed(line) for line in read_json_lines(file)]
+
+
+def read_samples(file: Path) -> list[Record]:
+    """The lines of `samples.jsonl` that hold a prompt and a text."""
+    lines = [{"prompt": None, "text": None, **line} for line in read_lines(file)]
+    return [line for line in lines if line["prompt"] is not None and line["text"] is not None]
+
+
+# Hydra's record
+
+
+def read_overrides(run_dir: Path) -> list[str]:
+    """The overrides of the command line, or of the job of a sweep, as they were given."""
+    found = _yaml(run_dir / ".hydra" / "overrides.yaml")
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+def read_config_text(run_dir: Path, key: str) -> str | None:
+    """The text that stands for a dotted key in the config that Hydra recorded; None for null."""
+    place = _config_value(run_dir, key)
+    return place if isinstance(place, str) and place != "null" else None
+
+
+def read_config_texts(run_dir: Path, key: str) -> list[str]:
+    """The same for a key whose value is a list."""
+    return list_of(text)(_config_value(run_dir, key)) or []
+
+
+def _config_value(run_dir: Path, key: str) -> Any:
+    place = _yaml(run_dir / ".hydra" / "config.yaml")
+    for name in key.split("."):
+        place = place.get(name) if isinstance(place, dict) else None
+    return place
+
+
+def _yaml(file: Path) -> Any:
+    """What a YAML file holds, all of its scalars as texts; None if it cannot be read. No tag means anything
+    here, so that nothing is made but texts, lists and dicts."""
+    try:
+        return yaml.load(read_content(file, YAML_BYTES), yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
