@@ -87,7 +87,7 @@ _TEXTS = (
 _COUNTS = (
     *("step", "steps", "tokens_seen", "best_step", "skipped", "grad_norm_spikes", "peak_memory_bytes"),
     *("parameters", "seed", "num_samples", "new_tokens", "prompt_index", "sample"),
-    *("longest_copy", "longest_copy_token"),
+    "longest_copy_token",
 )
 KINDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_TEXTS, text),

@@ -94,6 +94,6 @@ def _note(line: Record) -> str:
         parts.append(f"perplexity {math.exp(-log_probability / tokens):.1f}")
     parts.append(f"{tokens} tokens, ended by {line.get('stop_reason') or '–'}")
     if line.get("copied") is not None:
-        longest = format_figure(line.get("longest_copy"), "{}")
+        longest = format_figure(line.get("longest_copy"), "{:.0f}")
         parts.append(f"{line['copied']:.0%} copied, at most {longest} tokens in a row")
     return " · ".join(parts)

@@ -45,7 +45,7 @@ from llm.sweeps.jobs import (
     title_of,
     write_record,
 )
-from llm.sweeps.watch import SweepProgress, live_table, sweep_table
+from llm.sweeps.watch import SweepProgress, live_table, sweep_table, watching
 
 
 def test_what_varies_is_what_a_job_is_called() -> None:
@@ -175,6 +175,27 @@ def test_the_live_table_has_as_many_jobs_as_the_screen_holds(
     assert many[-3:] == ["50", "51", "52"]  # those that run, and the next one
     assert many[:-3] == [str(number) for number in range(50 - len(many) + 3, 50)]  # the last that ended
     assert len(many) == 14
+
+
+def test_a_name_can_neither_control_the_terminal_nor_style_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "[bold red]x[/] [link=http://a.b]y[/link] \x1b[2J\x1b]52;c;eA==\x07\r\u202e\x9b1m"
+    escaped = r"[bold red]x[/] [link=http://a.b]y[/link] \x1b[2J\x1b]52;c;eA==\x07\r\u202e\x9b1m"
+    overrides = [[f"data.path={name}"], ["data.path=b"]]
+    write_record(tmp_path, "pretrain", [], ["data.path"], overrides)
+    write_job(tmp_path / "0", overrides[0], status="failed", error=name)
+    screen = Console(width=300, file=io.StringIO(), force_terminal=True, color_system=None)
+    progress = SweepProgress(tmp_path, since=1.0, total=2)
+    screen.print(live_table(progress))
+    table = sweep_table(read_jobs([tmp_path]))
+    progress.states = dict.fromkeys(progress.states, "waiting")
+    with watching(progress):
+        pass
+    printed = capsys.readouterr()
+    for text in (screen.file.getvalue(), table, printed.err):  # type: ignore[attr-defined]
+        assert escaped in text
+        assert not re.search("[\x07\x1b\x9b\u202e\r]", text)
 
 
 # Sweepers, with a launcher that trains nothing

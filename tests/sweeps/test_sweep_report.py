@@ -14,6 +14,7 @@ import pytest
 from conftest import Script
 from pages import HOSTILE, data_of, in_browser, needs_browser
 
+from llm.checkpoints.checkpoint import write_start
 from llm.commands.report import write_report
 from llm.config import PretrainConfig, ReportConfig
 from llm.errors import UserError
@@ -334,6 +335,28 @@ def test_the_script_leaves_no_empty_folder(script: Script, sweep: Path) -> None:
     both = script("report", f"sweep=[{sweep},{sweep}/0]")
     assert both.returncode == 0, both.stderr
     assert len(list(sweep.glob("outputs/report/*/*/report.html"))) == 1
+
+
+def test_a_report_resolves_nothing_and_reads_what_a_run_was_trained_with(
+    script: Script, sweep: Path, environment: dict[str, str]
+) -> None:
+    """A stranger's record asks for the environment wherever a report reads a text."""
+    secret, asked = "s3cret", "${oc.env:MARKER}"
+    environment["MARKER"] = secret
+    write_job(sweep, 5, {"data.path": asked, "seed": "7"}, 2.0, error=asked, machine=asked)
+    (sweep / "5" / ".hydra" / "config.yaml").write_text(f"optimizer: {{lr: '{asked}'}}\nseed: 7\n")
+    done = script("report", f"sweep={sweep}")
+    assert done.returncode == 0, done.stderr
+    for file in sweep.glob("report.*"):
+        assert secret.encode() not in file.read_bytes()
+    assert secret not in done.stdout + done.stderr
+    job = data_of(sweep / "report.html")["jobs"][5]
+    assert job["setting"] == {"data.path": asked, "optimizer.lr": asked, "seed": "7"}
+    assert job["again"] is None
+    config = PretrainConfig()
+    config.optimizer.lr, config.seed = 0.25, 7
+    write_start(sweep / "5", 0, config)
+    assert report(sweep)["jobs"][5]["setting"]["optimizer.lr"] == "0.25"
 
 
 # Curves
