@@ -13,8 +13,8 @@ from llm.files import read_json_lines
 from llm.progress import LineFormatter, format_table
 from llm.records import count, figure, read_config_text, read_lines, read_overrides, read_record, read_samples
 
-# The letters of a red text, a link, a clipboard write, a bell, a carriage return, one in C1, a reversal, a space
-# of no width; and half a surrogate pair, which cannot be printed.
+# A red text, a link, a write to the clipboard, a bell, a carriage return, a control of C1, a reversal, a
+# space of no width, and half a surrogate pair, which cannot be printed.
 OBEYED = "\x1b[31m\x1b]8;;http://a.b\x1b\\\x1b]52;c;eA==\x07\r\x9b2J\u202e\u200b\ud800"
 
 
