@@ -156,23 +156,23 @@ def test_any_number_of_swept_keys(tmp_path: Path, keys: int) -> None:
 INJECTED = """
 <b id=injected onclick="hit = 1">x</b><script>hit = 1</script><style>p { color: red }</style>
 <img src="data:image/png;base64,AA" onerror="hit = 1"><iframe src="data:text/html,x"></iframe>
-<form action="http://a.b"><input name=x></form>
 """
 TRY_ALL = """
 byId("injected").click();
 found.handler = hit;
-try { byId("about").innerHTML = "<b>x</b>"; found.html = true; } catch { found.html = false; }
-try { eval("hit = 1"); } catch { }
-try { new Function("hit = 1")(); } catch { }
-byId("problems").setAttribute("onclick", "hit = 1");
+found.done = [
+  () => byId("about").innerHTML = "<b>x</b>",
+  () => eval("hit = 1"),
+  () => new Function("hit = 1")(),
+  () => byId("problems").setAttribute("onclick", "hit = 1"),
+].map(act => { try { act(); return true; } catch { return false; } });
 byId("problems").click();
-document.forms[0].submit();
 found.red = getComputedStyle(document.querySelector("p")).color == "rgb(255, 0, 0)";
 """
 
 
 @needs_browser
-def test_a_page_runs_loads_and_submits_nothing_but_its_own(tmp_path: Path) -> None:
+def test_a_page_runs_and_loads_nothing_but_its_own(tmp_path: Path) -> None:
     folder = tmp_path / ("<img src=x onerror=hit=1><script>hit=1<!--\u2028'\"")
     write_job(folder, 0, {"prompt": HOSTILE}, step=7)
     report(folder)
@@ -183,10 +183,9 @@ def test_a_page_runs_loads_and_submits_nothing_but_its_own(tmp_path: Path) -> No
     text = page.read_text("utf-8")
     page.write_text(text.replace("<main>", f"{INJECTED}<main>"), encoding="utf-8")
     found = in_browser(page, TRY_ALL)
-    assert (found["hit"], found["handler"], found["html"], found["red"]) == (0, 0, False, False)
+    assert (found["hit"], found["handler"], found["done"], found["red"]) == (0, 0, 4 * [False], False)
     refused = {error.split()[0] for error in found["errors"]}
-    wanted = "script-src-attr script-src-elem img-src frame-src form-action style-src-elem"
-    assert refused >= set(wanted.split()), found["errors"]
+    assert refused >= {"script-src-elem", "style-src-elem", "img-src"}, found["errors"]
 
 
 READ = """
