@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from drill import Drill, drill
 
-# 0: killed inside a write and at an update; 1: killed, and a bit flipped; 2: a full disk for a while
+# 0: killed inside a write, at an update, and after a return to an older checkpoint; 1: killed, and a bit
+# flipped; 2: a full disk for a while
 SEEDS = (0, 1, 2)
 
 
