@@ -54,7 +54,7 @@ def plot_losses(run_dir: Path) -> Path:
     axes.grid(alpha=0.25)
     axes.spines["right"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # to seek the best place can be slow
     last = steps[-1] if steps else {}
     if last.get("epoch") and last.get("tokens_seen"):
         tokens_per_epoch = last["tokens_seen"] / last["epoch"]
@@ -97,7 +97,7 @@ def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # to seek the best place can be slow
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
