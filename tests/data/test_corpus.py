@@ -174,7 +174,7 @@ def test_a_glob_means_what_it_means_to_a_shell(tmp_path: Path) -> None:
         ("empty", r"path=empty: no such file, no \*\.txt or \*\.md file in that folder, or no match"),
         ("loop", r"path=loop: no such file"),
         ("a" * 300, r"path=a+ cannot be read: File name too long"),
-        ("zero\0byte", r"path=zero\0byte"),
+        ("zero\0byte", r"path=zero\\x00byte: no such file"),
         ("~nobody-of-this-name/a.txt", r"path=~nobody-of-this-name/a.txt: no such file"),
     ],
 )
