@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from omegaconf import DictConfig, OmegaConf
 from sweeping.job import Place, composed_config
 
+from llm.errors import UserError
 from llm.files import write_text
 from llm.progress import LineFormatter
 
@@ -30,11 +31,18 @@ def write_record(config: DictConfig, place: Place) -> None:
 
 @contextmanager
 def logged(place: Place, script: str | None) -> Iterator[None]:
-    """Keep the log in the run's folder. A job's goes nowhere else: the terminal shows the sweep."""
+    """Keep the log in the run's folder. A job's goes nowhere else: the terminal shows the sweep.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = place.run_dir / f"{script}.log"
     if path.is_symlink() or path.is_fifo():  # never write through it
         path.unlink()
-    file = logging.FileHandler(path, encoding="utf-8")
+    try:
+        file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     file.setFormatter(LineFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     shown = list(root.handlers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.files import as_typed, held, is_held, modified, remove, write_json
+from llm.files import as_typed, held, is_held, modified, read_content, remove, write_json
 from llm.overrides import as_argument
 from llm.records import Record, read_record
 
@@ -136,7 +136,7 @@ def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
     """The step checkpoints of a run, newest first, without those that it goes back from; or its folders of
     another kind, see CHECKPOINT_NAME."""
     mark = run_dir / CHECKPOINTS / GOING_BACK
-    steps = mark.read_text("utf-8", "replace").strip() if mark.exists() else ""
+    steps = read_content(mark).decode("utf-8", "replace").strip()
     newest = int(steps) if steps.isdecimal() else math.inf
     folders = [
         folder

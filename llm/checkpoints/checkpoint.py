@@ -42,7 +42,7 @@ from llm.checkpoints.weights import Weights
 from llm.config import PretrainConfig, from_dict, validate
 from llm.data.tokenizer_files import TOKENIZER_FILES, holds_tokenizer
 from llm.errors import UserError, first_line
-from llm.files import as_json, as_typed, flush, remove, replacing, sha256, write_text
+from llm.files import as_json, as_typed, flush, read_content, remove, replacing, sha256, write_text
 from llm.overrides import as_command, as_override
 from llm.run_folder import (
     CHECKPOINT_NAME,
@@ -409,12 +409,16 @@ def _name(kind: str, steps: int) -> str:
 def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
     """What is wrong with the files of a checkpoint folder by its checksums; None if it is whole. The
     tokenizer's are always among them."""
+    if not (folder / CHECKSUMS).is_file():
+        return f"{CHECKSUMS} is missing"
     try:
         checksums = read_checksums(folder)
         tokenizer = [name for name in TOKENIZER_FILES if name in checksums or (folder / name).exists()]
         for name in (*names, *tokenizer):
             if name not in checksums:
                 return f"{CHECKSUMS} does not list {name}"
+            if not (folder / name).is_file():  # to open a pipe would wait for its other end
+                return f"{name} is missing"
             if sha256(folder / name) != checksums[name]:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
@@ -425,8 +429,12 @@ def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint, as it was written."""
-    lines = (folder / CHECKSUMS).read_text("utf-8").splitlines()
+    """The SHA-256 of each file of a checkpoint, as it was written; empty if that cannot be read.
+
+    Raises:
+        UnicodeDecodeError: it is damaged.
+    """
+    lines = read_content(folder / CHECKSUMS).decode().splitlines()
     return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -531,12 +539,15 @@ def read_training_state(folder: Path) -> TrainingState:
     return _read(folder / STATE, lambda file: _joined(tensors, values))
 
 
+_DAMAGE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
 def _read(file: Path, read: Any) -> Any:
     try:
         return read(file)
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is not a whole checkpoint: {file.name} is missing") from error
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{file} is damaged or of another format: {first_line(error)}") from error
 
 
@@ -549,7 +560,7 @@ def run_id(run_dir: Path) -> str:
     """The id of the run in a folder, which is also its id in W&B: the one that an agent of a W&B sweep gave,
     or 8 hexadecimal digits made now. If RUN_ID is lost, the newest checkpoint still knows."""
     file = run_dir / RUN_ID
-    if file.exists() and _ID.fullmatch(content := file.read_text("utf-8", "replace")):
+    if _ID.fullmatch(content := read_content(file).decode("utf-8", "replace")):
         return content
     folders = [folder for folder in step_folders(run_dir) if not damage(folder)]
     if folders:

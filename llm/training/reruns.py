@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, read_checksums
-from llm.errors import UserError, first_line
+from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, damage, read_checksums
+from llm.errors import UserError
 from llm.files import read_content, read_json_lines
 from llm.records import figure
 from llm.run_folder import RECORDS, read_summary, step_folders
@@ -63,10 +63,10 @@ def first_difference(rerun: Path, original: Path) -> str | None:
             return f"{name} with {len(ours)} lines (originally {len(theirs)})"
     if not finished:
         return None
-    try:
-        ours_sums, theirs_sums = (read_checksums(step_folders(run_dir)[0]) for run_dir in (rerun, original))
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"the newest checkpoint of {original} is damaged: {first_line(error)}") from error
+    [ours_newest], [theirs_newest] = (step_folders(run_dir)[:1] for run_dir in (rerun, original))
+    if problem := damage(theirs_newest):
+        raise UserError(f"the rerun cannot be compared with {theirs_newest}, which is damaged: {problem}")
+    ours_sums, theirs_sums = read_checksums(ours_newest), read_checksums(theirs_newest)
     for name in (WEIGHTS, STATE_TENSORS):
         if ours_sums.get(name) != theirs_sums.get(name):
             return f"the final {name}"

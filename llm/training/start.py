@@ -22,7 +22,7 @@ from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.errors import UserError
-from llm.files import remove, remove_leftovers, replacing, write_text
+from llm.files import read_content, remove, remove_leftovers, replacing, write_text
 from llm.overrides import as_argument
 from llm.run_folder import (
     CHECKPOINTS,
@@ -252,7 +252,7 @@ def rewind(start: Start) -> None:
     start.checkpoint = go_back(run_dir, start.checkpoint)
     for name in RECORDS:
         path, content = run_dir / name, (start.checkpoint / name).read_bytes() if start.checkpoint else b""
-        if path.exists() and path.read_bytes() != content:
+        if path.exists() and read_content(path) != content:
             remove(run_dir / LOSS_PLOT)  # it shows what came after
         if content:
             with replacing(path) as temporary:
