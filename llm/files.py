@@ -141,11 +141,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """JSON as it is read by people. It has no NaN or infinity, as a perplexity may be: these become null."""
+    return json.dumps(_without_infinities(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json_lines(values: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    lines = (json.dumps(_without_infinities(value), ensure_ascii=False, allow_nan=False) for value in values)
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def append_json_lines(path: Path, values: list[dict[str, Any]]) -> None:

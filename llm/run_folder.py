@@ -137,7 +137,7 @@ def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
     another kind, see CHECKPOINT_NAME."""
     mark = run_dir / CHECKPOINTS / GOING_BACK
     steps = read_content(mark).decode("utf-8", "replace").strip()
-    newest = int(steps) if steps.isdecimal() else math.inf
+    newest = int(steps) if steps.isdecimal() and len(steps) < 20 else math.inf
     folders = [
         folder
         for folder in (run_dir / CHECKPOINTS).glob(f"{kind}-*")

@@ -287,10 +287,8 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of the update `step`, counted from 0. JSON has no NaN or infinity: in the file,
-        values that are not finite become null."""
-        written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(self.metrics, {"step": step, **written})
+        """Record metrics of the update `step`, counted from 0."""
+        self._append(self.metrics, {"step": step, **metrics})
         self._to_wandb(lambda run: run.log({"step": step, **metrics}))
 
     def log_sample(self, line: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import io
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from settings import changed, settings
 from llm.checkpoints.checkpoint import NOT_SAVED, CheckpointWriter, Snapshot
 from llm.commands.pretrain import pretrain
 from llm.errors import UserError
-from llm.files import cache_folder, expanded, replacing, write_text
+from llm.files import append_json_lines, cache_folder, expanded, replacing, write_json, write_text
 from llm.training.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -208,3 +210,13 @@ def test_without_a_home_that_can_be_written_a_run_is_tracked_all_the_same(
     arguments = [*TINY, "tracking=offline", "data=text", text, "training.max_steps=2"]
     result = script("pretrain", *arguments, "hydra.run.dir=run")
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_what_json_does_not_know_is_null(tmp_path: Path) -> None:
+    value = {"perplexity": math.inf, "losses": [1.5, math.nan], "steps": 3, "name": "inf"}
+    expected = {"perplexity": None, "losses": [1.5, None], "steps": 3, "name": "inf"}
+    write_json(tmp_path / "one.json", value)
+    append_json_lines(tmp_path / "lines.jsonl", [value])
+    for name in ("one.json", "lines.jsonl"):
+        assert json.loads((tmp_path / name).read_text("utf-8")) == expected
+        assert "nf" not in (tmp_path / name).read_text("utf-8").replace('"inf"', "")

@@ -2,7 +2,6 @@
 token."""
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,8 +72,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         "precision": runtime.precision,
         "what": what,
         "tokens": count,
-        # JSON has no infinity, which a perplexity may be.
-        **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
+        **metrics,
     }
     if config.text is not None:
         table = token_table(model, token_ids, tokenizer)

@@ -154,6 +154,7 @@ def test_what_was_typed_as_a_reference_is_resumed_and_reported(
     config = recorded_config(tmp_path / "run")
     assert config
     assert (config.data.stride, config.tracking.name) == (32, "a ${b}")
+    assert script("report", "sweep=run").returncode == 0
     result = script("pretrain", "resume=run", "training.max_steps=${training.eval_freq}")
     assert "with resume, give a value" in result.stderr
 
@@ -218,6 +219,7 @@ def test_a_sweep_with_references_is_resumed(script: Script, text: str, tmp_path:
     result = script("pretrain", "sweep.resume=sweep")
     assert result.returncode == 0, result.stderr
     assert numbers(tmp_path / "sweep" / "1") == whole
+    assert script("report", "sweep=sweep").returncode == 0
 
 
 def test_a_value_from_the_environment_is_given_again(
