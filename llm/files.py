@@ -118,9 +118,11 @@ def sha256(path: Path) -> str:
 def refuse_stand_in(file: Path) -> None:
     """
     Raises:
-        UserError: what stands there was downloaded in place of the file.
+        UserError: what stands there was downloaded in place of the file, or would make one wait, as a pipe.
         OSError: it cannot be read.
     """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise UserError(f"{file} is a pipe or a device, not a file")
     with file.open("rb") as content:
         begin = content.read(100)
     if begin.startswith(b"version https://git-lfs.github.com/spec/"):

@@ -393,9 +393,10 @@ def check(data: st.DataObject, home: Path, place: Path) -> None:
     mark = place / "mark"
     mark.touch()
     before = mark.stat().st_mtime
-    with no_hang(), warnings.catch_warnings():
-        done = run(place / "home", *reader)
-    problems = [*wrong_with(done, place / "home", outside, before)]
+    done, hangs = Result(reader, 1, "", ""), True
+    with no_hang(), suppress(Hang), warnings.catch_warnings():
+        done, hangs = run(place / "home", *reader), False
+    problems = [*wrong_with(done, place / "home", outside, before)] if not hangs else ["a hang"]
     what = f"{reader[0]} {' '.join(each for each in reader[1:] if each not in TRAIN)}"
     where = file.relative_to(place / "home")
     TALLY["a result" if done.returncode == 0 else "one line"] += not problems

@@ -30,7 +30,7 @@ from llm.config import ModelConfig, OptimizerConfig, from_dict, validate
 from llm.data.tokenizer import load_tokenizer
 from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError, first_line
-from llm.files import as_json, refuse_stand_in, sha256
+from llm.files import as_json, read_content, refuse_stand_in, sha256
 from llm.model.gpt import GPTModel
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _read_beside(path: Path) -> tuple[ModelConfig | None, str | None]:
     """
     file = _beside(path)
     try:
-        described = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        described = json.loads(read_content(file).decode()) if file.exists() else {}
         if not isinstance(described, dict) or not described.keys() >= {"model", "tokenizer", "sha256"}:
             return None, None  # somebody else's
         if described["sha256"] != sha256(path):
