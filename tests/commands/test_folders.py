@@ -241,8 +241,7 @@ def test_a_value_from_the_environment_is_given_again(
     ("arguments", "job", "line"),
     [
         (["+hydra.job.env_set.GIT_TRACE=TRACED"], [], ""),
-        (["hydra.launcher._target_=os.abort"], [], ""),
-        (["hydra/launcher=submitit_local", "hydra.launcher.setup=[touch TRACED]"], [], ""),
+        (["hydra.launcher._target_=os.abort", "hydra.launcher.setup=[touch TRACED]"], [], ""),
         (["hydra.sweeper.n_trials=${oc.env:HOME}"], [], ""),
         ([], ["+hydra.job.env_set.GIT_TRACE=TRACED"], "a job sets hydra.job.env_set.GIT_TRACE"),
         ([], ["hydra/launcher=joblib"], "a job sets hydra/launcher"),

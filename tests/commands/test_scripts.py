@@ -242,7 +242,7 @@ def test_hydras_other_logs_can_be_chosen(script: Script, tmp_path: Path, logging
     assert result.stderr.startswith("error: data.path=missing: no such file")
 
 
-@pytest.mark.parametrize("name", ["it's a, b=1 [x] (ü)", "données", "2026", "-x#%&;"])
+@pytest.mark.parametrize("name", ["it's a, b=1 [x] (ü);", "2026"])
 def test_paths_of_any_letters_work_as_do_the_commands_printed_for_them(
     script: Script, tmp_path: Path, name: str
 ) -> None:
