@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ COMMON = (
     "model.drop_rate=0.1",
     "data=text",
     "data.batch_size=2",
+    "data.cache_dir=cache",
     "samples.max_new_tokens=5",
     "samples.every_epoch=true",
     "tracking=disabled",
@@ -48,6 +50,8 @@ VARIANTS = (
     ("optimizer=adamw", "tokenizer=bytes", "training.accumulate=3", "schedule=constant"),
 )
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer\n" for number in range(150))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json", "run-id.txt", ".hydra/overrides.yaml")
 DAMAGES = ("cut", "bit", "empty", "format", "swapped", "missing")
 TIMED = ("seconds", "tokens_per_second")
 
@@ -101,7 +105,7 @@ def drill(work: Drill, seed: int) -> str:
     Raises:
         AssertionError: the run did not end like one without faults.
     """
-    chance = random.Random(seed)
+    chance, more = random.Random(seed), random.Random(f"{seed}, more")
     variant = seed % len(VARIANTS)
     reference = work.reference(variant)
     run = work.folder / f"run-{seed}"
@@ -110,7 +114,12 @@ def drill(work: Drill, seed: int) -> str:
     damaged, to_find = False, False
     for _ in range(chance.randint(1, 3)):
         starve = chance.random() < 0.3
-        faults.append(_starve(process, run, chance) if starve else _kill(process, run, work, chance))
+        if more.random() < 0.2 and (rival := _rival(process, run, work, variant)):
+            faults.append(rival)
+        if more.random() < 0.3:
+            faults.append(_stop(process, run, work, more))
+        else:
+            faults.append(_starve(process, run, chance) if starve else _kill(process, run, work, chance))
         to_find = _check_output("".join(process.output()), damaged, to_find, work)
         if process.exitcode == 0:
             break
@@ -119,6 +128,8 @@ def drill(work: Drill, seed: int) -> str:
             damaged = to_find = True
         elif not damaged and (back := _go_back(run, work, seed)):
             faults.append(back)
+        if more.random() < 0.5 and (meddling := _meddle(run, work, more)):
+            faults.append(meddling)
         begun = bool(list(run.glob("checkpoints/st*-*")))
         process = work.start(f"resume={run.name}") if begun else work.begin(variant, run.name)
     _check_output(finish(process), damaged, to_find, work)
@@ -162,6 +173,50 @@ def _kill(process: ScriptProcess, run: Path, work: Drill, chance: random.Random)
     work.counts["kills"] += 1
     work.counts["kills inside a write"] += inside
     return f"killed after {_steps(run)} updates{' inside a write' if inside else ''}"
+
+
+def _stop(process: ScriptProcess, run: Path, work: Drill, chance: random.Random) -> str:
+    """Ask it to stop, as Ctrl-C, a scheduler or a closed terminal does: it saves, and its status says so."""
+    step, number = chance.randrange(1, STEPS), chance.choice(SIGNALS)
+    while process.is_alive() and not (_steps(run) >= step and is_claimed(run)):
+        time.sleep(0.001)
+    if process.is_alive():
+        process.send_signal(number)
+    process.join()
+    if process.exitcode == 0:
+        return "nothing: it was done"
+    assert process.exitcode == 128 + number, process.output()
+    work.counts["stops"] += 1
+    return f"stopped by {number.name} after {_steps(run)} lines"
+
+
+def _rival(process: ScriptProcess, run: Path, work: Drill, variant: int) -> str | None:
+    """While it trains, begin another run in its folder, and resume it."""
+    while process.is_alive() and not (_steps(run) and is_claimed(run)):
+        time.sleep(0.001)
+    for rival in (work.begin(variant, run.name), work.start(f"resume={run.name}")):
+        output = "".join(rival.output())
+        if not process.is_alive():  # the rival came too late, and may have trained
+            return None
+        assert rival.exitcode == 1, output
+        assert "is being written by another process" in output, output
+        work.counts["rivals refused"] += 1
+    return "two rivals refused"
+
+
+def _meddle(run: Path, work: Drill, chance: random.Random) -> str | None:
+    """Damage what a resume does not need: records outside the checkpoints, and the cache."""
+    cached = [path for path in (work.folder / "cache").rglob("*") if path.suffix in (".npy", ".json")]
+    records = [run / name for name in RECORDS if (run / name).exists()]
+    if not records or not list(run.glob("checkpoints/st*-*")):
+        return None
+    file, kind = chance.choice(sorted(records + cached)), chance.choice(DAMAGES)
+    if kind == "swapped":
+        file.write_text(json.dumps(["+hydra.job.env_set.A=b", "seed=7"]), encoding="utf-8")
+    else:
+        damage_file(file, kind, file, chance)
+    work.counts["records and caches damaged"] += 1
+    return f"{file.name} {kind}"
 
 
 def _starve(process: ScriptProcess, run: Path, chance: random.Random) -> str:
