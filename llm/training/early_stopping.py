@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from llm.config import TrainingConfig
 from llm.errors import UserError
-from llm.files import append_json_lines, flush, parse_json, read_json_lines
+from llm.files import append_json_lines, flush, parse_json, read_content, read_json_lines
 from llm.records import count, typed
 from llm.training.run import Run
 from llm.training.schedules import spent
@@ -212,13 +212,9 @@ def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
 
 def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
     """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. A damaged line is skipped, as
-    is one still being written, or cut off when its job was killed.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    is one still being written, or cut off when its job was killed."""
     curve = []
-    for line in metrics.read_bytes().splitlines():
+    for line in read_content(metrics).splitlines():
         if b'"val/loss"' not in line:  # most lines are of updates, and there are too many to parse
             continue
         values = typed(parse_json(line))
