@@ -185,7 +185,8 @@ def _stop(process: ScriptProcess, run: Path, work: Drill, chance: random.Random)
     process.join()
     if process.exitcode == 0:
         return "nothing: it was done"
-    assert process.exitcode == 128 + number, process.output()
+    # The second is that of a process that has not begun to train, and has nothing to save.
+    assert process.exitcode in (128 + number, -number), process.output()
     work.counts["stops"] += 1
     return f"stopped by {number.name} after {_steps(run)} lines"
 
