@@ -115,7 +115,7 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
 
 def _end_without_result(error: BaseException, place: Place) -> float:
     """Say why there is none: in a line, in the exit status, or to the sweep."""
-    if isinstance(error, OmegaConfBaseException):  # a ${…} that leads nowhere
+    if isinstance(error, OmegaConfBaseException | OSError) and is_users(error):  # Hydra would add a line
         error = UserError(one_line(error))
     match error:
         case UserError():

@@ -152,8 +152,8 @@ def _read_beside(path: Path) -> tuple[ModelConfig | None, str | None]:
         validate(config, "model.")
         refuse_unless_gpt2(config, f"{path}, by {file.name} beside it,")
         tokenizer = described["tokenizer"]
-        if not re.fullmatch(r"[\w.-]+", tokenizer):
-            raise ValueError(f"tokenizer={tokenizer} is no name")
+        if not re.fullmatch(r"[\w.-]{1,100}", tokenizer):
+            raise ValueError(f"tokenizer={tokenizer:.40} is no name")
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
