@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import Script
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pages import data_of
@@ -416,3 +417,10 @@ def test_every_reader_answers_any_damage_with_a_result_or_one_line(
     finally:
         if EXAMPLES:
             print(f"\n{dict(TALLY)}", file=sys.stderr)
+
+
+def test_an_error_of_the_file_system_is_one_line(script: Script) -> None:
+    done = script("generate", f"checkpoint={300 * 'x'}")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith(": File name too long\n")
