@@ -368,7 +368,7 @@ CASES = [(folder, reader) for folder, readers in READERS.items() for reader in r
 
 
 @settings(
-    max_examples=EXAMPLES or 25,
+    max_examples=EXAMPLES or 15,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
