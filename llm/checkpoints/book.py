@@ -37,11 +37,7 @@ log = logging.getLogger(__name__)
 
 # The book's models, by emb_dim and n_layers: how many attention heads they have, which its files do not say.
 BOOKS_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1600, 48): 25}
-_STATE_DICTS = (
-    "model_state_dict",
-    "model",
-    "state_dict",
-)  # where the book, nanoGPT and Lightning keep theirs
+_STATE_DICTS = ("model_state_dict", "model", "state_dict")  # of the book, nanoGPT and Lightning
 
 
 def read_book(path: Path, n_heads: int | None = None) -> Weights:
@@ -111,9 +107,7 @@ def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Any]:
     saved = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), dict)), content)
     plain = without_wrappers(saved)
     for name in plain:
-        prefix, embeddings, rest = name.partition(
-            "tok_emb.weight"
-        )  # the prefix is an attribute of Lightning's
+        prefix, embeddings, rest = name.partition("tok_emb.weight")  # Lightning's attribute comes before it
         if embeddings and not rest and all(each.startswith(prefix) for each in plain):
             return {each.removeprefix(prefix): tensor for each, tensor in plain.items()}
     if "transformer.wte.weight" in plain and "model_args" in content:

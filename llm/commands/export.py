@@ -35,7 +35,7 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
             log.info("as its layout has biases of queries, keys and values, they are there, and 0")
     else:
         optimizer = weights.trained.optimizer if weights.trained else OptimizerConfig()
-        state, left_out = _adamw_state(weights)
+        state, omitted = _adamw_state(weights)
         export_book(model, tokenizer, target, state, optimizer)
         log.info("%s\nis now in %s", weights.origin, ", ".join(map(str, sorted(target.iterdir()))))
         log.info(
@@ -43,15 +43,15 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
             "keep the .json with it, which does",
             model.config.n_heads,
         )
-        if left_out:
-            log.info("model_and_optimizer.pth is not written: %s", left_out)
+        if omitted:
+            log.info("model_and_optimizer.pth is not written: %s", omitted)
         elif not optimizer.decay_all:
             log.info("the book's AdamW decays all parameters; in this run, only matrices were decayed")
     return target
 
 
 def _adamw_state(weights: Weights) -> tuple[State | None, str]:
-    """AdamW's state in a checkpoint of ours; or none, and why it is left out.
+    """AdamW's state in a checkpoint of ours; or none, and why it is omitted.
 
     Raises:
         UserError: it is damaged.

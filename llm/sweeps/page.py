@@ -13,8 +13,8 @@ from llm.files import replacing
 
 
 def write_page(path: Path, name: str, data: dict[str, Any]) -> None:
-    """Write the template `name`, in which `{{FILE}}` stands for the text of a file beside it `{{data}}` for
-    the data, which the page's scripts show as text and never as HTML, and `{{policy}}` for `_policy`."""
+    """Write the template `name`, in which `{{FILE}}` stands for the text of a file beside it, `{{data}}`
+    for the data, which the page's scripts show as text and never as HTML, and `{{policy}}` for `_policy`."""
     folder = files("llm.sweeps") / "templates"
     # In a script element nothing but `<` could end it or begin a comment. Letters beyond ASCII are escaped.
     written = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").encode()

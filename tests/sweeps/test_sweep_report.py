@@ -135,7 +135,7 @@ def test_best_and_worst_samples_and_commands(sweep: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "printed"),
     [
-        ("hydra.job.env_set.GIT_SSH=x", "seed=1"),  # how a job is run is left out: it changes no number
+        ("hydra.job.env_set.GIT_SSH=x", "seed=1"),  # how a job is run is omitted: it changes no number
         ("+hydra.job.env_set.GIT_SSH=x", "seed=1"),
         ("hydra/launcher=joblib", "seed=1"),
         ("resume='run'", "seed=1"),
