@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
-from dataclasses import fields, is_dataclass
 from io import StringIO
 from typing import Any
 
@@ -15,6 +14,7 @@ from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
 from sweeping.recorded import CONF, check_jobs, harmless
 
+from llm.config import leaf_keys
 from llm.errors import UserError
 from llm.overrides import quoted
 from llm.run_folder import find_run
@@ -42,7 +42,7 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
         raise UserError("--cfg and --info show one config, not a sweep: remove -m")
     if "WANDB_SWEEP_ID" in os.environ:
         arguments = [each for argument in arguments for each in _from_agent(argument)]
-    texts = {*_text_keys(schema), *FOLDERS}
+    texts = _text_keys(schema) | {*FOLDERS}
     arguments = [_with_quotes(each, texts, sweeps) if _is_override(each) else each for each in arguments]
     flags, overrides = _flags(arguments), _by_key(arguments)
     _refuse_what_hydra_would_not_say_in_a_line(flags, overrides)
@@ -147,14 +147,13 @@ def _value(override: str) -> str:
 # Quotes
 
 
-def _text_keys(schema: type, prefix: str = "") -> Iterable[str]:
+def _text_keys(schema: type) -> set[str]:
     """The keys of a schema that take any text."""
-    for item in fields(schema):
-        kind: Any = item.type
-        if is_dataclass(kind):
-            yield from _text_keys(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
-        elif kind in (str, str | None) and not (item.metadata["choices"] or item.metadata["table"]):
-            yield prefix + item.name
+    return {
+        key
+        for key, item in leaf_keys(schema).items()
+        if item.type in (str, str | None) and not (item.metadata["choices"] or item.metadata["table"])
+    }
 
 
 def _with_quotes(argument: str, texts: set[str], sweeps: bool) -> str:

@@ -4,8 +4,8 @@ Independent of Hydra and torch. The defaults are those of `conf/`, so `PretrainC
 `python experiments/pretrain.py` runs.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Collection
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from importlib import import_module
 from types import UnionType
@@ -494,13 +494,15 @@ def with_given(recorded: Any, config: Any, given: Collection[str], prefix: str =
     return replace(recorded, **values)
 
 
-def leaf_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys of a schema that have values."""
+def leaf_keys(schema: Any) -> dict[str, Field]:
+    """The keys of a schema that have values, by their dotted names."""
+    found: dict[str, Field] = {}
     for item in fields(schema):
         if is_dataclass(item.type):
-            yield from leaf_keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+            found |= {f"{item.name}.{key}": below for key, below in leaf_keys(item.type).items()}
         else:
-            yield prefix + item.name
+            found[item.name] = item
+    return found
 
 
 def value_of(config: Any, key: str) -> Any:

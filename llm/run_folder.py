@@ -45,8 +45,7 @@ def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[
     Raises:
         UserError: another process holds it, it holds a run, or it has links to elsewhere.
     """
-    for number in count(1):
-        folder = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-{number}")
+    for folder in folders_beside(run_dir):
         before = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if old:
             refuse_links(folder)
@@ -64,6 +63,13 @@ def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[
                 return
         if not beside:
             raise UserError(_taken(folder, ours))
+
+
+def folders_beside(folder: Path) -> Iterator[Path]:
+    """A folder, and others to take where that is taken: `12-00-00`, `12-00-00-2`, `12-00-00-3`, …"""
+    yield folder
+    for number in count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
 
 
 def _remove_what_is_new(folder: Path, before: set[str]) -> None:

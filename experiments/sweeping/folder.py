@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -11,7 +10,7 @@ from sweeping.job import names_by_clock
 from llm.errors import UserError
 from llm.files import held, write_text
 from llm.overrides import as_argument
-from llm.run_folder import holds_run, refuse_links
+from llm.run_folder import folders_beside, holds_run, refuse_links
 from llm.sweeps.jobs import LOCK
 
 
@@ -23,10 +22,8 @@ def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
     Raises:
         UserError: the folder that was asked for holds a sweep, or the one to resume is being run.
     """
-    wanted = Path(config.hydra.sweep.dir)
     was_named = not names_by_clock(config.hydra.sweep)
-    for number in count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+    for folder in folders_beside(Path(config.hydra.sweep.dir)):
         refuse_links(folder)
         with held(folder / LOCK) as ours:
             if resume and not ours:

@@ -6,7 +6,6 @@ the few that are named here.
 """
 
 import re
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
+from llm.config import leaf_keys
 from llm.errors import UserError
 from llm.sweeps.jobs import RECORD
 
@@ -43,7 +43,8 @@ def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str]
     Raises:
         UserError: an override is neither Hydra's nor the script's.
     """
-    keys, groups = set(_keys(schema)), {each.name for each in CONF.iterdir() if each.is_dir()}
+    leaves, groups = {*leaf_keys(schema)}, {each.name for each in CONF.iterdir() if each.is_dir()}
+    keys = leaves | {key.rpartition(".")[0] for key in leaves if "." in key}
     fitting, ignored = [], []
     for text in overrides:
         parsed = _parsed(text, folder)
@@ -68,14 +69,12 @@ def check_jobs(jobs: list[list[str]], schema: Any, folder: Path) -> set[str]:
     Raises:
         UserError: an override is not the script's.
     """
-    given_again = set()
-    for job in jobs:
-        fitting, others = harmless(job, schema, folder)
-        given_again.update(others)
-        for key in (*others, *(each.partition("=")[0] for each in fitting)):
-            if key.startswith("hydra"):
-                raise UserError(f"{folder / RECORD}: a job sets {key}, which only a command line may")
-    return given_again
+    each_once = dict.fromkeys(override for job in jobs for override in job)
+    fitting, others = harmless([*each_once], schema, folder)
+    for key in (*others, *(each.partition("=")[0] for each in fitting)):
+        if key.startswith("hydra"):
+            raise UserError(f"{folder / RECORD}: a job sets {key}, which only a command line may")
+    return set(others)
 
 
 def _parsed(text: str, folder: Path) -> Override:
@@ -90,13 +89,3 @@ def _is_option(value: Any) -> bool:
         value = value.list
     values = value if isinstance(value, list) else [value]
     return all(each is None or OPTION.fullmatch(str(each)) for each in values)
-
-
-def _keys(schema: Any, prefix: str = "") -> list[str]:
-    """The dotted names of a schema's keys, those of its groups among them."""
-    names = []
-    for item in fields(schema):
-        names.append(prefix + item.name)
-        if is_dataclass(item.type):
-            names += _keys(item.type, f"{prefix}{item.name}.")
-    return names

@@ -25,17 +25,13 @@ def open_weights(name: str, n_heads: int | None = None) -> Weights:
         UserError: there are none of that name, they are damaged or not finite, or they are not those of a
             GPT-2, or of one with other heads.
     """
-    try:
-        weights = _open(name, n_heads)
-        if n_heads not in (None, weights.model.n_heads):
-            raise UserError(
-                f"model.n_heads={n_heads}: the weights of {weights.origin} have {weights.model.n_heads}; "
-                f"remove it"
-            )
-        return weights
-    except UserError as error:  # names in a file can hold line breaks and a terminal's control codes
-        line = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(error))
-        raise UserError(line) from error
+    weights = _open(name, n_heads)
+    if n_heads not in (None, weights.model.n_heads):
+        raise UserError(
+            f"model.n_heads={n_heads}: the weights of {weights.origin} have {weights.model.n_heads}; "
+            f"remove it"
+        )
+    return weights
 
 
 def _open(name: str, n_heads: int | None) -> Weights:

@@ -211,7 +211,7 @@ def command_again(script: str, schema: type, job: Job, *further: str) -> str | N
     """The command that runs a job again by itself, even if the experiment that it names is a sweep.
 
     What its folder says may be a stranger's. So the command sets keys of the schema, and chooses options of
-    groups by plain names; Hydra's own settings are left out, as they do not change what a job does. None if
+    groups by plain names; Hydra's own settings are omitted, as they do not change what a job does. None if
     there is more to it: another key, a resolver such as `${oc.env:…}`, a terminal's control codes.
     """
     keys, groups = {*leaf_keys(schema)}, {item.name for item in fields(schema)} | {"experiment", "scale"}
