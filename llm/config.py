@@ -66,12 +66,36 @@ class ModelConfig:
     tie_weights: bool = key(True, "whether the output head shares the token embedding's weights")
     init: str = key(
         "gpt2",
-        "torch: torch's own defaults, as in the book; gpt2: normal with standard deviation 0.02",
-        choices=("torch", "gpt2"),
+        "torch: torch's own defaults, as in the book; gpt2: normal with standard deviation 0.02; "
+        "zero_projections: as gpt2, with zeros where a residual branch ends and in a head of its own",
+        choices=("torch", "gpt2", "zero_projections"),
     )
     norm: str = key("layernorm", "normalisation of the residual stream", table="llm.model.parts.NORMS")
     position: str = key("learned", "how positions are told apart", table="llm.model.parts.POSITIONS")
     activation: str = key("gelu", "of the feed-forward network", table="llm.model.parts.ACTIVATIONS")
+    bias: bool = key(True, "whether attention's output projection and the feed-forward layers have a bias")
+    hidden_dim: int | None = key(
+        None,
+        "width of the feed-forward network between its layers; null: 4 times emb_dim, or two thirds of that "
+        "if its activation is gated",
+        at_least=1,
+        at_most=10**7,
+    )
+    n_kv_heads: int | None = key(
+        None, "heads of keys and values, shared by groups of query heads; null: n_heads", at_least=1
+    )
+    qk_norm: bool = key(False, "whether queries and keys are normalised (RMSNorm) in each head")
+    value_embeddings: bool = key(
+        False, "whether every other block adds an embedding of each token to its values"
+    )
+    residual_scalars: bool = key(
+        False, "whether each block reads a learnt mix of the residual stream and the first embedding"
+    )
+    logit_softcap: float | None = key(
+        None, "bound of the logits: c · tanh(logits / c); null: none", at_least=1e-3
+    )
+    norm_eps: float = key(1e-5, "added to the variance or mean square in norms", above=0, at_most=1)
+    rotary_base: float = key(10_000.0, "rotary positions: the slowest pair turns 1/base a token", above=1)
 
 
 @dataclass
@@ -373,6 +397,11 @@ def validate(config: Any, prefix: str = "") -> None:
             raise UserError(
                 f"{prefix}emb_dim={width} cannot be divided evenly among {prefix}n_heads={heads} heads: "
                 f"make emb_dim a multiple of {heads}"
+            )
+        case ModelConfig(n_heads=heads, n_kv_heads=int(shared)) if heads % shared:
+            raise UserError(
+                f"{prefix}n_kv_heads={shared} must divide {prefix}n_heads={heads} evenly: each serves "
+                f"a group of query heads"
             )
         case OptimizerConfig(betas=betas) if len(betas) != 2:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")

@@ -64,8 +64,8 @@ def letters() -> tiktoken.Encoding:
     )
 
 
-class Rotary(nn.Module):
-    """Su et al. 2021. Its frequencies are a buffer that checkpoints do not hold."""
+class Turned(nn.Module):
+    """Rotary codes of a small base. Its frequencies are a buffer that checkpoints do not hold."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,12 +81,12 @@ class Rotary(nn.Module):
         return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
 
 
-class SwiGLU(nn.Module):
+class ReGLU(nn.Module):
     """Shazeer 2020."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return F.relu(gate) * value
 
 
 def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
@@ -112,13 +112,13 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     added: dict[str, Any] = {}
     exec(example("python"), {**vars(parts), "NORMS": added})
     for table, name, entry in (
-        (NORMS, "rmsnorm", added["rmsnorm"]),
+        (NORMS, "scalenorm", added["scalenorm"]),
         (OPTIMIZERS, "lion", OptimizerEntry(lion)),
         (SCHEDULES, "linear", linear),
         (SOURCES, "counting", counting),
         (TOKENIZERS, "letters", letters),
-        (POSITIONS, "rotary", Position(rotation=Rotary)),
-        (ACTIVATIONS, "swiglu", Activation(SwiGLU, inputs=2)),
+        (POSITIONS, "turned", Position(rotation=Turned)),
+        (ACTIVATIONS, "reglu", Activation(ReGLU, inputs=2)),
         (
             METRICS,
             "accuracy",
@@ -127,8 +127,8 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ):
         monkeypatch.setitem(table, name, entry)
     files = {
-        "model/tiny_rmsnorm": example("yaml").replace("small", "tiny"),
-        "model/modern": "defaults: [tiny]\nnorm: rmsnorm\nposition: rotary\nactivation: swiglu\n",
+        "model/tiny_scalenorm": example("yaml").replace("small", "tiny"),
+        "model/modern": "defaults: [tiny]\nnorm: scalenorm\nposition: turned\nactivation: reglu\n",
         "optimizer/lion": "name: lion\nlr: 0.003\n",
         "schedule/linear": "name: linear\nwarmup: 0.0\n",
         "data/counting": "source: counting\n",
@@ -193,7 +193,7 @@ def test_one_of_each_trains_resumes_samples_and_refuses_to_export(
         refused = script("export", conf, "checkpoint=run", f"format={form}", "to=exported")
         assert refused.returncode == 1
         assert refused.stderr == (
-            f"error: format={form} can describe only GPT-2, and this model has model.norm=rmsnorm: "
+            f"error: format={form} can describe only GPT-2, and this model has model.norm=scalenorm: "
             "it cannot be exported so\n"
         )
         assert not (tmp_path / "exported").exists()
@@ -230,19 +230,19 @@ def test_what_the_formats_can_describe_is_exported(conf: str, script: Script, tm
 
 def test_the_example_of_contributing_trains(conf: str, script: Script, tmp_path: Path) -> None:
     run = ran(script)
-    run("pretrain", conf, "model=tiny_rmsnorm", *COMMON, "training.max_steps=2", "hydra.run.dir=run")
+    run("pretrain", conf, "model=tiny_scalenorm", *COMMON, "training.max_steps=2", "hydra.run.dir=run")
     config = json.loads((tmp_path / "run" / "checkpoints" / "last" / "config.json").read_text())
-    assert (config["model"]["norm"], config["model"]["emb_dim"]) == ("rmsnorm", 64)
+    assert (config["model"]["norm"], config["model"]["emb_dim"]) == ("scalenorm", 64)
 
 
 def test_parts_that_were_added_count_and_decode_as_any(conf: str) -> None:
-    config = ModelConfig(40, 12, 16, 2, 2, norm="rmsnorm", position="rotary", activation="swiglu")
+    config = ModelConfig(40, 12, 16, 2, 2, norm="scalenorm", position="turned", activation="reglu")
     torch.manual_seed(0)
     model = GPTModel(config).eval()
     plain = replace(config, norm="layernorm", position="learned", activation="gelu")
-    # A gated activation has half as many weights again in a feed-forward network.
-    gate = 2 * 4 * 16 * 16
-    assert training_flops_per_token(model) - training_flops_per_token(GPTModel(plain)) == 6 * gate
+    # A gated activation has three matrices, two thirds as wide (42⅔) up to a multiple of 16, in place of two.
+    more = 2 * (3 * 16 * 48 - 2 * 16 * 64)
+    assert training_flops_per_token(model) - training_flops_per_token(GPTModel(plain)) == 6 * more
     prompt = [3, 1, 4, 1, 5]
     decoding = Decoding(model, [prompt], max_new_tokens=15, context_size=12)
     for token in range(15):  # past the context too

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
-from llm.model.loss import CHUNK_TOKENS, linear_cross_entropy
-from llm.model.parts import NORMS, POSITIONS, FeedForward, MultiHeadAttention, Remember, RememberLayer
+from llm.model.attention import MultiHeadAttention, Remember, RememberLayer
+from llm.model.loss import CHUNK_TOKENS, capped, linear_cross_entropy
+from llm.model.parts import NORMS, POSITIONS, FeedForward
 
 # Logits (tokens, vocab_size) and the tokens that came (tokens,) to a number for each (tokens,).
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -28,17 +29,37 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.att = MultiHeadAttention(config)
         self.ff = FeedForward(config)
-        self.norm1 = NORMS[config.norm](config.emb_dim)
-        self.norm2 = NORMS[config.norm](config.emb_dim)
+        self.norm1 = NORMS[config.norm](config.emb_dim, config.norm_eps)
+        self.norm2 = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
+        # Of the residual stream, and of the embeddings that it began as.
+        self.residual_scalars = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
-    def forward(self, x: Tensor, positions: Tensor, remember: RememberLayer | None = None) -> Tensor:
-        x = x + self.drop_shortcut(self.att(self.norm1(x), positions, remember))
+    def forward(
+        self,
+        x: Tensor,
+        embedded: Tensor,
+        positions: Tensor,
+        remember: RememberLayer | None = None,
+        value_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            x: (batch, time, emb_dim); embedded: what it was before the first block.
+            positions, remember, value_embedding: see `MultiHeadAttention`.
+        """
+        if self.residual_scalars is not None:
+            x = self.residual_scalars[0] * x + self.residual_scalars[1] * embedded
+        x = x + self.drop_shortcut(self.att(self.norm1(x), positions, remember, value_embedding))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
 class GPTModel(nn.Module):
-    """Token ids (batch, time) to next-token logits (batch, time, vocab_size)."""
+    """Token ids (batch, time) to next-token logits (batch, time, vocab_size).
+
+    Besides the book's parts it has those that `ModelConfig` turns on. Value embeddings and residual scalars
+    are those of Jordan et al. 2024 (modded-nanogpt), bounded logits those of Gemma 2 (2024).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,24 +69,32 @@ class GPTModel(nn.Module):
         self.pos_emb = position.embedding(config) if position.embedding else None
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
-        self.final_norm = NORMS[config.norm](config.emb_dim)
+        self.final_norm = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.cache_dtype = torch.float32  # of keys and values that generation keeps
         self.compiled_features: Callable[..., Tensor] | None = None  # `features` for steps of one shape
         # With tied weights there is no second tensor, so none is saved, counted or stepped twice.
         self.out_head = (
             None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         )
-        if config.init == "gpt2":
+        # Every other block has one, the last among them.
+        with_values = range((config.n_layers - 1) % 2, config.n_layers, 2) if config.value_embeddings else ()
+        kv_dim = config.emb_dim // config.n_heads * (config.n_kv_heads or config.n_heads)
+        self.value_embs = nn.ModuleDict(
+            {str(layer): nn.Embedding(config.vocab_size, kv_dim) for layer in with_values}
+        )
+        if config.init != "torch":
             self._init_as_gpt2()
 
     def _init_as_gpt2(self) -> None:
         """Radford et al. 2019, section 2.3: normal weights, those that end a residual branch scaled down
-        by the root of the number of branches."""
+        by the root of the number of branches. Or these are 0, and so is a head of its own: each block then
+        begins as the identity (Zhang et al. 2019, Fixup), and all tokens as equally likely."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            ends_branch = name.endswith(("out_proj.weight", "ff.layers.2.weight"))
+            zero = self.config.init == "zero_projections" and (ends_branch or name == "out_head.weight")
+            if name.endswith("bias") or zero:
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                ends_branch = name.endswith(("out_proj.weight", "ff.layers.2.weight"))
                 branches = 2 * self.config.n_layers if ends_branch else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
 
@@ -84,14 +113,19 @@ class GPTModel(nn.Module):
         x = self.tok_emb(idx)
         if self.pos_emb is not None:
             x = x + self.pos_emb(positions)
-        x = self.drop_emb(x)
+        x = embedded = self.drop_emb(x)
         for layer, block in enumerate(self.trf_blocks):
-            x = block(x, positions, partial(remember, layer) if remember else None)
+            value_embedding = self.value_embs[str(layer)](idx) if str(layer) in self.value_embs else None
+            keep = partial(remember, layer) if remember else None
+            x = block(x, embedded, positions, keep, value_embedding)
         return self.final_norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
         """Through the output head: (…, emb_dim) to (…, vocab_size)."""
-        return F.linear(features, self.head_weight) if self.out_head is None else self.out_head(features)
+        head = self.out_head
+        logits = F.linear(features, self.head_weight) if head is None else head(features)
+        cap = self.config.logit_softcap
+        return logits if cap is None else capped(logits.float(), cap)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (batch, time, vocab_size); or, given targets (batch, time), their mean cross-entropy in
@@ -99,7 +133,9 @@ class GPTModel(nn.Module):
         features = self.features(idx)
         if targets is None:
             return self.logits(features)
-        return linear_cross_entropy(features.flatten(0, 1), self.head_weight, targets.flatten())
+        return linear_cross_entropy(
+            features.flatten(0, 1), self.head_weight, targets.flatten(), self.config.logit_softcap
+        )
 
     @torch.no_grad()
     def score_tokens(self, idx: Tensor, targets: Tensor, *scores: Score) -> list[Tensor]:
@@ -122,11 +158,32 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def description(config: ModelConfig) -> str:
+    """A model's size, and its parts where they are not GPT-2's: "4 layers, width 128, …, rotary, rmsnorm"."""
+    default = ModelConfig()
+    chosen = {name: getattr(config, name) for name in ("position", "norm", "activation")}
+    words = [
+        f"{config.n_layers} layers, width {config.emb_dim}, {config.n_heads} heads",
+        f"{config.n_kv_heads} of keys and values" if config.n_kv_heads else "",
+        f"context {config.context_length}",
+        *(value for name, value in chosen.items() if value != getattr(default, name)),
+        f"hidden width {config.hidden_dim}" if config.hidden_dim else "",
+        "QK-norm" if config.qk_norm else "",
+        "value embeddings" if config.value_embeddings else "",
+        "residual scalars" if config.residual_scalars else "",
+        f"logits capped at {config.logit_softcap:g}" if config.logit_softcap else "",
+        "projections from zero" if config.init == "zero_projections" else "",
+        "" if config.bias else "no biases",
+    ]
+    return ", ".join(word for word in words if word)
+
+
 def parameters_of(config: ModelConfig) -> int:
-    """Parameters of a model that is not made: all blocks have as many."""
+    """Parameters of a model that is not made: every second block is alike."""
+    few = 2 - config.n_layers % 2
     with torch.device("meta"):  # just shapes: nothing is allocated
-        one, two = (parameter_count(GPTModel(replace(config, n_layers=layers))) for layers in (1, 2))
-    return one + (config.n_layers - 1) * (two - one)
+        less, more = (parameter_count(GPTModel(replace(config, n_layers=n))) for n in (few, few + 2))
+    return less + (config.n_layers - few) // 2 * (more - less)
 
 
 def matrix_parameters(model: GPTModel) -> int:

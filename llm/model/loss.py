@@ -22,22 +22,37 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """Logits bounded smoothly to (-cap, cap): cap · tanh(logits / cap). Gemma 2 (2024), section 2."""
+    return torch.tanh(logits / cap) * cap
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
     """Mean of `F.cross_entropy(hidden @ weight.T, targets)`, a scalar in nats, for training.
 
     Under autocast the products are computed in its type, and the loss is summed in fp32.
 
     Args:
         hidden: (tokens, emb_dim). weight: (vocab, emb_dim). targets: (tokens,), int64.
+        softcap: the logits are `capped` by it.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        softcap: float | None,
+    ) -> Tensor:
         vocab_size = len(weight)
         matrix = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % ALIGNED))
         nats = torch.zeros((), device=hidden.device)
@@ -47,8 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
         ):
             logits = rows @ matrix.T
+            if softcap is not None:
+                tanh = logits.div_(softcap).tanh_()
+                logits = tanh * softcap
             logits[:, vocab_size:] = -torch.inf  # the padding gets probability 0
             nats += _softmax_minus_one_hot(logits, wanted)
+            if softcap is not None:
+                logits.mul_(tanh.square_().neg_().add_(1))  # the derivative of tanh
             hidden_gradients.append(logits @ matrix)
             weight_gradient += (logits.T @ rows)[:vocab_size]
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
@@ -57,10 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = scale / len(hidden_gradient)  # the loss is the mean, the gradients are those of the sum
-        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None
+        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None
 
 
 def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ A new part is a class here and its line in a table. It is then trained, resumed,
 other; an export to a format that cannot describe it refuses.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,28 +14,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
-from llm.model.kv_cache import Attended
-
-# What generation gives the model to keep keys and values of new tokens, see llm/model/kv_cache.py: a function
-# of (layer, keys, values), and the same for one layer.
-Remember = Callable[[int, Tensor, Tensor], Attended]
-RememberLayer = Callable[[Tensor, Tensor], Attended]
+from llm.errors import UserError
 
 
 class LayerNorm(nn.Module):
     """Layer normalisation (Ba et al. 2016) with the book's parameter names."""
 
-    def __init__(self, emb_dim: int) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(emb_dim))
-        self.shift = nn.Parameter(torch.zeros(emb_dim))
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.shift = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
 
 
-# By `model.norm`: made from emb_dim; (…, emb_dim) to the same shape.
-NORMS: dict[str, Callable[[int], nn.Module]] = {"layernorm": LayerNorm}
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019): no mean is taken off, and there is no shift."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+
+
+# By `model.norm`: made from the size of what it normalises and the epsilon; (…, size) to the same shape.
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+class Rotary(nn.Module):
+    """Rotary position codes (Su et al. 2021): queries and keys are turned by angles that grow with the
+    position, so that their products depend on how far apart they are, and on nothing else.
+
+    The first half of a head's numbers are paired with the second, as in Llama. Pair i turns by
+    base^(-2i / head_dim) a token.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        head_dim = config.emb_dim // config.n_heads
+        if head_dim % 2:
+            raise UserError(
+                f"model.position=rotary turns pairs of numbers: model.emb_dim={config.emb_dim} among "
+                f"model.n_heads={config.n_heads} heads gives each {head_dim}, which has to be even"
+            )
+        frequencies = config.rotary_base ** (-torch.arange(0, head_dim, 2) / head_dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys (batch, heads, time, head_dim) at positions (time,) or (batch, time), in fp32."""
+        angles = positions[..., None, :, None] * self.get_buffer("frequencies")  # (…, 1, time, head_dim / 2)
+        cos, sin = angles.cos(), angles.sin()
+        one, other = heads.float().chunk(2, dim=-1)
+        return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -45,7 +79,8 @@ class Position:
 
     # Positions (time,) or (batch, time) to what is added to the token embeddings: (…, time, emb_dim).
     embedding: Callable[[ModelConfig], nn.Module] | None = None
-    # Queries or keys (batch, heads, time, head_dim) and their positions to the same shape: rotary codes.
+    # Queries or keys (batch, heads, time, head_dim) and their positions to the same shape, such that products
+    # of the two depend on differences of positions alone.
     rotation: Callable[[ModelConfig], nn.Module] | None = None
 
 
@@ -55,7 +90,25 @@ def learned_embedding(config: ModelConfig) -> nn.Module:
 
 
 # By `model.position`.
-POSITIONS: dict[str, Position] = {"learned": Position(embedding=learned_embedding)}
+POSITIONS: dict[str, Position] = {
+    "learned": Position(embedding=learned_embedding),
+    "rotary": Position(rotation=Rotary),
+}
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)² (So et al. 2021, Primer)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """Half of the inputs, through SiLU, gates the other half (Shazeer 2020)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
 
 
 @dataclass(frozen=True)
@@ -69,64 +122,30 @@ class Activation:
 # By `model.activation`.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(partial(nn.GELU, approximate="tanh")),  # the tanh form is GPT-2's
+    "relu2": Activation(SquaredReLU),
+    "swiglu": Activation(SwiGLU, inputs=2),
 }
 
 
-class MultiHeadAttention(nn.Module):
-    """Causal self-attention: (batch, time, emb_dim) to the same shape."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.n_heads = config.n_heads
-        self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
-        self.W_key = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
-        self.W_value = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
-        self.dropout = nn.Dropout(config.drop_rate)
-        rotation = POSITIONS[config.position].rotation
-        self.rotation = rotation(config) if rotation else None
-
-    def forward(self, x: Tensor, positions: Tensor, remember: RememberLayer | None = None) -> Tensor:
-        """`positions` are those of x, (time,) or (batch, time); `remember` keeps keys and values."""
-        batch, time, emb_dim = x.shape
-        # (batch, heads, time, head_dim)
-        queries, keys, values = (
-            project(x).view(batch, time, self.n_heads, -1).transpose(1, 2)
-            for project in (self.W_query, self.W_key, self.W_value)
-        )
-        if self.rotation is not None:
-            # Angles want fp32, as bf16 cannot tell large positions apart; attention, the values' precision.
-            queries, keys = (self.rotation(heads, positions).to(values.dtype) for heads in (queries, keys))
-        drop_rate = self.dropout.p if self.training else 0.0
-        if drop_rate > 0 and queries.dtype == torch.float32:
-            context = self._attend_as_in_the_book(queries, keys, values)
-        else:
-            mask = None
-            if remember is not None:
-                keys, values, mask = remember(keys, values)
-            context = F.scaled_dot_product_attention(
-                queries.to(keys.dtype), keys, values, mask, drop_rate, is_causal=time > 1
-            )
-        return self.out_proj(context.transpose(1, 2).reshape(batch, time, emb_dim))
-
-    def _attend_as_in_the_book(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The same attention, step by step: fused kernels draw dropout in an order of their own."""
-        scores = queries @ keys.transpose(2, 3)  # (batch, heads, time, time)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)
-        weights = torch.softmax(scores.masked_fill(future, -torch.inf) / math.sqrt(keys.shape[-1]), dim=-1)
-        return self.dropout(weights) @ values
+def hidden_dim(config: ModelConfig) -> int:
+    """The width of a feed-forward network between its two layers. A gated one is by default two thirds as
+    wide as GPT-2's, so that it has as many weights (Shazeer 2020), up to the next multiple of 16."""
+    if config.hidden_dim is not None:
+        return config.hidden_dim
+    inputs = ACTIVATIONS[config.activation].inputs
+    return 4 * config.emb_dim if inputs == 1 else -(-8 * config.emb_dim // (1 + inputs) // 16) * 16
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, four times as wide between them, with an activation: (…, emb_dim) to the same."""
+    """Two linear layers with an activation between them: (…, emb_dim) to the same shape."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        activation, hidden = ACTIVATIONS[config.activation], 4 * config.emb_dim
+        activation, hidden = ACTIVATIONS[config.activation], hidden_dim(config)
         self.layers = nn.Sequential(
-            nn.Linear(config.emb_dim, activation.inputs * hidden),
+            nn.Linear(config.emb_dim, activation.inputs * hidden, bias=config.bias),
             activation.make(),
-            nn.Linear(hidden, config.emb_dim),
+            nn.Linear(hidden, config.emb_dim, bias=config.bias),
         )
 
     def forward(self, x: Tensor) -> Tensor:

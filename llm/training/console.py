@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm.config import PretrainConfig
 from llm.device import device_name
-from llm.model.gpt import parameter_count, parameters_of
+from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run_folder import step_folders, steps_of
@@ -24,12 +24,9 @@ def announce(run: Run, budget: Budget, matmul_flops: float) -> None:
     """Print what the run is about to do, its estimated time, and how to ask for more."""
     config, training, runtime = run.config, run.config.training, run.runtime
     log.info(
-        "model      %s parameters: %d layers, width %d, %d heads, context %d",
+        "model      %s parameters: %s",
         format_count(parameter_count(run.model)),
-        config.model.n_layers,
-        config.model.emb_dim,
-        config.model.n_heads,
-        config.model.context_length,
+        description(config.model),
     )
     log.info(
         "data       %s training and %s validation tokens (%s)",

@@ -1,0 +1,97 @@
+"""Causal self-attention: the book's, and with the parts that newer models add to it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.config import ModelConfig
+from llm.model.kv_cache import Attended
+from llm.model.parts import POSITIONS, RMSNorm
+
+# What generation gives the model to keep keys and values of new tokens, see llm/model/kv_cache.py: a function
+# of (layer, keys, values), and the same for one layer.
+Remember = Callable[[int, Tensor, Tensor], Attended]
+RememberLayer = Callable[[Tensor, Tensor], Attended]
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention: (batch, time, emb_dim) to the same shape.
+
+    With fewer heads of keys and values than of queries, each serves a group of these (grouped-query
+    attention, Ainslie et al. 2023), and the KV cache is as much smaller. Queries and keys may be normalised
+    in each head (Henry et al. 2020; with RMSNorm, as Qwen 3), which bounds their products.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.emb_dim // config.n_heads
+        kv_dim = (config.n_kv_heads or config.n_heads) * self.head_dim
+        self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.W_key = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.W_value = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
+        self.dropout = nn.Dropout(config.drop_rate)
+        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        rotation = POSITIONS[config.position].rotation
+        self.rotation = rotation(config) if rotation else None
+        self.groups = config.n_heads * self.head_dim // kv_dim  # query heads for each head of keys
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        remember: RememberLayer | None = None,
+        value_embedding: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            positions: of x, (time,) or (batch, time).
+            remember: keeps keys and values.
+            value_embedding: added to the values, (batch, time, kv_dim).
+        """
+        batch, time, emb_dim = x.shape
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
+        if value_embedding is not None:
+            values = values + value_embedding.to(values.dtype)
+        # (batch, heads, time, head_dim)
+        queries, keys, values = (
+            projected.view(batch, time, -1, self.head_dim).transpose(1, 2)
+            for projected in (queries, keys, values)
+        )
+        # Norms and angles want fp32, as bf16 cannot tell large positions apart; attention, the values'
+        # precision.
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries.float()), self.key_norm(keys.float())
+        if self.rotation is not None:
+            queries, keys = self.rotation(queries, positions), self.rotation(keys, positions)
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        drop_rate = self.dropout.p if self.training else 0.0
+        if drop_rate > 0 and queries.dtype == torch.float32:
+            context = self._attend_as_in_the_book(queries, keys, values)
+        else:
+            mask = None
+            if remember is not None:
+                keys, values, mask = remember(keys, values)
+            context = F.scaled_dot_product_attention(
+                queries.to(keys.dtype),
+                keys,
+                values,
+                mask,
+                drop_rate,
+                is_causal=time > 1,
+                enable_gqa=self.groups > 1,
+            )
+        return self.out_proj(context.transpose(1, 2).reshape(batch, time, emb_dim))
+
+    def _attend_as_in_the_book(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The same attention, step by step: fused kernels draw dropout in an order of their own."""
+        if self.groups > 1:
+            keys, values = (heads.repeat_interleave(self.groups, dim=1) for heads in (keys, values))
+        scores = queries @ keys.transpose(2, 3)  # (batch, heads, time, time)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(diagonal=1)
+        weights = torch.softmax(scores.masked_fill(future, -torch.inf) / math.sqrt(keys.shape[-1]), dim=-1)
+        return self.dropout(weights) @ values
