@@ -43,7 +43,8 @@ def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str]
     Raises:
         UserError: an override is neither Hydra's nor the script's.
     """
-    leaves, groups = {*leaf_keys(schema)}, {each.name for each in CONF.iterdir() if each.is_dir()}
+    leaves = {*leaf_keys(schema)}
+    groups = {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
     keys = leaves | {key.rpartition(".")[0] for key in leaves if "." in key}
     fitting, ignored = [], []
     for text in overrides:

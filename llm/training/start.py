@@ -23,6 +23,7 @@ from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.errors import UserError
 from llm.files import read_content, remove, remove_leftovers, replacing, write_text
+from llm.model.parts import POSITIONS
 from llm.overrides import as_argument
 from llm.run_folder import (
     CHECKPOINTS,
@@ -45,7 +46,11 @@ FREE_DATA_KEYS = ("data.source", "data.path", "data.cache_dir")
 
 # Keys of a model that given weights leave open: how it was initialised, and its dropout from here on.
 FREE_MODEL_KEYS = ("init", "drop_rate")
-SIZES = ("emb_dim", "n_heads", "n_layers")  # by which presets such as gpt124m are named
+# What a preset such as gpt124m or modern_small stands for: its sizes and its parts.
+CHARACTER = (
+    *("emb_dim", "n_heads", "n_layers", "norm", "position", "activation", "bias", "n_kv_heads", "qk_norm"),
+    *("value_embeddings", "residual_scalars", "logit_softcap"),
+)
 
 RESULTS = ("error", "stopped_early", "train_loss")  # of a summary, besides the `val_…`
 
@@ -203,7 +208,7 @@ def with_weights(
     Raises:
         UserError: another model or tokenizer was asked for.
     """
-    chosen = {f"model.{name}" for name in SIZES} if "model" in given else set()
+    chosen = {f"model.{name}" for name in CHARACTER} if "model" in given else set()
     for item in fields(ModelConfig):
         key, wanted, found = f"model.{item.name}", getattr(config.model, item.name), getattr(model, item.name)
         if item.name in (*FREE_MODEL_KEYS, "context_length") or wanted == found:
@@ -217,7 +222,7 @@ def with_weights(
     context = model.context_length
     if {"model", "model.context_length"} & set(given):
         context = config.model.context_length
-    if context > model.context_length:
+    if context > model.context_length and POSITIONS[model.position].embedding:
         raise UserError(
             f"model.context_length={context}: the weights of {origin} have positions for "
             f"{model.context_length}; ask for no more"
