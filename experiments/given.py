@@ -1,5 +1,6 @@
 """Which keys were asked for, as opposed to left at their defaults."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+PACKAGE = re.compile(r"\s*# @package (\S+)")  # where Hydra puts the keys of a file
+
 
 def given_keys(overrides: Iterable[str], folders: Iterable[Path], values: bool = False) -> frozenset[str]:
     """The dotted keys that overrides set, among them those of the experiments that they choose.
 
     Where an option of a group was chosen, as by `model=tiny`, or by `override /model: tiny` in an experiment,
-    the group's name is given. It stands for all keys below it.
+    the group's name is given. It stands for all keys below it. An option of a group that sets keys of another
+    one, as `model/part=rotary` does, gives these keys.
 
     Args:
         overrides: of the command line, or of a job of a sweep; none of them a sweep.
@@ -28,7 +32,7 @@ def given_keys(overrides: Iterable[str], folders: Iterable[Path], values: bool =
             for name in value if isinstance(value, list) else [value]:
                 given.update(_keys_of_experiment(Path(key, str(name)), folders, values))
         else:
-            given.update(_keys_of_choice(key, value, folders) if values else [key])
+            given.update(_keys_of_choice(key, value, folders, values))
     return frozenset(given)
 
 
@@ -39,25 +43,39 @@ def _keys_of_experiment(config: Path, folders: list[Path], values: bool) -> Iter
         if not isinstance(entry, str):
             [(group, option)] = entry.items()
             name = str(group).split()[-1].lstrip("/")  # of `override /model`
-            yield from _keys_of_choice(name, option, folders) if values else [name]
+            yield from _keys_of_choice(name, option, folders, values)
         elif entry != "_self_":
             yield from _keys_of_experiment(config.parent / entry, folders, values)
     yield from _leaves(content)
 
 
-def _keys_of_choice(group: str, option: object, folders: list[Path]) -> Iterator[str]:
-    """The keys that an option of a group sets; of a key that is no group, the key itself."""
+def _keys_of_choice(group: str, option: object, folders: list[Path], values: bool) -> Iterator[str]:
+    """The keys that an option of a group sets, or the group; of a key that is no group, the key itself."""
     if not any((folder / group).is_dir() for folder in folders):
         yield group
         return
-    content = _content(Path(group, str(option)), folders)
-    content.pop("defaults", None)
-    yield from _leaves(content, f"{group}.")
+    for name in option if isinstance(option, list) else [option]:
+        config = Path(group, str(name))
+        file, content = _find(config, folders), _content(config, folders)
+        package = PACKAGE.match(file.read_text("utf-8")) if file else None
+        if not values and (package is None or package[1] == "_global_"):
+            yield group
+            continue
+        for entry in content.pop("defaults", []):
+            if isinstance(entry, str) and entry != "_self_":  # an option that it builds on
+                yield from _keys_of_choice(group, entry, folders, values)
+        place = package[1] if package else group
+        yield from _leaves(content, "" if place == "_global_" else f"{place}.")
+
+
+def _find(config: Path, folders: list[Path]) -> Path | None:
+    """The first file of this name in the folders."""
+    return next((file for folder in folders if (file := folder / f"{config}.yaml").exists()), None)
 
 
 def _content(config: Path, folders: list[Path]) -> dict[str, Any]:
-    """What the first file of this name in the folders says, without Hydra's own settings."""
-    found = next((file for folder in folders if (file := folder / f"{config}.yaml").exists()), None)
+    """What a config says, without Hydra's own settings."""
+    found = _find(config, folders)
     content: Any = OmegaConf.to_container(OmegaConf.load(found)) if found else {}
     content.pop("hydra", None)
     return content
