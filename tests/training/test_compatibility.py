@@ -1,7 +1,8 @@
 """The run folder of an older version still opens: it resumes, and is sampled, evaluated, reported, exported.
 
-`fixtures/run_v1` was written by commit e22341d, before checkpoints named their format: 8 updates of a model
-of 3,048 parameters, with checkpoints after 5 and 8.
+Each is 8 updates of a model of 3,048 parameters, with checkpoints after 5 and 8. `fixtures/run_v1` was written
+by commit e22341d, before checkpoints named their format; `fixtures/run_v2` by e0311cd, before models had other
+parts than GPT-2's.
 """
 
 import json
@@ -17,33 +18,35 @@ from transformers import GPT2LMHeadModel
 
 from llm.files import read_json_lines
 
-RUN_V1 = Path(__file__).parents[1] / "fixtures" / "run_v1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RUN_V1 = FIXTURES / "run_v1"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(params=["run_v1"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy of the run, beside the text that it was trained on."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return shutil.copytree(RUN_V1, tmp_path / "run_v1", symlinks=True)
+    return shutil.copytree(FIXTURES / request.param, tmp_path / request.param, symlinks=True)
 
 
 def recorded() -> dict[str, Any]:
     return json.loads((RUN_V1 / "summary.json").read_text("utf-8"))
 
 
-def assert_recorded_numbers(lines: list[dict[str, Any]]) -> None:
+def assert_recorded_numbers(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """On the machine that wrote the run they are the same to the bit; others may differ in the last ones."""
-    assert len(lines) == len(numbers(RUN_V1)) == 11
-    for line, expected in zip(lines, numbers(RUN_V1), strict=True):
-        assert line == pytest.approx(expected, abs=1e-5)
+    assert len(lines) == len(expected) == 11
+    for line, each in zip(lines, expected, strict=True):
+        assert line == pytest.approx(each, abs=1e-5)
 
 
+@pytest.mark.parametrize("run", ["run_v1", "run_v2"], indirect=True)
 def test_it_is_resumed_from_an_earlier_checkpoint(script: Script, run: Path) -> None:
-    result = script("pretrain", "resume=run_v1/checkpoints/step-00000005")
+    result = script("pretrain", f"resume={run.name}/checkpoints/step-00000005")
     assert result.returncode == 0, result.stderr
-    assert_recorded_numbers(numbers(run))
+    assert_recorded_numbers(numbers(run), numbers(FIXTURES / run.name))
     assert (run / "checkpoints" / "last").readlink().name == "step-00000008"
-    [sample], [expected] = (read_json_lines(folder / "samples.jsonl") for folder in (run, RUN_V1))
+    [sample], [expected] = (read_json_lines(each / "samples.jsonl") for each in (run, FIXTURES / run.name))
     assert sample["token_ids"] == expected["token_ids"]
 
 
@@ -51,7 +54,7 @@ def test_it_is_continued_beyond_its_end(script: Script, run: Path) -> None:
     result = script("pretrain", "resume=run_v1", "training.max_steps=12")
     assert result.returncode == 0, result.stderr
     lines = numbers(run)
-    assert_recorded_numbers(lines[:11])
+    assert_recorded_numbers(lines[:11], numbers(RUN_V1))
     assert [line["step"] for line in lines[11:]] == [8, 9, 9, 10, 11]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     assert (summary["status"], summary["steps"]) == ("finished", 12)
