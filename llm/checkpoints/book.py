@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.checkpoints.gpt2_layout import refuse_unless_gpt2
 from llm.checkpoints.weights import (
     Weights,
     build_model,
@@ -23,7 +24,6 @@ from llm.checkpoints.weights import (
     in_fp32,
     is_finite,
     new_folder,
-    refuse_unless_gpt2,
     without_wrappers,
 )
 from llm.config import ModelConfig, OptimizerConfig, from_dict, validate

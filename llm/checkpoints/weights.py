@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,36 +132,6 @@ def without_wrappers(tensors: dict[str, Any]) -> dict[str, Any]:
     if all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
     return plain if len(plain) == len(tensors) else tensors
-
-
-# What every format for GPT-2 can describe. The other keys of a model must have their defaults: GPT-2's parts.
-GPT2_KEYS = (
-    "vocab_size",
-    "context_length",
-    "emb_dim",
-    "n_heads",
-    "n_layers",
-    "drop_rate",
-    "qkv_bias",
-    "tie_weights",
-    "init",
-)
-
-
-def refuse_unless_gpt2(config: ModelConfig, what: str) -> None:
-    """
-    Raises:
-        UserError: the model has a part that GPT-2 does not have, so that a format made for GPT-2 would write
-            another model.
-    """
-    default = ModelConfig()
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name not in GPT2_KEYS and value != getattr(default, item.name):
-            raise UserError(
-                f"{what} can describe only GPT-2, and this model has model.{item.name}={value}: "
-                f"it cannot be exported so"
-            )
 
 
 @contextlib.contextmanager

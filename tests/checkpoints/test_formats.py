@@ -392,7 +392,7 @@ def refused(path: str | Path, n_heads: int | None = None) -> str:
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("model_type", "llama", "model_type=llama is not supported"),
+        ("model_type", "bert", "model_type=bert is not supported"),
         ("activation_function", "relu", "activation_function=relu is not supported"),
         ("n_inner", 7, "n_inner=7 is not supported"),
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True is not supported"),
