@@ -62,7 +62,8 @@ class Rotary(nn.Module):
                 f"model.position=rotary turns pairs of numbers: model.emb_dim={config.emb_dim} among "
                 f"model.n_heads={config.n_heads} heads gives each {head_dim}, which has to be even"
             )
-        frequencies = config.rotary_base ** (-torch.arange(0, head_dim, 2) / head_dim)
+        # Divided last, as in transformers: at position 500, the last bit of a frequency is 1e-4 of a logit.
+        frequencies = 1 / config.rotary_base ** (torch.arange(0, head_dim, 2) / head_dim)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, heads: Tensor, positions: Tensor) -> Tensor:
