@@ -27,7 +27,7 @@ from llm.checkpoints.weights import (
 )
 from llm.config import ModelConfig, validate
 from llm.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
-from llm.data.tokenizer_files import as_huggingface, holds_tokenizer, kept_files
+from llm.data.tokenizer_files import as_huggingface, holds_tokenizer, kept_files, with_class
 from llm.errors import UserError, first_line
 from llm.files import as_json, refuse_stand_in
 from llm.model.gpt import GPTModel
@@ -190,7 +190,8 @@ def export_huggingface(model: GPTModel, tokenizer: str, folder: Path) -> Describ
         encoding = load_tokenizer(tokenizer)
         described |= {f"{end}_token_id": end_of_text_id(encoding) for end in ("bos", "eos")}
         if files := kept_files(encoding):
-            for name, content in files.items():
+            # transformers knows GPT-2's class by the model's type, and no longer where that is another
+            for name, content in (files if layout is GPT2 else with_class(files)).items():
                 (temporary / name).write_bytes(content)
         else:
             described |= {"tiktoken_encoding": tokenizer}

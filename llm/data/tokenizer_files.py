@@ -15,7 +15,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from llm.errors import UserError, first_line
-from llm.files import as_typed, refuse_stand_in
+from llm.files import as_json, as_typed, refuse_stand_in
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -42,12 +42,18 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# GPT-2's for what is left of a text once its digits are cut out, one by one or number by number. White space
+# before them is then followed by nothing.
+_DIGIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+_DIGITS = _DIGIT.replace(r"|\p{N}|", r"|\p{N}+|")
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
     r"\s*[\r\n]|\s+(?!\S)|\s"
 )  # tiktoken's; Hugging Face's regexes read {1,3}+ otherwise, but only exports of ours have had it
 _OTHER_PATTERNS = (
     BYTES_PATTERN,
+    _DIGIT,
+    _DIGITS,
     rf"{_ENDINGS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}",  # Llama 3's
     rf"{_ENDINGS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}",  # Qwen 2's
     _CL100K,
@@ -57,7 +63,16 @@ _OTHER_PATTERNS = (
 )
 _LARGEST_ID = 2**24  # so that no table of all ids is large because a file says so
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")  # the first is what a folder means that does not say
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of what tokenizer.json says, and no more
+# Of what tokenizer.json says, and no more; the latter two where it is a byte-level BPE.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast")
+# By a config.json's `model_type`: the class that transformers 5 takes where a folder says none, and whether
+# it does so whatever the folder says.
+_CLASS_OF_MODEL = {
+    "llama": (_PLAIN_CLASSES[0], False),
+    "mistral": (_PLAIN_CLASSES[0], True),
+    "qwen2": ("Qwen2Tokenizer", True),
+    "qwen3": ("Qwen2Tokenizer", False),
+}
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GPT2_ROLES = ("bos_token", "eos_token", "unk_token")  # of `<|endoftext|>`, unless a folder says otherwise
 
@@ -110,6 +125,28 @@ def kept_files(encoding: tiktoken.Encoding) -> dict[str, bytes]:
     return encoding.files if isinstance(encoding, FileEncoding) else {}
 
 
+def with_class(files: dict[str, bytes], name: str = "", always: bool = False) -> dict[str, bytes]:
+    """A tokenizer's files with a class in tokenizer_config.json, for where no config.json says by the model's
+    type which it is: there already, or, if that is so `always`, in its place."""
+    about = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if about.get("tokenizer_class") and not always:
+        return files
+    about["tokenizer_class"] = name or _GPT2_CLASSES[0]
+    return {**files, "tokenizer_config.json": as_json(about).encode()}
+
+
+def _class_of_model(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
+    """The files of a folder, with the class that its model's type means."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return files
+    refuse_stand_in(config)
+    described = json.loads(config.read_bytes())
+    name, always = _CLASS_OF_MODEL.get(described.get("model_type"), ("", False))
+    said = described.get("tokenizer_class")
+    return with_class(files, name if always else said or name, always) if name or said else files
+
+
 def read_tokenizer(path: Path) -> FileEncoding:
     """The tokenizer in a folder of Hugging Face's files, or in a file like tokenizer.json.
 
@@ -125,6 +162,7 @@ def read_tokenizer(path: Path) -> FileEncoding:
         for file in found.values():
             refuse_stand_in(file)
         files = {name: file.read_bytes() for name, file in found.items()}
+        files = _class_of_model(files, path)
         parts = _read(files, path)
         ranks = _ranks(parts, path)
         special = _special_tokens(parts, ranks, path)
@@ -217,11 +255,12 @@ def _check_steps(described: dict[str, Any], path: Path) -> None:
     if (decoder := described.get("decoder")) and decoder.get("type") != "ByteLevel":
         raise _refusal(path, f"is decoded by {decoder.get('type')}")
     last = described.get("post_processor") or {"type": "ByteLevel"}
-    adds_nothing = last["type"] == "ByteLevel" or (
-        last["type"] == "TemplateProcessing" and all("Sequence" in piece for piece in last["single"])
-    )
-    if not adds_nothing:
-        raise _refusal(path, f"adds tokens to each text ({last['type']})")
+    for step in last["processors"] if last["type"] == "Sequence" else [last]:
+        adds_nothing = step["type"] == "ByteLevel" or (
+            step["type"] == "TemplateProcessing" and all("Sequence" in piece for piece in step["single"])
+        )
+        if not adds_nothing:
+            raise _refusal(path, f"adds tokens to each text ({step['type']})")
 
 
 def _pattern(steps: dict[str, Any] | None, path: Path) -> str:
@@ -235,7 +274,12 @@ def _pattern(steps: dict[str, Any] | None, path: Path) -> str:
             "Isolated",
             False,
         )
-        pattern = split["pattern"].get("Regex") if plain and byte_level.get("use_regex") is False else None
+        if split.get("type") == "Digits" and byte_level.get("use_regex", True):
+            pattern = _DIGIT if split["individual_digits"] else _DIGITS
+        elif plain and byte_level.get("use_regex") is False:
+            pattern = split["pattern"].get("Regex")
+        else:
+            pattern = None
     elif not byte_level.get("use_regex", True):
         pattern = None
     if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
