@@ -1,12 +1,24 @@
 """Our GPT and transformers' GPT-2 with the same weights."""
 
+from typing import TypeVar
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm.config import ModelConfig
 from llm.model.gpt import GPTModel
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 SMALL = ModelConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, qkv_bias=True)
+
+
+def with_random_weights(model: Model) -> Model:
+    """A model in evaluation mode whose weights are random, biases and norms too: begun at 0 or 1, these would
+    hide that they are swapped or missing."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1 and "bias" not in name), 0.2)
+    return model.eval()
 
 
 def pair_with_transformers(std: float = 0.02) -> tuple[GPTModel, GPT2LMHeadModel]:

@@ -106,6 +106,6 @@ def refuse_unless_gpt2(config: ModelConfig, what: str) -> None:
     """
     if other := misfits(GPT2, config):
         raise UserError(
-            f"{what} can describe only GPT-2, and this model has {spelled(config, other)}: "
+            f"{what} can describe only GPT-2, and this model has {spelled(config, other[:1])}: "
             f"it cannot be exported so"
         )

@@ -29,10 +29,15 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
     tokenizer = tokenizer_of(weights, config.tokenizer.name)
     model = build_model(weights)
     if config.format == "huggingface":
-        export_huggingface(model, tokenizer, target)
-        log.info('%s\nnow opens with AutoModelForCausalLM.from_pretrained("%s")', weights.origin, target)
-        if not model.config.qkv_bias:
-            log.info("as its layout has biases of queries, keys and values, they are there, and 0")
+        described = export_huggingface(model, tokenizer, target)
+        log.info(
+            '%s\nnow opens with AutoModelForCausalLM.from_pretrained("%s"), as %s',
+            weights.origin,
+            target,
+            described["architectures"][0],
+        )
+        if "zero_biases" in described or (described["model_type"] == "gpt2" and not model.config.qkv_bias):
+            log.info("which has biases that this model does not have: they are 0")
     else:
         optimizer = weights.trained.optimizer if weights.trained else OptimizerConfig()
         state, omitted = _adamw_state(weights)
