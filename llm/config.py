@@ -49,8 +49,8 @@ def key(
 LARGEST_WHOLE, LARGEST = 2**63 - 1, 1e30
 
 WEIGHTS_MEANING = (
-    "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 format, a name on its hub, "
-    "or the book's .pth file"
+    "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 or Llama format, a name on its "
+    "hub, or the book's .pth file"
 )
 
 

@@ -190,7 +190,7 @@ def test_one_of_each_trains_resumes_samples_and_refuses_to_export(
     assert "9 the" in run("generate", conf, "checkpoint=run", "prompt=9 the", "max_new_tokens=90")
 
     for form, said in (
-        ("huggingface", ": no model of transformers that is written here has model.norm=scalenorm, "),
+        ("huggingface", ": no model that can be written for transformers has model.norm=scalenorm, "),
         (
             "book",
             " can describe only GPT-2, and this model has model.norm=scalenorm: it cannot be exported so\n",

@@ -1,4 +1,4 @@
-"""GPT-2 weights by name, from Hugging Face's hub."""
+"""Folders of weights by name, from Hugging Face's hub."""
 
 import re
 from pathlib import Path

@@ -205,9 +205,10 @@ def export_huggingface(model: GPTModel, tokenizer: str, folder: Path) -> Describ
 
 
 def _layout_of(config: ModelConfig) -> Layout:
-    """
+    """The layout in which a model is written.
+
     Raises:
-        UserError: transformers has no model with these parts that is written here.
+        UserError: none describes it.
     """
     other = {layout.name: misfits(layout, config) for layout in _EXPORTED}
     for layout in _EXPORTED:
@@ -215,13 +216,13 @@ def _layout_of(config: ModelConfig) -> Layout:
             return layout
     first, *rest = other.values()
     if shared := [name for name in first if all(name in each for each in rest)]:
-        what = f"no model of transformers that is written here has {spelled(config, shared)}"
+        what = f"no model that can be written for transformers has {spelled(config, shared)}"
     else:
         lacks = [f"{name} has no {spelled(config, names)}" for name, names in other.items()]
         what = f"transformers has no model of all these parts: {'; '.join(lacks)}"
     raise UserError(
-        f"format=huggingface: {what}; what can be exported are GPT-2's parts, or rmsnorm, rotary and swiglu "
-        f"(with qk_norm, without biases) and nothing that Llama does not have"
+        f"format=huggingface: {what} (what can be exported: GPT-2's parts; rmsnorm, rotary and swiglu, as "
+        f"Llama; these with qk_norm and without model.bias, as Qwen 3)"
     )
 
 

@@ -15,15 +15,15 @@ from llm.run_folder import CHECKPOINTS, checkpoint_folder
 
 
 def open_weights(name: str, n_heads: int | None = None) -> Weights:
-    """Weights by name: a run or checkpoint folder of ours, `latest`, a folder in Hugging Face's GPT-2 layout,
-    a .pth file of the book's, or a name on Hugging Face's hub, such as gpt2-medium or user/name@revision.
+    """Weights by name: a run or checkpoint folder of ours, `latest`, a folder in Hugging Face's GPT-2 or Llama
+    layout, a .pth file of the book's, or a name on its hub, such as gpt2-medium or user/name@revision.
 
     Args:
         n_heads: how many attention heads the model has, for weights that do not say.
 
     Raises:
-        UserError: there are none of that name, they are damaged or not finite, or they are not those of a
-            GPT-2, or of one with other heads.
+        UserError: there are none of that name, they are damaged or not finite, or they are those of a model
+            that is not made of our parts, or has other heads.
     """
     weights = _open(name, n_heads)
     if n_heads not in (None, weights.model.n_heads):

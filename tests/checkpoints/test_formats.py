@@ -356,6 +356,16 @@ def test_tokenizers_come_from_the_hub_too(tmp_path: Path, hub: str, open_from: O
         assert encode(TRAINED_ON, ours) == tokenizer.encode(TRAINED_ON)
 
 
+def test_other_layouts_than_gpt2s_come_from_the_hub(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
+    served = tmp_path / "served" / "someone" / "small"
+    shutil.rmtree(served)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=48))
+    llama.save_pretrained(served)
+    total = llama.model.embed_tokens.weight.sum().item()
+    assert open_from(hub, "someone/small") == f"someone/small at revision {'a' * 40} {total}"
+
+
 def test_what_is_not_the_hubs_is_refused(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
     # a file under OpenAI's name and revision that is not OpenAI's
     assert "is not what the hub has (its SHA-256 differs)" in open_from(hub, "gpt2")

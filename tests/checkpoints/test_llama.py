@@ -13,7 +13,16 @@ import transformers
 from conftest import Script
 from gpt2 import with_random_weights
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    ByteLevelBPETokenizer,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from llm.checkpoints.huggingface import export_huggingface
 from llm.checkpoints.opening import open_weights, tokenizer_of
@@ -296,18 +305,18 @@ def test_transformers_opens_an_export_which_comes_back_as_it_was(
     [
         (
             {"activation": "relu2"},
-            "no model of transformers that is written here has model.activation=relu2;",
+            "no model that can be written for transformers has model.activation=relu2 (what",
         ),
         (
             {**PARTS, "value_embeddings": True, "logit_softcap": 15.0, "residual_scalars": True},
-            "has model.value_embeddings=True, model.residual_scalars=True, model.logit_softcap=15.0;",
+            "has model.value_embeddings=True, model.residual_scalars=True, model.logit_softcap=15.0 (",
         ),
         (
             {"position": "rotary"},
             "has no model of all these parts: GPT-2 has no model.position=rotary; Llama has no "
             "model.norm=layernorm, model.activation=gelu; Qwen 3 has no ",
         ),
-        ({**PARTS, "qk_norm": True}, "Llama has no model.qk_norm=True; Qwen 3 has no model.bias=True;"),
+        ({**PARTS, "qk_norm": True}, "Llama has no model.qk_norm=True; Qwen 3 has no model.bias=True ("),
     ],
 )
 def test_a_model_that_no_layout_describes_is_refused_by_its_parts(
@@ -318,7 +327,7 @@ def test_a_model_that_no_layout_describes_is_refused_by_its_parts(
         export_huggingface(GPTModel(config), "bytes", tmp_path / "export")
     assert str(error.value).startswith("format=huggingface: ")
     assert said in str(error.value)
-    assert "what can be exported are GPT-2's parts, or rmsnorm, rotary and swiglu" in str(error.value)
+    assert "what can be exported: GPT-2's parts; rmsnorm, rotary and swiglu, as Llama" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "export").exists()
 
@@ -443,6 +452,21 @@ def test_tokenizers_that_transformers_would_read_otherwise_are_refused(
         load_tokenizer(str(tmp_path))
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_files_that_are_gpt2s_by_the_models_type_stay_so_in_an_export(tmp_path: Path, qk_norm: bool) -> None:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TRAINED_ON], 300, special_tokens=["<|endoftext|>"], show_progress=False)
+    (tmp_path / "vocabulary").mkdir()
+    bpe.save_model(str(tmp_path / "vocabulary"))
+    model = GPTModel(replace(OURS, qk_norm=qk_norm))
+    export_huggingface(model, str(tmp_path / "vocabulary"), tmp_path / "export")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    ours = load_tokenizer(tokenizer_of(open_weights(str(tmp_path / "export"))))
+    text = "9 bottles of naïve beer — 日本<|endoftext|> on the wall"
+    assert tokenizer.encode(text) == bpe.encode(text).ids == encode(text, ours)
+    assert tokenizer.eos_token_id == end_of_text_id(ours) == 0
 
 
 def test_a_run_with_these_parts_is_exported_opened_by_transformers_and_tuned(
