@@ -269,7 +269,7 @@ def test_a_head_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_transformers_opens_an_export_which_comes_back_as_it_was(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    config = ModelConfig(300, 512, 32, 4, 2, tie_weights=False, **PARTS)
+    config = ModelConfig(300, 512, 64, 4, 2, tie_weights=False, **PARTS)
     config = replace(config, **changes)
     ours = with_random_weights(GPTModel(config))
     export_huggingface(ours, "bytes", tmp_path / "export")

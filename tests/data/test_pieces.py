@@ -13,6 +13,7 @@ from llm.data import pieces
 from llm.data.corpus import find_corpus
 from llm.data.pieces import encode_pieces, join
 from llm.data.tokenizer import END_OF_TEXT, encode, load_tokenizer
+from llm.data.tokenizer_files import _DIGIT
 
 GPT2 = load_tokenizer("gpt2")
 
@@ -46,6 +47,7 @@ TOKENIZERS = [
     ),
     with_pattern("cases", r" ?\p{Lu}*[\p{Ll}\p{Lo}\p{M}]+('s)?| ?\p{Lu}+|\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s"),
     with_pattern("words", r"\S+|\s+"),
+    with_pattern("digits", _DIGIT),  # white space before a digit is all one, and before a letter it is not
 ]
 
 
