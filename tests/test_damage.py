@@ -1,6 +1,6 @@
 """Every reader against every damage: whatever a folder holds, the answer is a result, or one line.
 
-A run, a sweep, a study and two exports are made once. Each example damages one of their files and runs one
+A run, a sweep, a study and three exports are made once. Each example damages one of their files and runs one
 script that reads it. `DAMAGE_EXAMPLES=2000 pytest -s -n 0 tests/test_damage.py` tries that many, not the same
 each time, and prints what came of them.
 """
@@ -27,6 +27,10 @@ from hypothesis import strategies as st
 from pages import data_of
 from scripts import Result, run_here
 
+from llm.checkpoints.huggingface import export_huggingface
+from llm.config import ModelConfig
+from llm.model.gpt import GPTModel
+
 EXAMPLES = int(os.environ.get("DAMAGE_EXAMPLES", 0))  # 0: few, and the same at each run
 HANGS = 600  # seconds; no reader takes two on a fast machine
 SECRET = "s3cret-of-the-environment"
@@ -34,7 +38,7 @@ SECRET = "s3cret-of-the-environment"
 RUN = "outputs/pretrain/2026-01-01/00-00-00"
 SWEEP = "outputs/pretrain/sweeps/2026-01-01/00-00-00"
 STUDY = "outputs/generate/sweeps/2026-01-01/00-00-00"
-EXPORT, BOOK = "export", "book"
+EXPORT, LLAMA, BOOK = "export", "llama", "book"
 SHORT = ("max_new_tokens=3", "runtime.precision=fp32")
 TRAIN = (
     "model=tiny",
@@ -81,6 +85,10 @@ READERS = {
     EXPORT: [
         ("generate", f"checkpoint={EXPORT}", *SHORT),
         ("pretrain", *TRAIN, f"init_from={EXPORT}", "training.max_steps=1"),
+    ],
+    LLAMA: [
+        ("generate", f"checkpoint={LLAMA}", *SHORT),
+        ("export", f"checkpoint={LLAMA}", "to=new"),
     ],
     BOOK: [
         ("generate", f"checkpoint={BOOK}/model.pth", *SHORT),
@@ -163,6 +171,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         done = run(home, *command)
         assert done.returncode == 0, done.stderr
+    parts = ModelConfig(
+        257, 16, 32, 4, 2, norm="rmsnorm", position="rotary", activation="swiglu", n_kv_heads=2
+    )
+    export_huggingface(GPTModel(parts), "bytes", home / LLAMA)
     # The last job of each sweep was killed: `sweep.resume` runs it again, beside the result of the other.
     (home / SWEEP / "1" / "summary.json").unlink()
     (home / STUDY / "1" / "summary.json").unlink()

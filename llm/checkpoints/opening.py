@@ -15,8 +15,8 @@ from llm.run_folder import CHECKPOINTS, checkpoint_folder
 
 
 def open_weights(name: str, n_heads: int | None = None) -> Weights:
-    """Weights by name: a run or checkpoint folder of ours, `latest`, a folder in Hugging Face's GPT-2 or Llama
-    layout, a .pth file of the book's, or a name on its hub, such as gpt2-medium or user/name@revision.
+    """Weights by name: a run or checkpoint folder of ours, `latest`, a folder in Hugging Face's GPT-2 or
+    Llama layout, a .pth file of the book's, or a name on its hub, such as gpt2-medium or user/name@revision.
 
     Args:
         n_heads: how many attention heads the model has, for weights that do not say.

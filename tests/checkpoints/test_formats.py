@@ -359,7 +359,12 @@ def test_tokenizers_come_from_the_hub_too(tmp_path: Path, hub: str, open_from: O
 def test_other_layouts_than_gpt2s_come_from_the_hub(tmp_path: Path, hub: str, open_from: OpenFrom) -> None:
     served = tmp_path / "served" / "someone" / "small"
     shutil.rmtree(served)
-    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=48))
     llama.save_pretrained(served)
     total = llama.model.embed_tokens.weight.sum().item()
