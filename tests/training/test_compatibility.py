@@ -1,8 +1,8 @@
 """The run folder of an older version still opens: it resumes, and is sampled, evaluated, reported, exported.
 
-Each is 8 updates of a model of 3,048 parameters, with checkpoints after 5 and 8. `fixtures/run_v1` was written
-by commit e22341d, before checkpoints named their format; `fixtures/run_v2` by e0311cd, before models had other
-parts than GPT-2's.
+Each is 8 updates of a model of 3,048 parameters, with checkpoints after 5 and 8. `fixtures/run_v1` was
+written by commit e22341d, before checkpoints named their format; `fixtures/run_v2` by e0311cd, before models
+had other parts than GPT-2's.
 """
 
 import json
