@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from llm.config import SamplingConfig
+from llm.errors import UserError
 from llm.generation.sampling import draw_from, next_token
 from llm.model.gpt import GPTModel
 from llm.model.kv_cache import KVCache
+
+# With `past_context="slide"`, positions are counted on to this at least: an angle of this many radians, in
+# fp32, is off by 1e-4.
+COUNTED_POSITIONS = 4096
 
 
 def generate(
@@ -54,11 +59,19 @@ class Decoding:
             decoding.end(those of decoding.rows that are done)
 
     The logits are those of the model over the last `context_size` tokens of a row. While a row fits into
-    that, the KV cache reduces a step to the work of one token. Beyond it the window slides, and with each
-    token all positions in it shift by one. GPT-2's positions are absolute and part of every cached key and
-    value, so the cache is stale and the whole window is recomputed at every step, as in the book.
-    `past_context="half"` instead drops the earlier half of a full window: steps are cheap again until the
-    next time it is full, and the model sees between half of the context and all of it.
+    that, the KV cache reduces a step to the work of one token. Beyond it the window moves, and with each token
+    all positions in it shift by one. GPT-2's positions are absolute and part of every cached key and value,
+    and what is cached above the first block comes from tokens that have left the window: so the cache is
+    stale and the whole window is recomputed at every step, as in the book. There are two other ways.
+
+    `past_context="half"` drops the earlier half of a full window: steps are cheap again until the next time
+    it is full, and the model sees between half of the context and all of it.
+
+    `past_context="slide"` keeps what is cached and drops the oldest token, so that each step is one token's
+    work: sliding-window attention (Beltagy et al. 2020, Longformer), in which every block attends to the last
+    `context_size` positions, prompts included. What a block keeps of a token still holds what that token
+    attended to, so the model sees, ever less directly, as many windows back as it has blocks, which it was
+    not trained for. It takes positions that are relative, such as rotary ones.
     """
 
     @torch.no_grad()
@@ -71,12 +84,23 @@ class Decoding:
         past_context: str = "exact",
     ) -> None:
         """`prompts` may differ in length, but none may be empty; equal ones are computed once. The model
-        must be in evaluation mode."""
+        must be in evaluation mode.
+
+        Raises:
+            UserError: the window cannot slide, as the model's positions are absolute.
+        """
+        if past_context == "slide" and model.pos_emb is not None:
+            raise UserError(
+                f"past_context=slide: model.position={model.config.position} gives each place in the context "
+                f"an embedding of its own, so what is cached cannot move to another; take past_context=half or "
+                f"exact, or a model with model.position=rotary"
+            )
         self.model = model
         self.token_ids = [list(prompt) for prompt in prompts]
         self.rows = list(range(len(prompts)))  # those not ended yet, in the order of the logits
         self._window = context_size
         self._jump = max(1, context_size // 2) if past_context == "half" else 1
+        self._slides = past_context == "slide"
         longest = min(context_size, max(map(len, prompts)) + max_new_tokens)
         if model.compiled_features:
             longest = context_size  # one shape whatever the prompts, as each new shape is compiled again
@@ -90,7 +114,8 @@ class Decoding:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits of the next token of each of `rows`: (rows, vocab_size), fp32."""
-        starts = [self._start(len(self.token_ids[row])) for row in self.rows]
+        lengths = [len(self.token_ids[row]) for row in self.rows]
+        starts = [self._start(*each) for each in zip(lengths, self._starts, strict=True)]
         # Where the window has moved, what is cached was computed for other positions.
         stale = [slot for slot, start in enumerate(starts) if start != self._starts[slot]]
         if len(stale) < len(starts):
@@ -117,13 +142,21 @@ class Decoding:
                 self._cache.move(len(self.rows) - 1, to=slot)
             del self.rows[-1], self._starts[-1]
 
-    def _start(self, length: int) -> int:
-        """Where the window that the model sees starts in a row of `length` tokens."""
+    def _start(self, length: int, cached: int) -> int:
+        """Where the tokens that the model reads start in a row of `length`; `cached`: where those that are
+        cached do, or -1."""
+        if self._slides:
+            # The last token's logits depend on none before these.
+            reach = self.model.config.n_layers * (self._window - 1) + 1
+            if cached >= 0 and length - cached <= max(COUNTED_POSITIONS, 4 * reach):
+                return cached
+            return max(0, length - reach)
         return -(-max(0, length - self._window) // self._jump) * self._jump
 
     def _fill(self, starts: list[int], slots: list[int]) -> Tensor:
-        """Compute whole windows and cache them: features of their last tokens (slots, emb_dim)."""
-        windows = [tuple(self.token_ids[self.rows[slot]][starts[slot] :]) for slot in slots]
+        """Compute rows from their starts and cache them: features of their last tokens (slots, emb_dim)."""
+        wholes = [tuple(self.token_ids[self.rows[slot]][starts[slot] :]) for slot in slots]
+        windows = [whole[: self._window] for whole in wholes]
         distinct = list(dict.fromkeys(windows))
         # Shorter windows are padded at their end, where the causal mask hides the padding from real tokens.
         longest = max(map(len, distinct))
@@ -132,7 +165,22 @@ class Decoding:
         remember = partial(self._cache.fill, rows=torch.tensor(slots, device=self._device), source=source)
         features = self.model.features(idx.to(self._device), remember=remember)
         last = torch.tensor([len(window) - 1 for window in windows], device=self._device)
-        return features[source, last]
+        features = features[source, last]
+        for whole in dict.fromkeys(wholes):  # those that go on past the first window, which slides over them
+            if len(whole) > self._window:
+                alike = [number for number, each in enumerate(wholes) if each == whole]
+                features[alike] = self._fill_on(whole, [slots[number] for number in alike])
+        return features
+
+    def _fill_on(self, whole: tuple[int, ...], slots: list[int]) -> Tensor:
+        """Compute the rest of rows whose first window is cached, a window at a time: features of their last
+        token (1, emb_dim)."""
+        remember = partial(self._cache.fill_on, rows=torch.tensor(slots, device=self._device))
+        for begin in range(self._window, len(whole), self._window):
+            idx = torch.tensor([whole[begin : begin + self._window]], device=self._device)
+            positions = torch.arange(begin, begin + idx.shape[1], device=self._device)
+            features = self.model.features(idx, positions, remember)
+        return features[:, -1]
 
     def _extend(self, starts: list[int]) -> Tensor:
         """Compute the last token of each row over its cached ones: features (rows, emb_dim), meaningless

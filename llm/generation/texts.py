@@ -81,7 +81,8 @@ def generate_texts(
         names: of the prompts, for errors.
 
     Raises:
-        UserError: a prompt is empty, or contains a token id outside the model's vocabulary.
+        UserError: a prompt is empty, or contains a token id outside the model's vocabulary; or the model
+            cannot do `past_context`.
     """
     names = names or ["prompt"] * len(prompts)
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -97,9 +98,11 @@ def generate_texts(
     progress = Progress("generating")
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
+        prompts, longest = [row.prompt_ids for row in batch], max(row.limit for row in batch)
+        decoding = Decoding(model, prompts, longest, model.config.context_length, past_context)
         if show:
             show(batch[0].sample.prompt)
-        for share, piece in _generate_batch(model, batch, sampling, past_context):
+        for share, piece in _generate_batch(decoding, batch, sampling):
             if show:
                 show(piece)
             else:
@@ -131,13 +134,12 @@ def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int, name:
 
 @torch.no_grad()
 def _generate_batch(
-    model: GPTModel, rows: list["_Row"], sampling: SamplingConfig, past_context: str
+    decoding: Decoding, rows: list["_Row"], sampling: SamplingConfig
 ) -> Iterator[tuple[float, str]]:
-    """Generate the samples of `rows`. Yields after each step: the share of the longest row's token limit
-    that is spent, and the new text."""
-    device, longest = model.tok_emb.weight.device, max(row.limit for row in rows)
-    prompts = [row.prompt_ids for row in rows]
-    decoding = Decoding(model, prompts, longest, model.config.context_length, past_context)
+    """Generate the samples of `rows`, whose prompts are in `decoding`. Yields after each step: the share of
+    the longest row's token limit that is spent, and the new text."""
+    model, longest = decoding.model, max(row.limit for row in rows)
+    device = model.tok_emb.weight.device
     streams = [
         uniform_stream(row.sample.seed, (row.sample.prompt_index, row.sample.index), longest) for row in rows
     ]
@@ -145,8 +147,8 @@ def _generate_batch(
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
-        for number, prompt in enumerate(prompts):
-            seen[number, prompt] = True
+        for number, row in enumerate(rows):
+            seen[number, row.prompt_ids] = True
     for step in range(longest):
         going = torch.tensor(decoding.rows, device=device)  # waits for the GPU, so it comes before its work
         logits = decoding.logits()

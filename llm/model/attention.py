@@ -66,8 +66,9 @@ class MultiHeadAttention(nn.Module):
         # precision.
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries.float()), self.key_norm(keys.float())
-        if self.rotation is not None:
-            queries, keys = self.rotation(queries, positions), self.rotation(keys, positions)
+        if self.rotation is not None:  # both at once, as they turn by the same angles
+            rotated = self.rotation(torch.cat([queries, keys], dim=1), positions)
+            queries, keys = rotated.split([queries.shape[1], keys.shape[1]], dim=1)
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         drop_rate = self.dropout.p if self.training else 0.0
         if drop_rate > 0 and queries.dtype == torch.float32:
@@ -82,7 +83,7 @@ class MultiHeadAttention(nn.Module):
                 values,
                 mask,
                 drop_rate,
-                is_causal=time > 1,
+                is_causal=mask is None and time > 1,
                 enable_gqa=self.groups > 1,
             )
         return self.out_proj(context.transpose(1, 2).reshape(batch, time, emb_dim))

@@ -107,7 +107,7 @@ class GPTModel(nn.Module):
         self, idx: Tensor, positions: Tensor | None = None, remember: Remember | None = None
     ) -> Tensor:
         """Token ids (batch, time), time at most context_length, to what the output head reads:
-        (batch, time, emb_dim). Positions are 0, 1, … unless given, (batch, time)."""
+        (batch, time, emb_dim). Positions are 0, 1, … unless given, (time,) or (batch, time)."""
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.tok_emb(idx)

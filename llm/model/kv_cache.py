@@ -10,8 +10,9 @@ class KVCache:
     """Room for rows of different lengths, allocated once.
 
     `fill` writes a row from its first token on; then `extend` or `extend_together` adds a token per step.
-    Each is handed to the model as a function of (layer, keys, values), both (rows, heads, time, head_dim),
-    that returns the keys and values to attend to, and a mask where a causal one is not enough.
+    Past `length` tokens each takes the slot of the oldest: position p is in slot p mod length. Each is handed
+    to the model as a function of (layer, keys, values), both (rows, heads, time, head_dim), that returns the
+    keys and values to attend to, and a mask where a causal one is not enough.
     """
 
     def __init__(
@@ -31,20 +32,31 @@ class KVCache:
         self.values[layer][rows, :, :time] = values[source].to(self.values[layer].dtype)
         return keys, values, None
 
+    def fill_on(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor) -> "Attended":
+        """Write the next tokens of `rows`, equal so far and of a multiple of `length` tokens: at most `length`,
+        (1, heads, time, head_dim). Each attends to the `length` tokens that end with it."""
+        time = keys.shape[2]
+        older = self.keys[layer][rows[:1]], self.values[layer][rows[:1]]
+        self.keys[layer][rows, :, :time] = keys.to(self.keys[layer].dtype)
+        self.values[layer][rows, :, :time] = values.to(self.values[layer].dtype)
+        seen = torch.ones(time, self.length + time, dtype=torch.bool, device=keys.device)
+        mask = seen.triu(1).tril(self.length)
+        return torch.cat([older[0], keys], dim=2), torch.cat([older[1], values], dim=2), mask
+
     def extend(self, layer: int, keys: Tensor, values: Tensor, where: Tensor, end: int) -> "Attended":
         """Append a token to each of the first rows, at its position in `where`, (rows,), below `end`."""
-        rows = len(where)
-        self.keys[layer][self._rows[:rows], :, where] = keys[:, :, 0].to(self.keys[layer].dtype)
-        self.values[layer][self._rows[:rows], :, where] = values[:, :, 0].to(self.values[layer].dtype)
-        # Rows differ in length: beyond a row's new token its slot is unwritten or stale.
+        rows, slots = len(where), where % self.length
+        self.keys[layer][self._rows[:rows], :, slots] = keys[:, :, 0].to(self.keys[layer].dtype)
+        self.values[layer][self._rows[:rows], :, slots] = values[:, :, 0].to(self.values[layer].dtype)
+        # Rows differ in length: beyond a row's new token its slot is unwritten or stale, until all are taken.
         mask = (self._lengths[:end] <= where[:, None])[:, None, None]  # (rows, 1, 1, end)
         return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end], mask
 
     def extend_together(self, layer: int, keys: Tensor, values: Tensor, position: int) -> "Attended":
         """`extend` for rows of one length, which need no mask."""
-        rows = len(keys)
-        self.keys[layer][:rows, :, position] = keys[:, :, 0]
-        self.values[layer][:rows, :, position] = values[:, :, 0]
+        rows, slot = len(keys), position % self.length
+        self.keys[layer][:rows, :, slot] = keys[:, :, 0]
+        self.values[layer][:rows, :, slot] = values[:, :, 0]
         return self.keys[layer][:rows, :, : position + 1], self.values[layer][:rows, :, : position + 1], None
 
     def move(self, row: int, to: int) -> None:
