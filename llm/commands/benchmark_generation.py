@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llm.commands.benchmark_training import transformers_gpt2
+from llm.commands.benchmark_training import times_transformers, transformers_gpt2
 from llm.config import BenchmarkConfig, validate
 from llm.data.tokenizer import load_tokenizer
 from llm.device import device_name
@@ -36,8 +36,8 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
 
     Our variants do what `generate.py` does, in each precision that the device supports, and with
     `runtime.compile` compiled too. The book's loop, which has no cache and recomputes the whole text for
-    each token, takes minutes: it is timed once, for one row. If transformers is installed, `generate` of its
-    GPT-2 of the same size is timed too.
+    each token, takes minutes: it is timed once, for one row. If transformers is installed and the model is
+    made of GPT-2's parts, `generate` of its GPT-2 of the same size is timed too.
 
     `bound` is, for one row, the share of the speed that reading the weights from memory would allow, as each
     token has to read them all. Memory bandwidth is measured in each round, since on a shared host other
@@ -62,7 +62,7 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         for compiled in [False] + [True] * runtime.compile:
             ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
             variants[f"{precision}, here{', compiled' * compiled}"] = _ours(config, ready)
-    if importlib.util.find_spec("transformers"):
+    if times_transformers(config.model):
         for precision in precisions:
             variants[f"{precision}, transformers {version('transformers')}"] = _transformers(
                 config, replace(runtime, precision=precision).dtype, runtime.device

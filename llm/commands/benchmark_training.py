@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.config import BenchmarkConfig, ModelConfig, differences, validate
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
 from llm.model.gpt import GPTModel, training_flops_per_token
@@ -30,8 +30,8 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     table and write `run_dir/benchmark.json`.
 
     The first variant is the book's: fp32, all logits at once. The others vary precision and loss, and with
-    `runtime.compile` one compiles the blocks. If transformers is installed, its GPT-2 of this size is timed
-    too, with AdamW.
+    `runtime.compile` one compiles the blocks. If transformers is installed and the model is made of GPT-2's
+    parts, its GPT-2 of this size is timed too, with AdamW.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
@@ -48,7 +48,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
                     block.compile()
             optimizers = build_optimizers(model, config.optimizer)
             variants[f"{precision}, {name}"] = _updater(config, each, model, optimizers, loss)
-        if importlib.util.find_spec("transformers"):
+        if times_transformers(config.model):
             theirs = transformers_gpt2(config.model)
             adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))
             name = f"{precision}, transformers {version('transformers')}"
@@ -97,6 +97,14 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
 def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     """The book's loss: all logits at once."""
     return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+
+
+def times_transformers(config: ModelConfig) -> bool:
+    """Whether transformers is installed, and its GPT-2 is this model: with other parts it is not."""
+    sizes = {"vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"}
+    alike = {*sizes, "drop_rate", "tie_weights", "qkv_bias", "init"}  # the last two hardly cost any time
+    is_gpt2 = differences(config, ModelConfig()).keys() <= alike
+    return is_gpt2 and importlib.util.find_spec("transformers") is not None
 
 
 def transformers_gpt2(config: ModelConfig) -> nn.Module:

@@ -11,8 +11,8 @@ from llm.generation.sampling import draw_from, next_token
 from llm.model.gpt import GPTModel
 from llm.model.kv_cache import KVCache
 
-# With `past_context="slide"`, positions are counted on to this at least: an angle of this many radians, in
-# fp32, is off by 1e-4.
+# How far positions go on counting with `past_context="slide"`, at least, before the window is computed anew:
+# in fp32, the angles of rotary positions are wrong by 1e-4 here, by 2e-3 at 100,000, by 0.2 at 10 million.
 COUNTED_POSITIONS = 4096
 
 
@@ -59,19 +59,20 @@ class Decoding:
             decoding.end(those of decoding.rows that are done)
 
     The logits are those of the model over the last `context_size` tokens of a row. While a row fits into
-    that, the KV cache reduces a step to the work of one token. Beyond it the window moves, and with each token
-    all positions in it shift by one. GPT-2's positions are absolute and part of every cached key and value,
-    and what is cached above the first block comes from tokens that have left the window: so the cache is
-    stale and the whole window is recomputed at every step, as in the book. There are two other ways.
+    that, the KV cache reduces a step to the work of one token. Beyond it the window slides, and with each
+    token all positions in it shift by one. GPT-2's positions are absolute and part of every cached key and
+    value; and whatever the positions, all but the first block's keys and values hold something of tokens
+    that have left the window. So the cache is stale and the whole window is recomputed at every step, as in
+    the book. There are two cheaper ways:
 
     `past_context="half"` drops the earlier half of a full window: steps are cheap again until the next time
     it is full, and the model sees between half of the context and all of it.
 
-    `past_context="slide"` keeps what is cached and drops the oldest token, so that each step is one token's
-    work: sliding-window attention (Beltagy et al. 2020, Longformer), in which every block attends to the last
-    `context_size` positions, prompts included. What a block keeps of a token still holds what that token
-    attended to, so the model sees, ever less directly, as many windows back as it has blocks, which it was
-    not trained for. It takes positions that are relative, such as rotary ones.
+    `past_context="slide"` keeps what is cached and drops the oldest token, so a step is always one token's
+    work. Each block attends to the last `context_size` positions, of long prompts too (sliding-window
+    attention, Beltagy et al. 2020). Through what is kept, the model still sees something of tokens that have
+    left the window, at most as many windows back as it has blocks; it was not trained to. Positions have to
+    be relative, as rotary ones are.
     """
 
     @torch.no_grad()
@@ -91,9 +92,9 @@ class Decoding:
         """
         if past_context == "slide" and model.pos_emb is not None:
             raise UserError(
-                f"past_context=slide: model.position={model.config.position} gives each place in the context "
-                f"an embedding of its own, so what is cached cannot move to another; take past_context=half or "
-                f"exact, or a model with model.position=rotary"
+                f"past_context=slide needs relative positions, as model.position=rotary has; with "
+                f"model.position={model.config.position}, what is cached holds the position that it was "
+                f"computed at: take past_context=half, or exact"
             )
         self.model = model
         self.token_ids = [list(prompt) for prompt in prompts]
@@ -146,7 +147,7 @@ class Decoding:
         """Where the tokens that the model reads start in a row of `length`; `cached`: where those that are
         cached do, or -1."""
         if self._slides:
-            # The last token's logits depend on none before these.
+            # The last token's logits depend on none before these: each block sees a window less one further.
             reach = self.model.config.n_layers * (self._window - 1) + 1
             if cached >= 0 and length - cached <= max(COUNTED_POSITIONS, 4 * reach):
                 return cached

@@ -98,8 +98,13 @@ def generate_texts(
     progress = Progress("generating")
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompts, longest = [row.prompt_ids for row in batch], max(row.limit for row in batch)
-        decoding = Decoding(model, prompts, longest, model.config.context_length, past_context)
+        decoding = Decoding(
+            model,
+            [row.prompt_ids for row in batch],
+            max(row.limit for row in batch),
+            model.config.context_length,
+            past_context,
+        )
         if show:
             show(batch[0].sample.prompt)
         for share, piece in _generate_batch(decoding, batch, sampling):

@@ -33,8 +33,8 @@ class KVCache:
         return keys, values, None
 
     def fill_on(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor) -> "Attended":
-        """Write the next tokens of `rows`, equal so far and of a multiple of `length` tokens: at most `length`,
-        (1, heads, time, head_dim). Each attends to the `length` tokens that end with it."""
+        """Write the next tokens, at most `length`, of `rows`, which are equal and hold a multiple of `length`
+        tokens: keys and values (1, heads, time, head_dim). Each attends to the `length` tokens up to it."""
         time = keys.shape[2]
         older = self.keys[layer][rows[:1]], self.values[layer][rows[:1]]
         self.keys[layer][rows, :, :time] = keys.to(self.keys[layer].dtype)

@@ -15,6 +15,8 @@ def test_training_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     assert [row["variant"] for row in rows][:2] == ["fp32, plain loss", "fp32, chunked loss"]
     assert rows[0]["speed"] == 1.0
     assert not result.stderr
+    of_transformers = [row["variant"] for row in rows if "transformers" in row["variant"]]
+    assert of_transformers[0].startswith("fp32, transformers ")
 
 
 def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
@@ -30,6 +32,10 @@ def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     both = by_name[2, "fp32, here"]
     assert both["over_transformers"] == both["tokens_per_second"] / theirs["tokens_per_second"]
     assert not result.stderr
+    modern = script("benchmark", *TINY, "model=modern_tiny", "measure=generation", *sizes)
+    assert modern.returncode == 0, modern.stderr
+    assert "fp32, here" in modern.stdout
+    assert "transformers 5" not in modern.stdout  # its GPT-2 is another model
     too_long = script("benchmark", *TINY, "measure=generation", "generation.new_tokens=500")
     assert too_long.returncode == 1
     assert too_long.stderr.startswith(

@@ -1,6 +1,7 @@
 """The model against transformers' GPT-2, torch's FLOP counter and the book's parameter counts."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,20 @@ def test_parameters_of_gpt2_small(tie_weights: bool, expected: int) -> None:
         assert parameter_count(GPTModel(config)) == expected
 
 
-def test_flops_are_those_that_torch_counts() -> None:
-    model = GPTModel(replace(SMALL, drop_rate=0.1))  # torch does not count its fused attention on a CPU
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"norm": "rmsnorm", "position": "rotary", "activation": "relu2", "bias": False, "qk_norm": True},
+        {"activation": "swiglu", "tie_weights": False, "logit_softcap": 15.0},
+        {"n_kv_heads": 1, "hidden_dim": 56},
+        {"value_embeddings": True, "residual_scalars": True, "n_kv_heads": 2, "n_layers": 3},
+    ],
+    ids=", ".join,
+)
+def test_flops_are_those_that_torch_counts(parts: dict[str, Any]) -> None:
+    # With dropout, as torch does not count its fused attention on a CPU.
+    model = GPTModel(replace(SMALL, drop_rate=0.1, **parts))
     idx = torch.randint(97, (2, 24))
     with FlopCounterMode(display=False) as counter:
         logits = model(idx)
