@@ -73,12 +73,8 @@ class Turned(nn.Module):
         frequencies = 100.0 ** (-torch.arange(half) / half)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, heads: Tensor, positions: Tensor) -> Tensor:
-        frequencies = self.get_buffer("frequencies")
-        angles = positions[..., None, :, None] * frequencies  # (…, 1, time, half)
-        one, other = heads.chunk(2, dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+    def forward(self, positions: Tensor) -> Tensor:
+        return positions[..., None] * self.get_buffer("frequencies")
 
 
 class ReGLU(nn.Module):

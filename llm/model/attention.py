@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llm.config import ModelConfig
 from llm.model.kv_cache import Attended
-from llm.model.parts import POSITIONS, RMSNorm
+from llm.model.parts import RMSNorm, Turns, turned
 
 # What generation gives the model to keep keys and values of new tokens, see llm/model/kv_cache.py: a function
 # of (layer, keys, values), and the same for one layer.
@@ -36,20 +36,18 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        rotation = POSITIONS[config.position].rotation
-        self.rotation = rotation(config) if rotation else None
         self.groups = config.n_heads * self.head_dim // kv_dim  # query heads for each head of keys
 
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        turns: Turns | None = None,
         remember: RememberLayer | None = None,
         value_embedding: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            positions: of x, (time,) or (batch, time).
+            turns: of queries and keys, by the positions of x, if these are rotary.
             remember: keeps keys and values.
             value_embedding: added to the values, (batch, time, kv_dim).
         """
@@ -66,9 +64,8 @@ class MultiHeadAttention(nn.Module):
         # precision.
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries.float()), self.key_norm(keys.float())
-        if self.rotation is not None:  # both at once, as they turn by the same angles
-            rotated = self.rotation(torch.cat([queries, keys], dim=1), positions)
-            queries, keys = rotated.split([queries.shape[1], keys.shape[1]], dim=1)
+        if turns is not None:
+            queries, keys = turned(queries, turns), turned(keys, turns)
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         drop_rate = self.dropout.p if self.training else 0.0
         if drop_rate > 0 and queries.dtype == torch.float32:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm.config import ModelConfig
 from llm.model.attention import MultiHeadAttention, Remember, RememberLayer
 from llm.model.loss import CHUNK_TOKENS, capped, linear_cross_entropy
-from llm.model.parts import NORMS, POSITIONS, FeedForward
+from llm.model.parts import NORMS, POSITIONS, FeedForward, Turns, turns_of
 
 # Logits (tokens, vocab_size) and the tokens that came (tokens,) to a number for each (tokens,).
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -39,18 +39,18 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         embedded: Tensor,
-        positions: Tensor,
+        turns: Turns | None = None,
         remember: RememberLayer | None = None,
         value_embedding: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             x: (batch, time, emb_dim); embedded: what it was before the first block.
-            positions, remember, value_embedding: see `MultiHeadAttention`.
+            turns, remember, value_embedding: see `MultiHeadAttention`.
         """
         if self.residual_scalars is not None:
             x = self.residual_scalars[0] * x + self.residual_scalars[1] * embedded
-        x = x + self.drop_shortcut(self.att(self.norm1(x), positions, remember, value_embedding))
+        x = x + self.drop_shortcut(self.att(self.norm1(x), turns, remember, value_embedding))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -67,6 +67,7 @@ class GPTModel(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         position = POSITIONS[config.position]
         self.pos_emb = position.embedding(config) if position.embedding else None
+        self.rotation = position.rotation(config) if position.rotation else None
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = NORMS[config.norm](config.emb_dim, config.norm_eps)
@@ -113,11 +114,12 @@ class GPTModel(nn.Module):
         x = self.tok_emb(idx)
         if self.pos_emb is not None:
             x = x + self.pos_emb(positions)
+        turns = None if self.rotation is None else turns_of(self.rotation(positions))
         x = embedded = self.drop_emb(x)
         for layer, block in enumerate(self.trf_blocks):
             value_embedding = self.value_embs[str(layer)](idx) if str(layer) in self.value_embs else None
             keep = partial(remember, layer) if remember else None
-            x = block(x, embedded, positions, keep, value_embedding)
+            x = block(x, embedded, turns, keep, value_embedding)
         return self.final_norm(x)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def capped(logits: Tensor, cap: float) -> Tensor:
     """Logits bounded smoothly to (-cap, cap): cap · tanh(logits / cap). Gemma 2 (2024), section 2."""
-    return torch.tanh(logits / cap) * cap
+    return (logits / cap).tanh_() * cap
 
 
 def linear_cross_entropy(

@@ -66,12 +66,25 @@ class Rotary(nn.Module):
         frequencies = 1 / config.rotary_base ** (torch.arange(0, head_dim, 2) / head_dim)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Queries or keys (batch, heads, time, head_dim) at positions (time,) or (batch, time), in fp32."""
-        angles = positions[..., None, :, None] * self.get_buffer("frequencies")  # (…, 1, time, head_dim / 2)
-        cos, sin = angles.cos(), angles.sin()
-        one, other = heads.float().chunk(2, dim=-1)
-        return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+    def forward(self, positions: Tensor) -> Tensor:
+        return positions[..., None] * self.get_buffer("frequencies")
+
+
+# Of the angles of a rotation, each (…, 1, time, head_dim): the cosines twice, the sines with - and with +.
+Turns = tuple[Tensor, Tensor]
+
+
+def turns_of(angles: Tensor) -> Turns:
+    """Angles (…, time, head_dim / 2) made ready to turn heads by, once for all blocks."""
+    cos, sin = angles.cos()[..., None, :, :], angles.sin()[..., None, :, :]
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def turned(heads: Tensor, turns: Turns) -> Tensor:
+    """Queries or keys (batch, heads, time, head_dim) with their pairs turned, in fp32."""
+    cos, sin = turns
+    heads = heads.float()
+    return heads * cos + heads.roll(heads.shape[-1] // 2, dims=-1) * sin
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,8 @@ class Position:
 
     # Positions (time,) or (batch, time) to what is added to the token embeddings: (…, time, emb_dim).
     embedding: Callable[[ModelConfig], nn.Module] | None = None
-    # Queries or keys (batch, heads, time, head_dim) and their positions to the same shape, such that products
-    # of the two depend on differences of positions alone.
+    # Positions (time,) or (batch, time) to the angles, in radians and proportional to positions, by which the
+    # pairs of numbers of queries and keys are turned: (…, time, head_dim / 2).
     rotation: Callable[[ModelConfig], nn.Module] | None = None
 
 

@@ -13,7 +13,8 @@ from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention
 from llm.model.gpt import GPTModel, description, parameter_count, parameters_of
 from llm.model.loss import CHUNK_TOKENS, linear_cross_entropy
-from llm.model.parts import Rotary, hidden_dim
+from llm.model.parts import Rotary, hidden_dim, turns_of
+from llm.model.parts import turned as turned_heads
 
 BASE = ModelConfig(vocab_size=61, context_length=12, emb_dim=24, n_heads=4, n_layers=3)
 MODERN = replace(
@@ -197,10 +198,11 @@ def test_rotary_products_depend_on_distances_alone() -> None:
     rotary = Rotary(MODERN)
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 4, 1, 6)
-    products = [
-        (rotary(query, torch.tensor([at])) * rotary(key, torch.tensor([at - 3]))).sum(-1)
-        for at in (3, 17, 400)
-    ]
+
+    def at(position: int, head: Tensor) -> Tensor:
+        return turned_heads(head, turns_of(rotary(torch.tensor([position]))))
+
+    products = [(at(position, query) * at(position - 3, key)).sum(-1) for position in (3, 17, 400)]
     torch.testing.assert_close(products[1], products[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(products[2], products[0], atol=1e-4, rtol=1e-4)
 
