@@ -301,8 +301,8 @@ class GenerateConfig:
         "exact",
         "exact: recompute the last context_length tokens for each new token, as in the book; "
         "half: continue from the later half of a full context, many times faster; "
-        "slide: keep what is computed and drop the oldest token, for rotary positions: faster still, and "
-        "not quite the same, as what is kept still holds some of what was dropped",
+        "slide: for rotary positions, keep what is computed and drop the oldest token, as cheap, and not "
+        "the same as computing the window anew: what is kept holds something of what was dropped",
         choices=("exact", "half", "slide"),
     )
     study: bool | None = key(None, "measure the samples, for a report; null: only in a sweep")
