@@ -81,6 +81,7 @@ def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Pa
         ("generate", "prompt=", "prompt is empty"),
         ("generate", 'stop=["a",""]', "stop contains an empty text, which would end every sample"),
         ("generate", "sampling.top_p=2", "sampling.top_p=2.0: must be at least 0 and at most 1"),
+        ("generate", "past_context=slide", "past_context=slide needs relative positions, as model.pos"),
         ("generate", "checkpoint=missing", "missing is no file or folder here, and Hugging Face"),
         ("evaluate", "path=missing", "path=missing: no such file"),
         ("evaluate", "text=a", "text is too short: give at least 2 tokens"),
