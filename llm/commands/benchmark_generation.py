@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 
-from llm.commands.benchmark_training import times_transformers, transformers_gpt2
-from llm.config import BenchmarkConfig, validate
+from llm.commands.benchmark_training import (
+    GPT2_PARTS,
+    times_transformers,
+    transformers_gpt2,
+    with_gpt2_parts,
+)
+from llm.config import BenchmarkConfig, ModelConfig, validate
 from llm.data.tokenizer import load_tokenizer
 from llm.device import device_name
 from llm.errors import UserError
@@ -36,8 +41,9 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
 
     Our variants do what `generate.py` does, in each precision that the device supports, and with
     `runtime.compile` compiled too. The book's loop, which has no cache and recomputes the whole text for
-    each token, takes minutes: it is timed once, for one row. If transformers is installed and the model is
-    made of GPT-2's parts, `generate` of its GPT-2 of the same size is timed too.
+    each token, takes minutes: it is timed once, for one row. Beside a model of GPT-2's parts, `generate` of
+    transformers' GPT-2 of the same size is timed too, if transformers is installed; beside another model,
+    ours.
 
     `bound` is, for one row, the share of the speed that reading the weights from memory would allow, as each
     token has to read them all. Memory bandwidth is measured in each round, since on a shared host other
@@ -55,13 +61,16 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         )
     runtime = start_runtime(config.runtime)
     precisions = ["fp32", *(["bf16"] if computes_in_bf16(runtime.device) else [])]
-    torch.manual_seed(config.seed)
-    model = GPTModel(replace(config.model, drop_rate=0.0)).to(runtime.device).eval()
+    model, plain = _random_model(config.model, config.seed).to(runtime.device), with_gpt2_parts(config.model)
+    gpt2 = model if config.model == plain else _random_model(plain, config.seed).to(runtime.device)
     variants: dict[str, Callable[[int], None]] = {}
     for precision in [*precisions, *(["int8"] if runtime.device.type == "cpu" else [])]:
         for compiled in [False] + [True] * runtime.compile:
             ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
             variants[f"{precision}, here{', compiled' * compiled}"] = _ours(config, ready)
+        if gpt2 is not model:
+            ready = for_inference(gpt2, replace(runtime, precision=precision))
+            variants[f"{precision}, {GPT2_PARTS}"] = _ours(config, ready)
     if times_transformers(config.model):
         for precision in precisions:
             variants[f"{precision}, transformers {version('transformers')}"] = _transformers(
@@ -87,6 +96,11 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     seconds[1, "fp32, the book's loop"] = [time.perf_counter() - begin]
     progress.clear()
     return _report(config, run_dir, model, seconds, statistics.median(reading))
+
+
+def _random_model(config: ModelConfig, seed: int) -> GPTModel:
+    torch.manual_seed(seed)
+    return GPTModel(replace(config, drop_rate=0.0)).eval()
 
 
 def _report(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.config import BenchmarkConfig, ModelConfig, differences, validate
+from llm.config import BenchmarkConfig, ModelConfig, validate
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
 from llm.model.gpt import GPTModel, training_flops_per_token
@@ -24,34 +24,41 @@ from llm.training.optimizers import Optimizers, build_optimizers
 
 log = logging.getLogger(__name__)
 
+GPT2_PARTS = "GPT-2's parts"  # the name of a variant
+
 
 def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     """Measure the median speed of a whole update (forward, backward, optimizer) of each variant; print a
     table and write `run_dir/benchmark.json`.
 
     The first variant is the book's: fp32, all logits at once. The others vary precision and loss, and with
-    `runtime.compile` one compiles the blocks. If transformers is installed and the model is made of GPT-2's
-    parts, its GPT-2 of this size is timed too, with AdamW.
+    `runtime.compile` one compiles the blocks. Beside a model of GPT-2's parts, transformers' GPT-2 of this
+    size is timed too, with AdamW, if transformers is installed; beside another model, ours.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
     precisions = ["fp32", "bf16"] if computes_in_bf16(runtime.device) else ["fp32"]
     variants: dict[str, Callable[[], None]] = {}
+    flops: dict[str, int] = {}  # per token
     for precision in precisions:
         each = replace(runtime, precision=precision)
         ours = [("plain loss", _plain_loss), ("chunked loss", GPTModel.__call__)]
-        for name, loss in ours + [("compiled", GPTModel.__call__)] * runtime.compile:
+        ours += [("compiled", GPTModel.__call__)] * runtime.compile
+        ours += [(GPT2_PARTS, GPTModel.__call__)] * (config.model != with_gpt2_parts(config.model))
+        for name, loss in ours:
             torch.manual_seed(config.seed)
-            model = GPTModel(config.model)
+            model = GPTModel(with_gpt2_parts(config.model) if name == GPT2_PARTS else config.model)
             if name == "compiled":
                 for block in model.trf_blocks:
                     block.compile()
+            flops[f"{precision}, {name}"] = training_flops_per_token(model)
             optimizers = build_optimizers(model, config.optimizer)
             variants[f"{precision}, {name}"] = _updater(config, each, model, optimizers, loss)
         if times_transformers(config.model):
             theirs = transformers_gpt2(config.model)
             adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))
             name = f"{precision}, transformers {version('transformers')}"
+            flops[name] = training_flops_per_token(model)  # it is the same model
             variants[name] = _updater(config, each, theirs, adamw, _transformers_loss)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     progress = Progress("benchmark")
@@ -64,7 +71,6 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         progress.update(step / config.steps, f"round {step} of {config.steps}")
     progress.clear()
     tokens = config.batch_size * config.model.context_length
-    flops = tokens * training_flops_per_token(model)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rates = {
         precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions
@@ -80,15 +86,16 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     log.info("%-30s %12s %10s %8s %8s", "variant", "ms/update", "tokens/s", "MFU", "speed")
     rows: list[dict[str, Any]] = []
     for name, median in medians.items():
+        mfu = tokens * flops[name] / median / rates[name[:4]]
         row = {
             "variant": name,
             "milliseconds": 1000 * median,
             "tokens_per_second": tokens / median,
-            "mfu": flops / median / rates[name[:4]],
+            "mfu": mfu,
             "speed": baseline / median,
         }
         rows.append(row)
-        figures = 1000 * median, tokens / median, 100 * flops / median / rates[name[:4]], baseline / median
+        figures = 1000 * median, tokens / median, 100 * mfu, baseline / median
         log.info("%-30s %12.1f %10.0f %7.0f%% %7.2fx", name, *figures)
     write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
     return rows
@@ -99,12 +106,16 @@ def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
 
 
+def with_gpt2_parts(config: ModelConfig) -> ModelConfig:
+    """GPT-2 in the size of a model."""
+    sizes = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "tie_weights")
+    alike = (*sizes, "qkv_bias", "init")  # the last two hardly cost any time
+    return ModelConfig(**{name: getattr(config, name) for name in alike})
+
+
 def times_transformers(config: ModelConfig) -> bool:
-    """Whether transformers is installed, and its GPT-2 is this model: with other parts it is not."""
-    sizes = {"vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"}
-    alike = {*sizes, "drop_rate", "tie_weights", "qkv_bias", "init"}  # the last two hardly cost any time
-    is_gpt2 = differences(config, ModelConfig()).keys() <= alike
-    return is_gpt2 and importlib.util.find_spec("transformers") is not None
+    """Whether transformers is installed, and its GPT-2 is this model."""
+    return config == with_gpt2_parts(config) and importlib.util.find_spec("transformers") is not None
 
 
 def transformers_gpt2(config: ModelConfig) -> nn.Module:

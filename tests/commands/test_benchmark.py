@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from conftest import Script
+
+from llm.config import ModelConfig
+from llm.model.gpt import GPTModel, training_flops_per_token
 
 TINY = ("model=tiny", "model.vocab_size=300", "hydra.run.dir=run")
 
@@ -17,6 +21,13 @@ def test_training_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     assert not result.stderr
     of_transformers = [row["variant"] for row in rows if "transformers" in row["variant"]]
     assert of_transformers[0].startswith("fp32, transformers ")
+    wide = script("benchmark", *TINY, "model.hidden_dim=2560", "batch_size=2", "steps=1")
+    assert wide.returncode == 0, wide.stderr
+    rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
+    work = {row["variant"]: row["mfu"] / row["tokens_per_second"] for row in rows}  # a token's
+    plain = training_flops_per_token(GPTModel(ModelConfig(300, 64, 64, 2, 2)))
+    more = 6 * 2 * 2 * 64 * (2560 - 256)
+    assert work["fp32, chunked loss"] / work["fp32, GPT-2's parts"] == pytest.approx((plain + more) / plain)
 
 
 def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
@@ -35,6 +46,7 @@ def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     modern = script("benchmark", *TINY, "model=modern_tiny", "measure=generation", *sizes)
     assert modern.returncode == 0, modern.stderr
     assert "fp32, here" in modern.stdout
+    assert "fp32, GPT-2's parts" in modern.stdout
     assert "transformers 5" not in modern.stdout  # its GPT-2 is another model
     too_long = script("benchmark", *TINY, "measure=generation", "generation.new_tokens=500")
     assert too_long.returncode == 1
