@@ -91,6 +91,9 @@ class ModelConfig:
     residual_scalars: bool = key(
         False, "whether each block reads a learnt mix of the residual stream and the first embedding"
     )
+    parallel_blocks: bool = key(
+        False, "whether a block's feed-forward network reads what its attention reads, not what comes of it"
+    )
     logit_softcap: float | None = key(
         None, "bound of the logits: c · tanh(logits / c); null: none", at_least=1e-3
     )

@@ -23,7 +23,8 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: attention and feed-forward, each added to the residual stream."""
+    """Pre-norm block: attention and feed-forward, each added to the residual stream; one after the other, or
+    both at once (as in GPT-J, Wang & Komatsuzaki 2021)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.norm2 = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
+        self.parallel = config.parallel_blocks
         # Of the residual stream, and of the embeddings that it began as.
         self.residual_scalars = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
@@ -50,8 +52,8 @@ class TransformerBlock(nn.Module):
         """
         if self.residual_scalars is not None:
             x = self.residual_scalars[0] * x + self.residual_scalars[1] * embedded
-        x = x + self.drop_shortcut(self.att(self.norm1(x), turns, remember, value_embedding))
-        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+        attended = x + self.drop_shortcut(self.att(self.norm1(x), turns, remember, value_embedding))
+        return attended + self.drop_shortcut(self.ff(self.norm2(x if self.parallel else attended)))
 
 
 class GPTModel(nn.Module):
@@ -173,6 +175,7 @@ def description(config: ModelConfig) -> str:
         "QK-norm" if config.qk_norm else "",
         "value embeddings" if config.value_embeddings else "",
         "residual scalars" if config.residual_scalars else "",
+        "parallel blocks" if config.parallel_blocks else "",
         f"logits capped at {config.logit_softcap:g}" if config.logit_softcap else "",
         "projections from zero" if config.init == "zero_projections" else "",
         "" if config.bias else "no biases",

@@ -49,7 +49,7 @@ FREE_MODEL_KEYS = ("init", "drop_rate")
 # What a preset such as gpt124m or modern_small stands for: its sizes and its parts.
 CHARACTER = (
     *("emb_dim", "n_heads", "n_layers", "norm", "position", "activation", "bias", "n_kv_heads", "qk_norm"),
-    *("value_embeddings", "residual_scalars", "logit_softcap"),
+    *("value_embeddings", "residual_scalars", "parallel_blocks", "logit_softcap"),
 )
 
 RESULTS = ("error", "stopped_early", "train_loss")  # of a summary, besides the `val_…`

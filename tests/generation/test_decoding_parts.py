@@ -29,6 +29,7 @@ EVERYTHING = replace(
     qk_norm=True,
     value_embeddings=True,
     residual_scalars=True,
+    parallel_blocks=True,
     logit_softcap=5.0,
     tie_weights=False,
 )

@@ -27,6 +27,7 @@ MODERN = replace(
     qk_norm=True,
     value_embeddings=True,
     residual_scalars=True,
+    parallel_blocks=True,
     logit_softcap=2.0,
     tie_weights=False,
 )
@@ -42,6 +43,7 @@ EACH_PART = {
     "one head of keys and values": {"n_kv_heads": 1},
     "value embeddings": {"value_embeddings": True},
     "residual scalars": {"residual_scalars": True},
+    "parallel blocks": {"parallel_blocks": True},
     "capped logits": {"logit_softcap": 1.5},
 }
 CONFIGS = {name: replace(BASE, **keys) for name, keys in EACH_PART.items()} | {"all": MODERN}  # type: ignore[arg-type]
@@ -155,11 +157,10 @@ def logits_by_hand(model: GPTModel, idx: list[int]) -> list[list[float]]:
                 ]
             out = linear_by_hand(context, weights, f"{block}.att.out_proj")
             attended.append([a + b for a, b in zip(x, out, strict=True)])
-        xs = []
-        for x in attended:
-            inner = linear_by_hand(
-                norm_by_hand(x, weights, f"{block}.norm2", config.norm_eps), weights, f"{block}.ff.layers.0"
-            )
+        read, xs = xs if config.parallel_blocks else attended, []
+        for x, source in zip(attended, read, strict=True):
+            normed = norm_by_hand(source, weights, f"{block}.norm2", config.norm_eps)
+            inner = linear_by_hand(normed, weights, f"{block}.ff.layers.0")
             out = linear_by_hand(activated(config, inner), weights, f"{block}.ff.layers.2")
             xs.append([a + b for a, b in zip(x, out, strict=True)])
     head = "tok_emb" if config.tie_weights else "out_head"
@@ -259,7 +260,7 @@ def test_what_a_model_is_in_a_line() -> None:
     assert description(BASE) == "3 layers, width 24, 4 heads, context 12"
     assert description(replace(MODERN, init="zero_projections", hidden_dim=50)) == (
         "3 layers, width 24, 4 heads, 2 of keys and values, context 12, rotary, rmsnorm, relu2, "
-        "hidden width 50, QK-norm, value embeddings, residual scalars, logits capped at 2, "
+        "hidden width 50, QK-norm, value embeddings, residual scalars, parallel blocks, logits capped at 2, "
         "projections from zero, no biases"
     )
 
