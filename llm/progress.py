@@ -32,20 +32,23 @@ class Progress:
         self._started = self._shown = time.monotonic()
         self._start = start
 
-    def update(self, fraction: float, status: str) -> None:
-        """Show `fraction` (0 to 1) and a status such as "step 40 · loss 3.2", unless just shown."""
+    def update(self, fraction: float | None, status: str) -> None:
+        """Show `fraction` (0 to 1) and a status such as "step 40 · loss 3.2", unless just shown. None: how
+        much is done is not known, and the time that it has taken is shown."""
         now = time.monotonic()
         if now - self._shown < (LIVE_LINE_SECONDS if self.live else PLAIN_LINE_SECONDS):
             return
-        self._shown = now
-        advanced = max(fraction - self._start, 1e-9)
-        left = format_seconds((now - self._started) * (1 - fraction) / advanced)
-        if self.live:
-            line = f"{self.what} {format_bar(fraction)} {fraction:4.0%} {status} · {left} left"
-            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
-            self._show(line[:width])
+        self._shown, seconds = now, now - self._started
+        if fraction is None:
+            bar, share, clock = "", "", format_seconds(seconds)
         else:
-            log.info("%s %3.0f%% · %s · %s left", self.what, 100 * fraction, status, left)
+            left = seconds * (1 - fraction) / max(fraction - self._start, 1e-9)
+            bar, share, clock = f" {format_bar(fraction)}", f" {fraction:4.0%}", f"{format_seconds(left)} left"
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
+            self._show(f"{self.what}{bar}{share} {status} · {clock}"[:width])
+        else:
+            log.info("%s%s · %s · %s", self.what, share, status, clock)
 
     def clear(self) -> None:
         """Erase the live bar, so that a line can be printed."""

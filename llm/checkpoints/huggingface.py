@@ -26,8 +26,8 @@ from llm.checkpoints.weights import (
     without_wrappers,
 )
 from llm.config import ModelConfig, validate
-from llm.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer
-from llm.data.tokenizer_files import as_huggingface, holds_tokenizer, kept_files, with_class
+from llm.data.tokenizer import end_of_text_id, load_tokenizer
+from llm.data.tokenizer_files import as_files, holds_tokenizer, kept_files, with_class
 from llm.errors import UserError, first_line
 from llm.files import as_json, refuse_stand_in
 from llm.model.gpt import GPTModel
@@ -195,11 +195,10 @@ def export_huggingface(model: GPTModel, tokenizer: str, folder: Path) -> Describ
                 (temporary / name).write_bytes(content)
         else:
             described |= {"tiktoken_encoding": tokenizer}
-            _write(temporary / "tokenizer.json", as_huggingface(encoding))
-            ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-            about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            length = {"model_max_length": model.config.context_length}
-            _write(temporary / "tokenizer_config.json", about | ends | length)
+            contents = as_files(encoding)
+            contents["tokenizer_config.json"]["model_max_length"] = model.config.context_length
+            for name, value in contents.items():
+                _write(temporary / name, value)
         _write(temporary / "config.json", described)
     return described
 

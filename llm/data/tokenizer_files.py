@@ -163,12 +163,20 @@ def read_tokenizer(path: Path) -> FileEncoding:
             refuse_stand_in(file)
         files = {name: file.read_bytes() for name, file in found.items()}
         files = _class_of_model(files, path)
+    except _DAMAGE as error:
+        raise _damage(path, error) from error
+    return from_files(files, path)
+
+
+def from_files(files: dict[str, bytes], path: Path) -> FileEncoding:
+    """The tokenizer that files describe, by their names; `path` is what messages call them. See
+    `read_tokenizer`."""
+    try:
         parts = _read(files, path)
         ranks = _ranks(parts, path)
         special = _special_tokens(parts, ranks, path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = first_line(error) if isinstance(error, OSError | ValueError) else "unexpected content"
-        raise UserError(f"the tokenizer in {path} is damaged or of another format: {reason}") from error
+    except _DAMAGE as error:
+        raise _damage(path, error) from error
     return FileEncoding(
         "bpe",
         pat_str=parts.pattern,
@@ -178,6 +186,14 @@ def read_tokenizer(path: Path) -> FileEncoding:
         end_of_text=parts.end_of_text,
         files=files,
     )
+
+
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+def _damage(path: Path, error: Exception) -> UserError:
+    reason = first_line(error) if isinstance(error, OSError | ValueError) else "unexpected content"
+    return UserError(f"the tokenizer in {path} is damaged or of another format: {reason}")
 
 
 @dataclass
@@ -407,6 +423,13 @@ def merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
         place = pairs.index(lowest)
         pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
     return pieces
+
+
+def as_files(encoding: tiktoken.Encoding) -> dict[str, dict[str, Any]]:
+    """What transformers opens as the same tokenizer: the content of each file, by its name."""
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    about = {"tokenizer_class": _PLAIN_CLASSES[0], "clean_up_tokenization_spaces": False, **ends}
+    return {"tokenizer.json": as_huggingface(encoding), "tokenizer_config.json": about}
 
 
 def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
