@@ -122,7 +122,14 @@ class DataConfig:
 class TokenizerConfig:
     name: str = key(
         "gpt2",
-        "gpt2, bytes, another encoding that tiktoken knows, or a folder with Hugging Face's files of one",
+        "gpt2, bytes, bpe (learnt from the training split), another encoding that tiktoken knows, or a folder "
+        "with Hugging Face's files of one",
+    )
+    vocab_size: int | None = key(
+        None,
+        "bpe: ids in all, the 256 bytes and the end of text among them",
+        at_least=257,
+        at_most=10**6,
     )
 
 
@@ -410,6 +417,11 @@ def validate(config: Any, prefix: str = "") -> None:
             )
         case OptimizerConfig(betas=betas) if len(betas) != 2:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
+        case TokenizerConfig(name=tokenizer, vocab_size=int(size)) if tokenizer != "bpe":
+            raise UserError(
+                f"{prefix}vocab_size={size}: the size of tokenizer.name={tokenizer} is fixed; remove it, or learn a "
+                f"tokenizer of that size with tokenizer=bpe"
+            )
         case DataConfig(source="text", path=None) | DataConfig(path=""):
             raise UserError(f"{prefix}path is not set: data=text needs data.path=FILE, FOLDER or GLOB")
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):

@@ -43,7 +43,11 @@ class Progress:
             bar, share, clock = "", "", format_seconds(seconds)
         else:
             left = seconds * (1 - fraction) / max(fraction - self._start, 1e-9)
-            bar, share, clock = f" {format_bar(fraction)}", f" {fraction:4.0%}", f"{format_seconds(left)} left"
+            bar, share, clock = (
+                f" {format_bar(fraction)}",
+                f" {fraction:4.0%}",
+                f"{format_seconds(left)} left",
+            )
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
             self._show(f"{self.what}{bar}{share} {status} · {clock}"[:width])

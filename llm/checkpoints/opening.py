@@ -8,7 +8,7 @@ from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint, read_weights
 from llm.checkpoints.hub import download
 from llm.checkpoints.huggingface import WHAT_TO_GIVE, read_huggingface
 from llm.checkpoints.weights import Weights, refuse_not_finite
-from llm.data.tokenizer import fingerprint, load_tokenizer
+from llm.data.tokenizer import LEARNT, fingerprint, load_tokenizer
 from llm.errors import UserError
 from llm.files import as_typed
 from llm.run_folder import CHECKPOINTS, checkpoint_folder
@@ -59,6 +59,8 @@ def tokenizer_of(weights: Weights, given: str | None = None) -> str:
     known, size = weights.tokenizer, weights.model.vocab_size
     if given is None and (known or size == 50257):
         return known or "gpt2"
+    if given == LEARNT and known and weights.trained and weights.trained.tokenizer.name == LEARNT:
+        return known
     if given is None:
         raise UserError(
             f"{weights.origin} does not say which tokenizer it was trained with, and its {size} tokens are "
@@ -73,6 +75,8 @@ def tokenizer_of(weights: Weights, given: str | None = None) -> str:
 def _same(known: str, given: str, weights: Weights) -> bool:
     if not any(Path(each).is_absolute() or Path(each).exists() for each in (known, given)):
         return False  # both are names of encodings; to compare them, they might have to be downloaded
+    if given == LEARNT and not Path(given).exists():
+        return False
     try:
         theirs = load_tokenizer(known)
     except UserError:

@@ -5,9 +5,9 @@ import time
 from dataclasses import replace
 
 from llm.config import PretrainConfig, validate
+from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_splits
 from llm.data.token_file import token_files
-from llm.data.tokenizer import load_tokenizer
 from llm.data.windows import TrainingBatches, cut_windows
 from llm.progress import format_count, format_seconds
 from llm.runtime import start_runtime
@@ -31,7 +31,9 @@ def prepare(config: PretrainConfig) -> None:
     log.info(
         "text        %sB in %d file%s (%s)", format_count(size), len(files), "s"[: len(files) > 1], source
     )
-    tokenizer = load_tokenizer(config.tokenizer.name)
+    tokenizer, _ = find_tokenizer(config.tokenizer, config.data, splits)
+    if config.tokenizer.vocab_size:
+        log.info("tokenizer   %s tokens, learnt from the training split", f"{tokenizer.n_vocab:,}")
     token_file_pair = token_files(config.data, tokenizer, splits)
     windows_pair = cut_windows(config, tokenizer, token_file_pair)
     for name, tokens, windows in zip(("training", "validation"), token_file_pair, windows_pair, strict=True):

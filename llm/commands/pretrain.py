@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from llm.config import PretrainConfig, validate
+from llm.data.bpe import find_tokenizer
 from llm.errors import UserError
 from llm.processes import follow, processes
 from llm.progress import LineFormatter
@@ -64,6 +65,8 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
         start = find_start(config, run_dir, given)
         validate(start.config)
         summary.seed, summary.init_from = start.config.seed, start.config.init_from
+        if start.config.runtime.processes > 1:  # else the others might be sooner, and they print nothing
+            find_tokenizer(start.tokenizer, start.config.data)
         with processes(start.config.runtime, execute, start, summary) as runtime:
             run, recorder = execute(start, summary, runtime)
     except BaseException as error:

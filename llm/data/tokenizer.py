@@ -28,6 +28,10 @@ _GPT2_FILES = {
 }
 
 
+# The `tokenizer.name` of one that is learnt from the text of a run, see bpe.py.
+LEARNT = "bpe"
+
+
 def load_tokenizer(name: str) -> tiktoken.Encoding:
     """An encoding by name, or that of a folder of Hugging Face's tokenizer files. `gpt2` and `bytes` need no
     network; tiktoken downloads its others.
@@ -40,7 +44,12 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     if name not in tiktoken.list_encoding_names():
         if Path(name).exists():
             return _by_its_name(read_tokenizer(Path(name)))
-        known = ", ".join(dict.fromkeys([*TOKENIZERS, *tiktoken.list_encoding_names()]))
+        if name == LEARNT:
+            raise UserError(
+                f"tokenizer.name={name} is learnt from the text of a run: set its tokenizer.vocab_size too, or "
+                f"give a folder with one that was learnt, such as a run's checkpoint"
+            )
+        known = ", ".join(dict.fromkeys([*TOKENIZERS, LEARNT, *tiktoken.list_encoding_names()]))
         raise UserError(
             f"tokenizer.name={name}: unknown; choose from {known}, or give a folder with a tokenizer.json"
         )

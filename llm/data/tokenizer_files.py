@@ -86,6 +86,7 @@ def _byte_characters() -> list[str]:
 
 
 _CHARACTERS = _byte_characters()
+BYTE_OF = {character: byte for byte, character in enumerate(_CHARACTERS)}
 
 
 class FileEncoding(tiktoken.Encoding):
@@ -369,7 +370,6 @@ def _ranks(parts: _Parts, path: Path) -> dict[bytes, int]:
     after the merges before: then no other two pieces that make it are ever left side by side.
     """
     vocab = parts.vocab
-    byte_of = {character: bytes([byte]) for byte, character in enumerate(_CHARACTERS)}
     if any(type(number) is not int or not 0 <= number < _LARGEST_ID for number in vocab.values()):
         raise ValueError("an id is no number, or out of range")
     if len(set(vocab.values())) < len(vocab):
@@ -384,7 +384,7 @@ def _ranks(parts: _Parts, path: Path) -> dict[bytes, int]:
         if number <= before:
             raise _refusal(path, "has ids in another order than its merges")
         before = number
-        pieces = [b"".join(byte_of[character] for character in piece) for piece in pair]
+        pieces = [bytes(BYTE_OF[character] for character in piece) for piece in pair]
         merges[b"".join(pieces)] = pieces
     ranks |= {token: vocab["".join(pair)] for token, pair in zip(merges, parts.merges, strict=True)}
     for token, pieces in merges.items():
@@ -399,11 +399,10 @@ def _special_tokens(parts: _Parts, ranks: dict[bytes, int], path: Path) -> dict[
     rest = {content: number for content, number in parts.vocab.items() if number not in taken}
     if rest and parts.ignore_merges:
         raise _refusal(path, f"has a token that no merge makes, {min(rest)!r}")
-    byte_of = {character: byte for byte, character in enumerate(_CHARACTERS)}
     special = dict(parts.added)
     for content, number in rest.items():
-        spelled = set(content) <= byte_of.keys()
-        text = bytes(byte_of[each] for each in content).decode(errors="replace") if spelled else content
+        spelled = set(content) <= BYTE_OF.keys()
+        text = bytes(BYTE_OF[each] for each in content).decode(errors="replace") if spelled else content
         special.setdefault(text, number)
     if any(type(number) is not int or not 0 <= number < _LARGEST_ID for number in special.values()):
         raise ValueError("an id is no number, or out of range")

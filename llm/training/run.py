@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llm.config import PretrainConfig
+from llm.data.bpe import find_tokenizer
 from llm.data.token_file import token_files
-from llm.data.tokenizer import bytes_of_tokens, load_tokenizer
+from llm.data.tokenizer import bytes_of_tokens
 from llm.data.windows import TrainingBatches, Windows, cut_windows
 from llm.device import memory_bytes
 from llm.generation.texts import prompt_ids
@@ -120,8 +121,8 @@ def build_run(start: Start, runtime: Runtime) -> Run:
     config = start.config
     if 8 * parameters_of(config.model) > memory_bytes():  # weights and gradients in fp32
         raise MemoryError  # now: a system that is out of memory kills a process without a word
-    tokenizer = load_tokenizer(start.tokenizer)
-    files = token_files(config.data, tokenizer)
+    tokenizer, splits = find_tokenizer(start.tokenizer, config.data)
+    files = token_files(config.data, tokenizer, splits)
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
     # The sample comes last, and a prompt that cannot be used would be found when the budget is spent.
     prompt_ids(config.samples.prompt, tokenizer, config.model.vocab_size, "samples.prompt")

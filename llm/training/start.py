@@ -78,10 +78,12 @@ class Start:
         return steps_of(self.checkpoint) if self.checkpoint else 0
 
     @property
-    def tokenizer(self) -> str:
-        """What `load_tokenizer` is to load. A run's checkpoints keep the files of its tokenizer, which may no
-        longer lie where they came from."""
-        return kept_tokenizer(self.checkpoint, self.config) if self.checkpoint else self.config.tokenizer.name
+    def tokenizer(self) -> TokenizerConfig:
+        """What `find_tokenizer` is to find. A run's checkpoints keep the files of its tokenizer, which may no
+        longer lie where they came from, and is not learnt again."""
+        ours = self.config.tokenizer
+        kept = kept_tokenizer(self.checkpoint, self.config) if self.checkpoint else ours.name
+        return ours if kept == ours.name else TokenizerConfig(kept)
 
     def take_weights(self) -> Weights | None:
         """The weights to begin with, if any; handed over, so that they are not kept beside the model's."""
@@ -113,9 +115,12 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         weights = open_weights(
             config.init_from, config.model.n_heads if {"model", "model.n_heads"} & asked else None
         )
-        tokenizer = tokenizer_of(
-            weights, config.tokenizer.name if {"tokenizer", "tokenizer.name"} & asked else None
-        )
+        name = config.tokenizer.name if {"tokenizer", "tokenizer.name"} & asked else None
+        tokenizer = TokenizerConfig(tokenizer_of(weights, name))
+        if weights.trained:
+            tokenizer.vocab_size = weights.trained.tokenizer.vocab_size
+        if name:  # perhaps another name for the same
+            config = replace(config, tokenizer=replace(config.tokenizer, name=tokenizer.name))
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, weights=weights)
     return Start(config, run_dir, identity)
@@ -141,7 +146,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     if wanted.rerun:
         wanted = replace(recorded, resume=config.resume, tracking=wanted.tracking)
     if wanted.init_from:  # what the model is came from the weights
-        wanted = with_weights(wanted, recorded.model, recorded.tokenizer.name, name, given)
+        wanted = with_weights(wanted, recorded.model, recorded.tokenizer, name, given)
     changes = differences(recorded, wanted)
     changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun")}
     refused = [key for key in changes if key.startswith(FIXED) and key not in FREE_DATA_KEYS]
@@ -197,7 +202,11 @@ def repeated_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
 
 
 def with_weights(
-    config: PretrainConfig, model: ModelConfig, tokenizer: str, origin: str, given: Collection[str]
+    config: PretrainConfig,
+    model: ModelConfig,
+    tokenizer: TokenizerConfig,
+    origin: str,
+    given: Collection[str],
 ) -> PretrainConfig:
     """The config with the model that given weights make, and with their tokenizer.
 
@@ -215,10 +224,12 @@ def with_weights(
             continue
         if key in given or key in chosen:
             raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; remove it")
-    if config.tokenizer.name != tokenizer and {"tokenizer", "tokenizer.name"} & set(given):
-        raise UserError(
-            f"tokenizer.name={config.tokenizer.name}: the weights of {origin} have {tokenizer}; remove it"
-        )
+    for key in ("name", "vocab_size"):
+        wanted, found = getattr(config.tokenizer, key), getattr(tokenizer, key)
+        if wanted not in (None, found) and {"tokenizer", f"tokenizer.{key}"} & set(given):
+            raise UserError(
+                f"tokenizer.{key}={wanted}: the weights of {origin} have {found or tokenizer.name}; remove it"
+            )
     context = model.context_length
     if {"model", "model.context_length"} & set(given):
         context = config.model.context_length
@@ -231,7 +242,7 @@ def with_weights(
     return replace(
         config,
         model=replace(model, context_length=context, **free),
-        tokenizer=TokenizerConfig(tokenizer),
+        tokenizer=TokenizerConfig(tokenizer.name),
     )
 
 

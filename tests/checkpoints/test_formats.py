@@ -955,7 +955,7 @@ def test_the_books_heads_are_asked_for_by_a_key(script: Script, tmp_path: Path) 
 )
 def test_other_sizes_than_the_weights_have_are_refused(model: ModelConfig, tokenizer: str, line: str) -> None:
     config = PretrainConfig(model=model, tokenizer=TokenizerConfig(tokenizer))
-    source = ModelConfig(257, 16, 32, 2, 1), "bytes", "here"
+    source = ModelConfig(257, 16, 32, 2, 1), TokenizerConfig("bytes"), "here"
     with pytest.raises(UserError, match=re.escape(line)):
         with_weights(config, *source, given=keys_unlike_default(config))
     config = PretrainConfig(model=ModelConfig(context_length=8, drop_rate=0.1))

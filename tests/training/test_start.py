@@ -11,7 +11,7 @@ from settings import changed, settings
 from llm import PretrainConfig, pretrain
 from llm.checkpoints import checkpoint
 from llm.commands.generate import run_generation
-from llm.config import GenerateConfig, ModelConfig, TrackingConfig
+from llm.config import GenerateConfig, ModelConfig, TokenizerConfig, TrackingConfig
 from llm.errors import UserError
 from llm.training.start import with_weights
 
@@ -22,7 +22,7 @@ def as_run(given: set[str], tokenizer: str = "gpt2", **model: Any) -> PretrainCo
     config = PretrainConfig()
     config.model = dataclasses.replace(config.model, **model)
     config.tokenizer.name = tokenizer
-    return with_weights(config, THEIRS, "bytes", "here", given)
+    return with_weights(config, THEIRS, TokenizerConfig("bytes"), "here", given)
 
 
 @pytest.mark.parametrize(

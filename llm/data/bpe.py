@@ -1,0 +1,221 @@
+"""A tokenizer learnt from the text: byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2).
+
+The library `tokenizers` counts words and chooses the merges. What comes of it is an encoding of tiktoken's
+like any other, read from the files that transformers reads too.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from queue import Queue
+from threading import Event, Thread
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from llm.config import DataConfig, TokenizerConfig
+from llm.data.cache import made_once, read_record, write_record
+from llm.data.corpus import Split, find_splits
+from llm.data.pieces import cut
+from llm.data.tokenizer import END_OF_TEXT, LEARNT, gpt2_encoding, load_tokenizer
+from llm.data.tokenizer_files import BYTE_OF, FileEncoding, as_files, from_files, merge_of
+from llm.errors import UserError
+from llm.files import as_json, cache_folder
+from llm.progress import Progress, format_count, format_seconds
+
+log = logging.getLogger(__name__)
+
+METHOD = 1  # to change with whatever changes the tokenizer that is learnt from the same text
+
+# Of a longer text, pieces of so many characters in all are learnt from, evenly spread. Memory grows with the
+# number of different words, and in 32 MB even of random letters these take no more than 3 GB.
+SAMPLED_CHARACTERS = 1 << 25
+BLOCK_CHARACTERS = 1 << 16  # of the text at a time, however its files are read
+
+LEAST_COUNT = 2  # a pair that occurs once is no pattern
+SPARE = 64  # merges to ask for beyond those needed, as some may not be usable
+
+# GPT-2's pattern, but for words of more than 256 characters, which are cut there: for each merge, a learner
+# walks through all of every word that has it, and a word may be as long as the text.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}|\s{1,256}(?!\S)|\s"
+
+
+def find_tokenizer(
+    config: TokenizerConfig, data: DataConfig, splits: tuple[Split, Split] | None = None
+) -> tuple[tiktoken.Encoding, tuple[Split, Split]]:
+    """The tokenizer of a run, loaded by its name or learnt from the training split; and the splits.
+
+    Args:
+        splits: of the text, if they have been found already.
+
+    Raises:
+        UserError: see `load_tokenizer`, `find_splits` and `learn`.
+    """
+    if config.name != LEARNT or config.vocab_size is None:
+        return load_tokenizer(config.name), splits or find_splits(data)
+    splits = splits or find_splits(data)
+    return learnt_tokenizer(splits[0], config.vocab_size, cache_folder(data.cache_dir)), splits
+
+
+def learnt_tokenizer(training: Split, vocab_size: int, cache: Path) -> FileEncoding:
+    """The tokenizer of so many tokens for a training split, from the cache; learnt at the first call.
+
+    Raises:
+        UserError: see `learn`.
+    """
+    about = (METHOD, WORDS, r50k_pat_str, SAMPLED_CHARACTERS, training.sha256, vocab_size)
+    fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+    path = cache / "tokenizers" / f"{fingerprint}.json"
+
+    def read() -> FileEncoding | None:
+        if (record := read_record(path, fingerprint)) is None:
+            return None
+        return from_files({name: text.encode() for name, text in record["files"].items()}, path)
+
+    def make() -> None:
+        files = as_files(learn(training, vocab_size))
+        write_record(path, fingerprint, {"files": {name: as_json(value) for name, value in files.items()}})
+
+    return made_once(path, read, make, doing="learning a tokenizer")
+
+
+def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
+    """Byte-level BPE with GPT-2's pattern: the 256 bytes, the pairs most frequent in a text, merged one after
+    the other, and as last id the end of text. The same text gives the same tokens, however it is read.
+
+    Raises:
+        UserError: the text has not so many different pairs, or cannot be read.
+    """
+    begin, characters = time.perf_counter(), training.end - training.start
+    if characters > SAMPLED_CHARACTERS:
+        log.info(
+            "learning a tokenizer from %s of the %s characters of the training text, evenly spread",
+            format_count(SAMPLED_CHARACTERS),
+            format_count(characters),
+        )
+    wanted = vocab_size - 1  # without the end of text
+    asked = wanted + SPARE
+    while len(ranks := usable(tokens := _merged(training, asked), wanted)) < wanted:
+        if len({*tokens}) < asked - 256:
+            raise UserError(
+                f"tokenizer.vocab_size={vocab_size}: the training text is too small: what occurs in it at "
+                f"least twice makes {len(ranks) + 1} tokens; ask for no more, or give more text"
+            )
+        asked += wanted
+    log.info(
+        "learnt a tokenizer of %s tokens from the training text in %s",
+        f"{vocab_size:,}",
+        format_seconds(time.perf_counter() - begin),
+    )
+    return _encoding(ranks)
+
+
+def usable(tokens: Iterable[bytes], most: int) -> dict[bytes, int]:
+    """The ranks of the 256 bytes and of learnt tokens, until there are `most`.
+
+    A token is omitted if it is there already, or if the merges before it leave more than two pieces of it, so
+    that tiktoken would merge it otherwise than `tokenizers`. A learner finds such now and then in runs of a
+    letter.
+    """
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in tokens:
+        if len(ranks) == most:
+            break
+        if token not in ranks and len(merge_of(token, len(ranks), ranks)) == 2:
+            ranks[token] = len(ranks)
+    return ranks
+
+
+def _encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        LEARNT, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+def sample(training: Split) -> Iterator[tuple[int, list[str]]]:
+    """What is learnt from: the text, or evenly spread pieces of a longer one. They end where GPT-2's pattern
+    divides the text anyway. Each comes with the characters up to its end, and as a list of the texts between
+    ends of text."""
+    length, done = max(1, training.end - training.start), 0
+    taken = min(length, SAMPLED_CHARACTERS)
+    for number, piece in enumerate(cut(_blocks(training.pieces()), gpt2_encoding())):
+        done += len(piece.text)
+        yield done, piece.text.split(END_OF_TEXT) if number * taken % length < taken else []
+
+
+def _blocks(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in blocks of one size, so that it is cut alike however it is read."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        end = len(text) - len(text) % BLOCK_CHARACTERS
+        for start in range(0, end, BLOCK_CHARACTERS):
+            yield text[start : start + BLOCK_CHARACTERS]
+        text = text[end:]
+    yield text
+
+
+def _merged(training: Split, vocab_size: int) -> list[bytes]:
+    """What the library merges, in order, until bytes and merges are `vocab_size` tokens, or no pair is left.
+
+    It works in a thread, which takes its texts from this one: here errors are raised and signals are heard,
+    while the library does not listen.
+    """
+    texts: Queue[list[str] | None] = Queue(maxsize=64)
+    done: Queue[list[bytes] | Exception] = Queue()
+    stopped = Event()
+    Thread(target=_learner, args=(texts, vocab_size, done, stopped), daemon=True).start()
+    progress, length = Progress("learning a tokenizer"), max(1, training.end - training.start)
+    try:
+        for characters, some in sample(training):
+            texts.put(some)
+            progress.update(characters / length, f"{format_count(characters)} characters")
+        texts.put(None)
+        while done.empty():
+            progress.update(None, "merging")
+            time.sleep(0.02)
+    except BaseException:
+        stopped.set()
+        texts.put(None)
+        raise
+    finally:
+        progress.clear()
+    result = done.get()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _learner(
+    texts: "Queue[list[str] | None]", vocab_size: int, done: "Queue[list[bytes] | Exception]", stopped: Event
+) -> None:
+    # Else, where a process that has used its threads forks, the library prints a warning for each child.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    def until_the_end() -> Iterator[str]:
+        while (some := texts.get()) is not None:
+            yield from some
+        if stopped.is_set():
+            raise InterruptedError  # so that the library merges nothing
+
+    try:
+        tokenizer = Tokenizer(models.BPE())
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=LEAST_COUNT,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(until_the_end(), trainer)
+        merges = json.loads(tokenizer.to_str())["model"]["merges"]
+        done.put([bytes(BYTE_OF[letter] for letter in "".join(pair)) for pair in merges])
+    except Exception as error:
+        done.put(error)
