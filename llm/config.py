@@ -122,8 +122,8 @@ class DataConfig:
 class TokenizerConfig:
     name: str = key(
         "gpt2",
-        "gpt2, bytes, bpe (learnt from the training split), another encoding that tiktoken knows, or a folder "
-        "with Hugging Face's files of one",
+        "gpt2, bytes, bpe (learnt from the training split), another encoding that tiktoken knows, or a "
+        "folder with Hugging Face's files of one",
     )
     vocab_size: int | None = key(
         None,
@@ -419,8 +419,8 @@ def validate(config: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
         case TokenizerConfig(name=tokenizer, vocab_size=int(size)) if tokenizer != "bpe":
             raise UserError(
-                f"{prefix}vocab_size={size}: the size of tokenizer.name={tokenizer} is fixed; remove it, or learn a "
-                f"tokenizer of that size with tokenizer=bpe"
+                f"{prefix}vocab_size={size}: tokenizer.name={tokenizer} has a size of its own; remove it, "
+                f"or learn a tokenizer of that size with tokenizer=bpe"
             )
         case DataConfig(source="text", path=None) | DataConfig(path=""):
             raise UserError(f"{prefix}path is not set: data=text needs data.path=FILE, FOLDER or GLOB")

@@ -14,14 +14,15 @@ from pathlib import Path
 from queue import Queue
 from threading import Event, Thread
 
+import regex
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.data.cache import made_once, read_record, write_record
 from llm.data.corpus import Split, find_splits
-from llm.data.pieces import cut
-from llm.data.tokenizer import END_OF_TEXT, LEARNT, gpt2_encoding, load_tokenizer
+from llm.data.pieces import Rules, cut
+from llm.data.tokenizer import END_OF_TEXT, LEARNT, load_tokenizer
 from llm.data.tokenizer_files import BYTE_OF, FileEncoding, as_files, from_files, merge_of
 from llm.errors import UserError
 from llm.files import as_json, cache_folder
@@ -38,6 +39,8 @@ BLOCK_CHARACTERS = 1 << 16  # of the text at a time, however its files are read
 
 LEAST_COUNT = 2  # a pair that occurs once is no pattern
 SPARE = 64  # merges to ask for beyond those needed, as some may not be usable
+
+GPT2 = Rules(regex.compile(r50k_pat_str), regex.compile(regex.escape(END_OF_TEXT)))  # of its tokenizer
 
 # GPT-2's pattern, but for words of more than 256 characters, which are cut there: for each merge, a learner
 # walks through all of every word that has it, and a word may be as long as the text.
@@ -142,7 +145,7 @@ def sample(training: Split) -> Iterator[tuple[int, list[str]]]:
     ends of text."""
     length, done = max(1, training.end - training.start), 0
     taken = min(length, SAMPLED_CHARACTERS)
-    for number, piece in enumerate(cut(_blocks(training.pieces()), gpt2_encoding())):
+    for number, piece in enumerate(cut(_blocks(training.pieces()), GPT2)):
         done += len(piece.text)
         yield done, piece.text.split(END_OF_TEXT) if number * taken % length < taken else []
 

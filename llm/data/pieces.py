@@ -34,7 +34,7 @@ class Rules:
 
     pattern: "regex.Pattern | None"  # of pre-tokens; None: tokens are bytes, whatever the pattern
     special: "regex.Pattern"  # of special tokens, such as the end of text, beyond which no pattern sees
-    context: int  # CONTEXT, or the characters of the longest special token
+    context: int = CONTEXT  # or the characters of the longest special token
 
     @classmethod
     def of(cls, tokenizer: tiktoken.Encoding) -> "Rules":
@@ -66,7 +66,7 @@ def encode_pieces(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterato
             return np.array(tokenizer._encode_single_piece(piece.text), dtype=np.uint32)
         return encode_to_numpy(piece.text, tokenizer)
 
-    pieces, threads, done = cut(texts, tokenizer), torch.get_num_threads(), 0
+    pieces, threads, done = cut(texts, Rules.of(tokenizer)), torch.get_num_threads(), 0
     # The end of a part, which the next part may change, but for a first token if that is yielded already.
     end_of_part, yielded = np.empty(0, dtype=np.uint32), 0
     with ThreadPoolExecutor(threads) as pool:
@@ -112,14 +112,13 @@ def join(left: np.ndarray, right: np.ndarray, tokenizer: tiktoken.Encoding, keep
     raise RuntimeError(f"a text changes tokens of {tokenizer.name} that are {KEPT_TOKENS} before it")
 
 
-def cut(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[Piece]:
+def cut(texts: Iterable[str], rules: Rules) -> Iterator[Piece]:
     """The same text in pieces of about PIECE_CHARACTERS that encode to the tokens of the whole, once parts of
     a pre-token are joined.
 
     A piece is longer only where a pattern looks for the end of white space that is longer: cl100k's, but not
     GPT-2's.
     """
-    rules = Rules.of(tokenizer)
     least = PIECE_CHARACTERS + 2 * rules.context
     text, inside, enough = "", False, least
     for more in chain(_slices(texts), [None]):

@@ -46,8 +46,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
             return _by_its_name(read_tokenizer(Path(name)))
         if name == LEARNT:
             raise UserError(
-                f"tokenizer.name={name} is learnt from the text of a run: set its tokenizer.vocab_size too, or "
-                f"give a folder with one that was learnt, such as a run's checkpoint"
+                f"tokenizer.name={name} is learnt from the text of a run: set its tokenizer.vocab_size too, "
+                f"or give a folder with one that was learnt, such as a run's checkpoint"
             )
         known = ", ".join(dict.fromkeys([*TOKENIZERS, LEARNT, *tiktoken.list_encoding_names()]))
         raise UserError(
