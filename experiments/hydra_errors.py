@@ -37,6 +37,10 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return f"cannot write ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
     if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
         return _no_such_key(unknown[1], schema)
+    if empty := re.match(
+        r"While dereferencing interpolation '\$\{([\w.]+)\}': Incompatible value 'None'", str(error)
+    ):
+        return f"{empty[1]} is null, and other keys have its value: set it"
     if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
         extra = missing[1]
         return f"hydra/launcher={extra} needs a plugin: pip install -c constraints.txt -e '.[{extra}]'"

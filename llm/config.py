@@ -417,11 +417,6 @@ def validate(config: Any, prefix: str = "") -> None:
             )
         case OptimizerConfig(betas=betas) if len(betas) != 2:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
-        case TokenizerConfig(name=tokenizer, vocab_size=int(size)) if tokenizer != "bpe":
-            raise UserError(
-                f"{prefix}vocab_size={size}: tokenizer.name={tokenizer} has a size of its own; remove it, "
-                f"or learn a tokenizer of that size with tokenizer=bpe"
-            )
         case DataConfig(source="text", path=None) | DataConfig(path=""):
             raise UserError(f"{prefix}path is not set: data=text needs data.path=FILE, FOLDER or GLOB")
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):

@@ -56,8 +56,13 @@ def find_tokenizer(
         splits: of the text, if they have been found already.
 
     Raises:
-        UserError: see `load_tokenizer`, `find_splits` and `learn`.
+        UserError: another tokenizer is to have a size; or see `load_tokenizer`, `find_splits` and `learn`.
     """
+    if config.name != LEARNT and config.vocab_size is not None:
+        raise UserError(
+            f"tokenizer.vocab_size={config.vocab_size}: tokenizer.name={config.name} has a size of its own; "
+            f"remove it, or learn a tokenizer of that size with tokenizer=bpe"
+        )
     if config.name != LEARNT or config.vocab_size is None:
         return load_tokenizer(config.name), splits or find_splits(data)
     splits = splits or find_splits(data)
@@ -94,7 +99,7 @@ def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
         UserError: the text has not so many different pairs, or cannot be read.
     """
     begin, characters = time.perf_counter(), training.end - training.start
-    if characters > SAMPLED_CHARACTERS:
+    if is_sample := characters > SAMPLED_CHARACTERS:
         log.info(
             "learning a tokenizer from %s of the %s characters of the training text, evenly spread",
             format_count(SAMPLED_CHARACTERS),
@@ -105,8 +110,9 @@ def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
     while len(ranks := usable(tokens := _merged(training, asked), wanted)) < wanted:
         if len({*tokens}) < asked - 256:
             raise UserError(
-                f"tokenizer.vocab_size={vocab_size}: the training text is too small: what occurs in it at "
-                f"least twice makes {len(ranks) + 1} tokens; ask for no more, or give more text"
+                f"tokenizer.vocab_size={vocab_size}: the training text is too small: what occurs in "
+                f"{'the part of it that is learnt from' if is_sample else 'it'} at least twice makes "
+                f"{len(ranks) + 1} tokens; ask for no more{'' if is_sample else ', or give more text'}"
             )
         asked += wanted
     log.info(

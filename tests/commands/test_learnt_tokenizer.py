@@ -104,6 +104,16 @@ def test_what_cannot_be_is_one_line(script: Script, text: str, tmp_path: Path) -
         "tokenizer.vocab_size=270: tokenizer.name=gpt2 has a size of its own; remove it, or learn a "
         "tokenizer of that size with tokenizer=bpe"
     )
+    assert refusal(script, "pretrain", *arguments, "tokenizer.vocab_size=null", "hydra.run.dir=no") == (
+        "tokenizer.vocab_size is null, and other keys have its value: set it"
+    )
+    # Alone, the size is another one of what there is: of the run's, of the weights'.
+    assert refusal(script, "pretrain", "resume=run", other).startswith(
+        "resume=run: tokenizer.vocab_size=271 (it is 270) cannot change"
+    )
+    assert "tokenizer.vocab_size=271: the weights of run/checkpoints/step-00000001 have 270" in refusal(
+        script, "pretrain", *begun, other
+    )
     assert refusal(script, "pretrain", "tokenizer.name=bpe", "hydra.run.dir=no").startswith(
         "tokenizer.name=bpe is learnt from the text of a run: set its tokenizer.vocab_size too"
     )
