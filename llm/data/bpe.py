@@ -7,7 +7,6 @@ like any other, read from the files that transformers reads too.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -202,8 +201,6 @@ def _merged(training: Split, vocab_size: int) -> list[bytes]:
 def _learner(
     texts: "Queue[list[str] | None]", vocab_size: int, done: "Queue[list[bytes] | Exception]", stopped: Event
 ) -> None:
-    # Else, where a process that has used its threads forks, the library prints a warning for each child.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     def until_the_end() -> Iterator[str]:
