@@ -65,7 +65,8 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
         start = find_start(config, run_dir, given)
         validate(start.config)
         summary.seed, summary.init_from = start.config.seed, start.config.init_from
-        if start.config.runtime.processes > 1:  # else the others might be sooner, and they print nothing
+        if start.tokenizer.vocab_size and start.config.runtime.processes > 1:
+            # It is learnt here, as the other processes would show no progress.
             find_tokenizer(start.tokenizer, start.config.data)
         with processes(start.config.runtime, execute, start, summary) as runtime:
             run, recorder = execute(start, summary, runtime)

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 METHOD = 1  # to change with whatever changes the tokenizer that is learnt from the same text
 
 # Of a longer text, pieces of so many characters in all are learnt from, evenly spread. Memory grows with the
-# number of different words, and in 32 MB even of random letters these take no more than 3 GB.
+# number of different words, and those of 32 MB of random words take 3 GB.
 SAMPLED_CHARACTERS = 1 << 25
 BLOCK_CHARACTERS = 1 << 16  # of the text at a time, however its files are read
 
