@@ -129,12 +129,10 @@ def test_what_cannot_be_is_one_line(script: Script, text: str, tmp_path: Path) -
     assert not (tmp_path / "no").exists()
 
 
-def test_processes_share_a_tokenizer_learnt_in_python(tmp_path: Path) -> None:
+def test_in_python_too(tmp_path: Path) -> None:
     config = settings(tmp_path, max_steps=2)
-    config.model = ModelConfig(270, 16, 16, 2, 1)
-    config.tokenizer, config.runtime.processes = TokenizerConfig("bpe", 270), 2
-    summary = pretrain(config, tmp_path / "run")
-    assert summary.steps == 2
+    config.model, config.tokenizer = ModelConfig(270, 16, 16, 2, 1), TokenizerConfig("bpe", 270)
+    assert pretrain(config, tmp_path / "run").steps == 2
     assert load_tokenizer(str(tmp_path / "run" / "checkpoints" / "last")).n_vocab == 270
     config.tokenizer.vocab_size = None
     with pytest.raises(UserError, match=r"set its tokenizer\.vocab_size too"):

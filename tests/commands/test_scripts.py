@@ -102,6 +102,8 @@ def test_two_processes_train_as_one(
         "model.drop_rate=0",
         "runtime.precision=fp32",
         "training.accumulate=2",
+        "tokenizer=bpe",
+        "tokenizer.vocab_size=270",
     ]
     for processes in (1, 2):
         result = script("pretrain", *common, f"runtime.processes={processes}", f"hydra.run.dir=by{processes}")
@@ -112,9 +114,16 @@ def test_two_processes_train_as_one(
     assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
     launched = run_python(
-        tmp_path, environment, *torchrun, script_path("pretrain"), *common, "hydra.run.dir=launched"
+        tmp_path,
+        environment,
+        *torchrun,
+        script_path("pretrain"),
+        *common,
+        "data.cache_dir=new",
+        "hydra.run.dir=launched",
     )
     assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.count("learnt a tokenizer of 270 tokens") == 1
     assert numbers(tmp_path / "launched") == numbers(tmp_path / "by2")
     assert launched.stdout.count("Ep 1 (Step 000000)") == 1  # the first process speaks for all
     resumed = script("pretrain", "resume=launched", "runtime.processes=2", "training.max_steps=12")
