@@ -26,8 +26,9 @@ from llm.checkpoints.weights import (
     without_wrappers,
 )
 from llm.config import ModelConfig, validate
+from llm.data.byte_level import as_files
 from llm.data.tokenizer import end_of_text_id, load_tokenizer
-from llm.data.tokenizer_files import as_files, holds_tokenizer, kept_files, with_class
+from llm.data.tokenizer_files import holds_tokenizer, kept_files, with_class
 from llm.errors import UserError, first_line
 from llm.files import as_json, refuse_stand_in
 from llm.model.gpt import GPTModel

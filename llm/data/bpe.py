@@ -18,11 +18,12 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from llm.config import DataConfig, TokenizerConfig
+from llm.data.byte_level import BYTE_OF, END_OF_TEXT, as_files, merge_of
 from llm.data.cache import made_once, read_record, write_record
 from llm.data.corpus import Split, find_splits
 from llm.data.pieces import Rules, cut
-from llm.data.tokenizer import END_OF_TEXT, LEARNT, load_tokenizer
-from llm.data.tokenizer_files import BYTE_OF, FileEncoding, as_files, from_files, merge_of
+from llm.data.tokenizer import LEARNT, load_tokenizer
+from llm.data.tokenizer_files import FileEncoding, from_files
 from llm.errors import UserError
 from llm.files import as_json, cache_folder
 from llm.progress import Progress, format_count, format_seconds

@@ -11,7 +11,9 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from llm.data.tokenizer_files import BYTES_PATTERN, END_OF_TEXT, FileEncoding, read_tokenizer
+from llm.data.byte_level import END_OF_TEXT
+from llm.data.tokenizer_files import FileEncoding, read_tokenizer
+from llm.data.tokenizer_patterns import BYTES_PATTERN
 from llm.errors import UserError
 
 # SHA-256 of GPT-2's two vocabulary files, as tiktoken itself verifies them, and their names in tiktoken's

@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's files, in and out.
+"""Tokenizers in Hugging Face's files.
 
 Read are those of byte-level BPE, GPT-2's method, for which tiktoken gives the same ids for every text; others
 are refused. A tokenizer that was read keeps its files, for the checkpoints and exports of what is trained
@@ -14,10 +14,10 @@ from typing import Any
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from llm.data.byte_level import BYTE_OF, CHARACTERS, END_OF_TEXT, PLAIN_CLASS, merge_of
+from llm.data.tokenizer_patterns import pattern_of
 from llm.errors import UserError, first_line
 from llm.files import as_json, as_typed, refuse_stand_in
-
-END_OF_TEXT = "<|endoftext|>"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,63 +30,20 @@ TOKENIZER_FILES = (
 _OF_OTHER_METHODS = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 VOCABULARIES = (*TOKENIZER_FILES[:3], *_OF_OTHER_METHODS)
 
-# The patterns that are read, by which a text is cut into the words that are encoded one by one. Each matches
-# every character, and means the same in Hugging Face's regex library as in tiktoken's.
-_GPT2_PATTERNS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r50k_pat_str,
-)  # as OpenAI wrote it, and as tiktoken does
-BYTES_PATTERN = r"[\s\S]"  # any character, newlines included, in every regex dialect
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# GPT-2's for what is left of a text once its digits are cut out, one by one or number by number. White space
-# before them is then followed by nothing.
-_DIGIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-_DIGITS = _DIGIT.replace(r"|\p{N}|", r"|\p{N}+|")
-_CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
-    r"\s*[\r\n]|\s+(?!\S)|\s"
-)  # tiktoken's; Hugging Face's regexes read {1,3}+ otherwise, but only exports of ours have had it
-_OTHER_PATTERNS = (
-    BYTES_PATTERN,
-    _DIGIT,
-    _DIGITS,
-    rf"{_ENDINGS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}",  # Llama 3's
-    rf"{_ENDINGS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}",  # Qwen 2's
-    _CL100K,
-    _CL100K.replace("{1,3}+", "{1,3}"),
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?|"
-    rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}",  # tiktoken's o200k_base
-)
 _LARGEST_ID = 2**24  # so that no table of all ids is large because a file says so
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")  # the first is what a folder means that does not say
 # Of what tokenizer.json says, and no more; the latter two where it is a byte-level BPE.
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast")
+_PLAIN_CLASSES = (PLAIN_CLASS, "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast")
 # By a config.json's `model_type`: the class that transformers 5 takes where a folder says none, and whether
 # it does so whatever the folder says.
 _CLASS_OF_MODEL = {
-    "llama": (_PLAIN_CLASSES[0], False),
-    "mistral": (_PLAIN_CLASSES[0], True),
+    "llama": (PLAIN_CLASS, False),
+    "mistral": (PLAIN_CLASS, True),
     "qwen2": ("Qwen2Tokenizer", True),
     "qwen3": ("Qwen2Tokenizer", False),
 }
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GPT2_ROLES = ("bos_token", "eos_token", "unk_token")  # of `<|endoftext|>`, unless a folder says otherwise
-
-
-def _byte_characters() -> list[str]:
-    """A visible character for each byte, as in GPT-2's vocabulary file: bytes that are not a visible Latin-1
-    character are given the code points from 256 on."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
-
-
-_CHARACTERS = _byte_characters()
-BYTE_OF = {character: byte for byte, character in enumerate(_CHARACTERS)}
 
 
 class FileEncoding(tiktoken.Encoding):
@@ -228,7 +185,8 @@ def _read(files: dict[str, bytes], path: Path) -> _Parts:
         _check_steps(described, path)
         model = described["model"]
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        pattern = _pattern(described.get("pre_tokenizer"), path)
+        if (pattern := pattern_of(described.get("pre_tokenizer"))) is None:
+            raise _refusal(path, "cuts texts into words by none of the known patterns")
         if kind in _GPT2_CLASSES and pattern != r50k_pat_str:
             raise UserError(
                 f"{path}: tokenizer.json cuts words otherwise than {kind}, which transformers takes it for: "
@@ -278,34 +236,6 @@ def _check_steps(described: dict[str, Any], path: Path) -> None:
         )
         if not adds_nothing:
             raise _refusal(path, f"adds tokens to each text ({step['type']})")
-
-
-def _pattern(steps: dict[str, Any] | None, path: Path) -> str:
-    """The pattern that tiktoken is to cut words by."""
-    pattern: str | None
-    byte_level, pattern = steps or {}, _GPT2_PATTERNS[0]
-    if byte_level.get("type") == "Sequence" and len(byte_level["pretokenizers"]) == 2:
-        split, byte_level = byte_level["pretokenizers"]
-        plain = (split.get("type"), split.get("behavior"), split.get("invert")) == (
-            "Split",
-            "Isolated",
-            False,
-        )
-        if split.get("type") == "Digits" and byte_level.get("use_regex", True):
-            pattern = _DIGIT if split["individual_digits"] else _DIGITS
-        elif plain and byte_level.get("use_regex") is False:
-            pattern = split["pattern"].get("Regex")
-        else:
-            pattern = None
-    elif not byte_level.get("use_regex", True):
-        pattern = None
-    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
-        pattern = None
-    if pattern in _GPT2_PATTERNS:
-        return r50k_pat_str
-    if pattern is None or pattern not in _OTHER_PATTERNS:
-        raise _refusal(path, "cuts texts into words by none of the known patterns")
-    return pattern
 
 
 def _add_tokens(
@@ -374,9 +304,9 @@ def _ranks(parts: _Parts, path: Path) -> dict[bytes, int]:
         raise ValueError("an id is no number, or out of range")
     if len(set(vocab.values())) < len(vocab):
         raise ValueError("two tokens have one id")
-    if missing := [character for character in _CHARACTERS if character not in vocab]:
+    if missing := [character for character in CHARACTERS if character not in vocab]:
         raise _refusal(path, f"has no token for {len(missing)} of the 256 bytes")
-    ranks = {bytes([byte]): vocab[character] for byte, character in enumerate(_CHARACTERS)}
+    ranks = {bytes([byte]): vocab[character] for byte, character in enumerate(CHARACTERS)}
     merges: dict[bytes, list[bytes]] = {}
     before = -1
     for pair in parts.merges:
@@ -409,70 +339,3 @@ def _special_tokens(parts: _Parts, ranks: dict[bytes, int], path: Path) -> dict[
     if len({*ranks.values(), *special.values()}) < len(ranks) + len(special) or "" in special:
         raise _refusal(path, "has two tokens of one id, or an empty one")
     return special
-
-
-def merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two pieces that a token is merged from: those left after all merges of lower rank. More are left of
-    what is no token of BPE."""
-    pieces = [bytes([byte]) for byte in token]
-    while len(pieces) > 2:
-        pairs = [ranks.get(one + other, rank) for one, other in pairwise(pieces)]
-        if (lowest := min(pairs)) >= rank:
-            break
-        place = pairs.index(lowest)
-        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
-    return pieces
-
-
-def as_files(encoding: tiktoken.Encoding) -> dict[str, dict[str, Any]]:
-    """What transformers opens as the same tokenizer: the content of each file, by its name."""
-    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    about = {"tokenizer_class": _PLAIN_CLASSES[0], "clean_up_tokenization_spaces": False, **ends}
-    return {"tokenizer.json": as_huggingface(encoding), "tokenizer_config.json": about}
-
-
-def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """The content of a Hugging Face `tokenizer.json` that gives the same token ids."""
-    ranks = encoding._mergeable_ranks
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {
-        "type": "Split",
-        # As nothing follows this count, it need not be possessive, which Hugging Face would read otherwise.
-        "pattern": {"Regex": encoding._pat_str.replace("{1,3}+", "{1,3}")},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": token_id, "content": text, **special}
-            for text, token_id in encoding._special_tokens.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {_spelled(token): rank for token, rank in ranks.items()},
-            "merges": [
-                [_spelled(piece) for piece in merge_of(token, rank, ranks)]
-                for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-                if len(token) > 1
-            ],
-        },
-    }
-
-
-def _spelled(token: bytes) -> str:
-    return "".join(_CHARACTERS[byte] for byte in token)

@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 from llm.config import DataConfig, TokenizerConfig
 from llm.data import bpe
 from llm.data.bpe import WORDS, find_tokenizer, learn, usable
+from llm.data.byte_level import as_files, merge_of
 from llm.data.corpus import Corpus, Split, find_splits
 from llm.data.tokenizer import END_OF_TEXT, encode
-from llm.data.tokenizer_files import as_files, kept_files, merge_of
+from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError
 
 TEXT = Path(__file__).read_text("utf-8") + "naïve café — 日本語 🙂\r\n\n  \t'll we'll 12345 " * 5

@@ -13,7 +13,7 @@ from llm.data import pieces
 from llm.data.corpus import find_corpus
 from llm.data.pieces import encode_pieces, join
 from llm.data.tokenizer import END_OF_TEXT, encode, load_tokenizer
-from llm.data.tokenizer_files import _DIGIT
+from llm.data.tokenizer_patterns import _DIGIT
 
 GPT2 = load_tokenizer("gpt2")
 

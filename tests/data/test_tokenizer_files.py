@@ -22,7 +22,7 @@ from llm.data.tokenizer import (
     load_tokenizer,
     token_ids_to_text,
 )
-from llm.data.tokenizer_files import _GPT2_PATTERNS, _OTHER_PATTERNS
+from llm.data.tokenizer_patterns import _GPT2_PATTERNS, _OTHER_PATTERNS
 from llm.errors import UserError
 
 TRAINED_ON = [
