@@ -204,8 +204,10 @@ def _learner(
 ) -> None:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+    source = iter(texts.get, None)
+
     def until_the_end() -> Iterator[str]:
-        while (some := texts.get()) is not None:
+        for some in source:
             yield from some
         if stopped.is_set():
             raise InterruptedError  # so that the library merges nothing
@@ -226,3 +228,5 @@ def _learner(
         done.put([bytes(BYTE_OF[letter] for letter in "".join(pair)) for pair in merges])
     except Exception as error:
         done.put(error)
+        for _ in source:  # or the other thread would wait for room
+            pass

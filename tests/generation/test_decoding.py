@@ -1,7 +1,5 @@
 """The decode loop against the book's, written out again step by step."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -24,15 +22,6 @@ CONFIG = ModelConfig(
     tie_weights=False,
     init="torch",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products as small as these wait for a second thread much longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model() -> GPTModel:

@@ -1,10 +1,10 @@
 """Cached decoding of models with each part against the plain model, over windows or under a banded mask."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from parts import EVERY_PART, random_model
 from torch import Tensor
 
 from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
@@ -19,21 +19,8 @@ from llm.model.kv_cache import Attended
 from llm.runtime import start_runtime
 
 BASE = ModelConfig(vocab_size=61, context_length=6, emb_dim=24, n_heads=4, n_layers=2)
-EVERYTHING = replace(
-    BASE,
-    norm="rmsnorm",
-    activation="swiglu",
-    bias=False,
-    hidden_dim=20,
-    n_kv_heads=2,
-    qk_norm=True,
-    value_embeddings=True,
-    residual_scalars=True,
-    parallel_blocks=True,
-    logit_softcap=5.0,
-    tie_weights=False,
-)
-MODERN = replace(EVERYTHING, position="rotary", rotary_base=50.0)
+MODERN = replace(BASE, **EVERY_PART, rotary_base=50.0, hidden_dim=20)
+EVERYTHING = replace(MODERN, position="learned", activation="swiglu")
 CONFIGS = {
     "rmsnorm": replace(BASE, norm="rmsnorm"),
     "rotary": replace(BASE, position="rotary"),
@@ -56,25 +43,6 @@ CONFIGS = {
 }
 SLIDING = [name for name, config in CONFIGS.items() if config.position == "rotary"]
 STEPS = 40
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products as small as these wait for a second thread much longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def random_model(config: ModelConfig) -> GPTModel:
-    """With weights large enough for each part, and each token of the window, to matter."""
-    torch.manual_seed(1)
-    model = GPTModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model
 
 
 @torch.no_grad()

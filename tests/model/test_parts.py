@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from parts import EVERY_PART, random_model
 from torch import Tensor
 
 from llm.config import ModelConfig, validate
@@ -17,20 +18,7 @@ from llm.model.parts import Rotary, hidden_dim, turns_of
 from llm.model.parts import turned as turned_heads
 
 BASE = ModelConfig(vocab_size=61, context_length=12, emb_dim=24, n_heads=4, n_layers=3)
-MODERN = replace(
-    BASE,
-    norm="rmsnorm",
-    position="rotary",
-    activation="relu2",
-    bias=False,
-    n_kv_heads=2,
-    qk_norm=True,
-    value_embeddings=True,
-    residual_scalars=True,
-    parallel_blocks=True,
-    logit_softcap=2.0,
-    tie_weights=False,
-)
+MODERN = replace(BASE, **EVERY_PART)
 EACH_PART = {
     "base": {},
     "rmsnorm": {"norm": "rmsnorm", "norm_eps": 1e-2},
@@ -47,16 +35,6 @@ EACH_PART = {
     "capped logits": {"logit_softcap": 1.5},
 }
 CONFIGS = {name: replace(BASE, **keys) for name, keys in EACH_PART.items()} | {"all": MODERN}  # type: ignore[arg-type]
-
-
-def random_model(config: ModelConfig) -> GPTModel:
-    """With weights large enough for each part to matter, and none at the value that it starts from."""
-    torch.manual_seed(1)
-    model = GPTModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model
 
 
 def norm_by_hand(x: list[float], weights: dict[str, Tensor], name: str, eps: float) -> list[float]:
@@ -260,7 +238,7 @@ def test_what_a_model_is_in_a_line() -> None:
     assert description(BASE) == "3 layers, width 24, 4 heads, context 12"
     assert description(replace(MODERN, init="zero_projections", hidden_dim=50)) == (
         "3 layers, width 24, 4 heads, 2 of keys and values, context 12, rotary, rmsnorm, relu2, "
-        "hidden width 50, QK-norm, value embeddings, residual scalars, parallel blocks, logits capped at 2, "
+        "hidden width 50, QK-norm, value embeddings, residual scalars, parallel blocks, logits capped at 5, "
         "projections from zero, no biases"
     )
 
