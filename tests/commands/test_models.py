@@ -29,8 +29,8 @@ def test_a_modern_model_keeps_its_parts(script: Script, text: str, tmp_path: Pat
     )
     assert whole.returncode == 0, whole.stderr
     assert (
-        "2 layers, width 64, 2 heads, 1 of keys and values, context 64, rotary, rmsnorm, relu2, QK-norm, "
-        "value embeddings, residual scalars, logits capped at 15, projections from zero, no biases"
+        "2 layers, width 64, 2 heads, 1 of keys and values, context 64, rotary, rmsnorm, QK-norm, "
+        "value embeddings, residual scalars, parallel blocks, logits capped at 15, projections from zero, no biases"
     ) in whole.stdout
     assert model_of(tmp_path / "run")["norm"] == "rmsnorm"
     recorded = numbers(tmp_path / "run")
@@ -40,7 +40,7 @@ def test_a_modern_model_keeps_its_parts(script: Script, text: str, tmp_path: Pat
 
     for override, refused in (
         ("model.norm=layernorm", "model.norm=layernorm (it is rmsnorm)"),
-        ("model/part=swiglu", "model.activation=swiglu (it is relu2)"),
+        ("model/part=swiglu", "model.activation=swiglu (it is gelu)"),
         ("model.logit_softcap=null", "model.logit_softcap=None (it is 15.0)"),
     ):
         result = script("pretrain", "resume=run", override, "training.max_steps=20")
