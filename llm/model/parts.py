@@ -6,7 +6,7 @@ other; an export to a format that cannot describe it refuses.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -148,6 +148,11 @@ def hidden_dim(config: ModelConfig) -> int:
         return config.hidden_dim
     inputs = ACTIVATIONS[config.activation].inputs
     return 4 * config.emb_dim if inputs == 1 else -(-8 * config.emb_dim // (1 + inputs) // 16) * 16
+
+
+def spelled_out(config: ModelConfig) -> ModelConfig:
+    """The same model with the numbers that null stands for."""
+    return replace(config, hidden_dim=hidden_dim(config), n_kv_heads=config.n_kv_heads or config.n_heads)
 
 
 class FeedForward(nn.Module):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.errors import UserError
 from llm.files import read_content, remove, remove_leftovers, replacing, write_text
-from llm.model.parts import POSITIONS
+from llm.model.parts import POSITIONS, spelled_out
 from llm.overrides import as_argument
 from llm.run_folder import (
     CHECKPOINTS,
@@ -218,11 +218,9 @@ def with_weights(
         UserError: another model or tokenizer was asked for.
     """
     chosen = {f"model.{name}" for name in CHARACTER} if "model" in given else set()
-    for item in fields(ModelConfig):
-        key, wanted, found = f"model.{item.name}", getattr(config.model, item.name), getattr(model, item.name)
-        if item.name in (*FREE_MODEL_KEYS, "context_length") or wanted == found:
-            continue
-        if key in given or key in chosen:
+    for name, (wanted, found) in differences(spelled_out(config.model), spelled_out(model)).items():
+        key = f"model.{name}"
+        if name not in (*FREE_MODEL_KEYS, "context_length") and (key in given or key in chosen):
             raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; remove it")
     for key in ("name", "vocab_size"):
         wanted, found = getattr(config.tokenizer, key), getattr(tokenizer, key)
