@@ -28,6 +28,7 @@ from llm.sweeps.study import MAIN_METRICS, METRICS, axes_of, figure, metric_cell
 
 FEW = 8  # settings that can be told apart by colour
 MOST_TICKS = 20  # along a side of a heatmap
+MOST_NAMES = 40  # one under the other
 
 # Colours that people see apart who do not see all of them: an order from good to bad, and eight kinds.
 COLOURS = {
@@ -67,7 +68,8 @@ def draw_sweep(results: list[Result], groups: list[list[Result]], path: Path) ->
             draw_heatmap(axes, grid, loss_cells(groups))
             axes.set_title("Mean final validation loss, darker is lower (by rank)", loc="left", fontsize=10)
         else:
-            _draw_values(axes, results, key)
+            numeric = is_numeric(values_of(settings_of(results), key))
+            (_draw_values if numeric else _draw_names)(axes, results, key)
             if across == 2:
                 axes.title.set_fontsize(8)
     with replacing(path) as temporary:
@@ -166,13 +168,12 @@ def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
 
 
 def _draw_values(axes: Any, results: list[Result], key: str) -> None:
-    """Final losses over a swept key, the mean at each value, and a ring about the lowest."""
+    """Final losses over a swept number, the mean at each value, and a ring about the lowest."""
     from matplotlib.ticker import NullLocator
 
     finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
     values = values_of(settings_of(finished), key)
-    numeric = is_numeric(values)
-    place = {value: float(value) if numeric else float(number) for number, value in enumerate(values)}
+    place = {value: float(value) for value in values}
     losses = [result.figures["val_loss"] for result in finished]
     axes.plot(
         [place[result.job.setting[key]] for result in finished],
@@ -190,16 +191,39 @@ def _draw_values(axes: Any, results: list[Result], key: str) -> None:
         axes.plot([place[value]], [loss], "o", ms=11, mfc="none", mew=1.8, color=ORANGE)
         title = f"Final loss, lowest mean {loss:.3f} at {short_key(key)}={compact(value)}"
         axes.set_title(_label(title, 60), loc="left", fontsize=10)
-    if numeric and wants_log(key, values):
+    if wants_log(key, values):
         axes.set_xscale("log")
-    if numeric and len(values) <= FEW:
+    if len(values) <= FEW:
         axes.set_xticks([place[value] for value in values], [compact(value) for value in values])
         axes.xaxis.set_minor_locator(NullLocator())
-    elif not numeric:
-        axes.set_xticks(range(len(values)), [_label(value) for value in values], fontsize=8)
     if losses and min(losses) > 0 and max(losses) > 4 * min(losses):
         axes.set_yscale("log")
     axes.set_xlabel(_label(short_key(key)))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_names(axes: Any, results: list[Result], key: str) -> None:
+    """Final losses of each value of a swept key that is no number, and their mean; the lowest mean on top."""
+    means = sorted(means_over(results, key), key=lambda each: each[1], reverse=True)[-MOST_NAMES:]
+    place = {value: number for number, (value, _) in enumerate(means)}
+    drawn = [
+        result for result in results if result.val_loss is not None and result.job.setting.get(key) in place
+    ]
+    axes.plot(
+        [result.figures["val_loss"] for result in drawn],
+        [place[result.job.setting[key]] for result in drawn],
+        "o",
+        color=BLUE,
+        alpha=0.6,
+        markersize=5,
+        markeredgewidth=0,
+    )
+    axes.plot([loss for _, loss in means], range(len(means)), "|", color=ORANGE, ms=16, mew=2)
+    axes.set_yticks(range(len(means)), [_label(value) for value, _ in means], fontsize=8)
+    axes.set_title(f"Final loss at each {_label(short_key(key))}, and the mean", loc="left", fontsize=10)
+    axes.set_xlabel("Loss (nats per token)")
+    axes.margins(y=0.5 / max(1, len(means)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -40,7 +40,10 @@ function addValues(keyNumber) {
     context.strokeStyle = ink;
     context.lineWidth = 1.6;
     context.beginPath();
-    means.forEach(([value, loss]) => context.lineTo(px(value), py(loss)));
+    means.forEach(([value, loss]) => {
+      if (!key.numeric) context.moveTo(px(value) - 9, py(loss));  // between names there is nothing to join
+      context.lineTo(px(value) + (key.numeric ? 0 : 9), py(loss));
+    });
     context.stroke();
     if (lowest) {
       context.beginPath();
