@@ -22,6 +22,7 @@ def test_a_modern_model_keeps_its_parts(script: Script, text: str, tmp_path: Pat
         text,
         "model=modern_tiny",
         "model.value_embeddings=true",
+        "model.logit_softcap=15",
         "model.n_kv_heads=1",
         "training.max_steps=10",
         "checkpoint.every_steps=5",
@@ -30,8 +31,7 @@ def test_a_modern_model_keeps_its_parts(script: Script, text: str, tmp_path: Pat
     assert whole.returncode == 0, whole.stderr
     assert (
         "2 layers, width 64, 2 heads, 1 of keys and values, context 64, rotary, rmsnorm, QK-norm, "
-        "value embeddings, residual scalars, parallel blocks, logits capped at 15, projections from zero, "
-        "no biases"
+        "value embeddings, parallel blocks, logits capped at 15, no biases"
     ) in whole.stdout
     assert model_of(tmp_path / "run")["norm"] == "rmsnorm"
     recorded = numbers(tmp_path / "run")
@@ -58,7 +58,7 @@ def test_given_weights_bring_their_parts(script: Script, text: str, tmp_path: Pa
     longer = [*run, "init_from=modern", "model.context_length=128"]
     second = script("pretrain", *longer, "model.drop_rate=0.1", "hydra.run.dir=tuned")
     assert second.returncode == 0, second.stderr
-    expected = {**model_of(tmp_path / "modern"), "context_length": 128, "drop_rate": 0.1, "init": "gpt2"}
+    expected = {**model_of(tmp_path / "modern"), "context_length": 128, "drop_rate": 0.1}
     assert model_of(tmp_path / "tuned") == expected
     for asked, refused in (
         ("model=tiny", "model.norm=layernorm: the weights of"),
