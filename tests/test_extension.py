@@ -29,6 +29,8 @@ from llm.training.evaluation import METRICS, Metric
 from llm.training.optimizers import OPTIMIZERS, OptimizerEntry
 from llm.training.schedules import SCHEDULES
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class Lion(torch.optim.Optimizer):
     """Chen et al. 2023, with a count of its steps that is a number of Python's."""

@@ -17,6 +17,8 @@ from llm.errors import UserError
 from llm.generation.inference import load_for_inference
 from llm.runtime import start_runtime
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SIZE = "tokenizer.vocab_size=270"
 COMMON = (*(each for each in TINY if not each.startswith("tokenizer")), "tokenizer=bpe", SIZE, "data=text")
 

@@ -47,6 +47,8 @@ from llm.sweeps.jobs import (
 )
 from llm.sweeps.watch import SweepProgress, live_table, sweep_table, watching
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_what_varies_is_what_a_job_is_called() -> None:
     jobs = [

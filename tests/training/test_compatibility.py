@@ -18,6 +18,8 @@ from transformers import GPT2LMHeadModel
 
 from llm.files import read_json_lines
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RUN_V1 = FIXTURES / "run_v1"
 

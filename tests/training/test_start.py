@@ -15,6 +15,8 @@ from llm.config import GenerateConfig, ModelConfig, TokenizerConfig, TrackingCon
 from llm.errors import UserError
 from llm.training.start import with_weights
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 THEIRS = ModelConfig(257, 16, 32, 2, 2, qkv_bias=True, tie_weights=True)
 
 
