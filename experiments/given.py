@@ -38,7 +38,7 @@ def given_keys(overrides: Iterable[str], folders: Iterable[Path], values: bool =
 
 def _keys_of_experiment(config: Path, folders: list[Path], values: bool) -> Iterator[str]:
     """The groups and keys that an experiment sets, and those that it builds on."""
-    content = _content(config, folders)  # none of ~experiment
+    content = _content(_find(config, folders))  # none of ~experiment
     for entry in content.pop("defaults", []):
         if not isinstance(entry, str):
             [(group, option)] = entry.items()
@@ -55,12 +55,12 @@ def _keys_of_choice(group: str, option: object, folders: list[Path], values: boo
         yield group
         return
     for name in option if isinstance(option, list) else [option]:
-        config = Path(group, str(name))
-        file, content = _find(config, folders), _content(config, folders)
+        file = _find(Path(group, str(name)), folders)
         package = PACKAGE.match(file.read_text("utf-8")) if file else None
         if not values and (package is None or package[1] == "_global_"):
             yield group
             continue
+        content = _content(file)
         for entry in content.pop("defaults", []):
             if isinstance(entry, str) and entry != "_self_":  # an option that it builds on
                 yield from _keys_of_choice(group, entry, folders, values)
@@ -73,10 +73,9 @@ def _find(config: Path, folders: list[Path]) -> Path | None:
     return next((file for folder in folders if (file := folder / f"{config}.yaml").exists()), None)
 
 
-def _content(config: Path, folders: list[Path]) -> dict[str, Any]:
-    """What a config says, without Hydra's own settings."""
-    found = _find(config, folders)
-    content: Any = OmegaConf.to_container(OmegaConf.load(found)) if found else {}
+def _content(file: Path | None) -> dict[str, Any]:
+    """What a config says, without Hydra's own settings; nothing if there is none."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(file)) if file else {}
     content.pop("hydra", None)
     return content
 

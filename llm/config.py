@@ -100,6 +100,16 @@ class ModelConfig:
     norm_eps: float = key(1e-5, "added to the variance or mean square in norms", above=0, at_most=1)
     rotary_base: float = key(10_000.0, "rotary positions: the slowest pair turns 1/base a token", above=1)
 
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head."""
+        return self.emb_dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
+
 
 @dataclass
 class DataConfig:

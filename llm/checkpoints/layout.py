@@ -113,7 +113,7 @@ def _our_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[s
 def to_ours(
     layout: Layout, described: Described, config: ModelConfig, tensors: dict[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Tensors of a layout, of the shapes that `their_shapes` says, under our names, the head left out; and
+    """Tensors of a layout, of the shapes that `their_shapes` says, under our names, without the head; and
     the model that they make. Biases that a layout does not have are 0; those that we added to an export are
     taken off again, unless somebody has trained them."""
     _, block = _our_shapes(config)

@@ -8,7 +8,7 @@ from typing import Any
 from llm.checkpoints.layout import Described, Layout, Names, refuse_unsupported, whole_numbers
 from llm.config import ModelConfig, validate
 from llm.errors import UserError
-from llm.model.parts import hidden_dim
+from llm.model.parts import hidden_dim, spelled_out
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -121,7 +121,7 @@ def _read(described: Described) -> ModelConfig:
     if size is not None and not (type(size) is int and size * config.n_heads == config.emb_dim):
         raise UserError(
             f"head_dim={size} is not supported; it must be hidden_size / num_attention_heads, "
-            f"{config.emb_dim // config.n_heads}"
+            f"{config.head_dim}"
         )
     _refuse_windows(said)
     # Numbers that are our defaults are written as such, so that an export comes back as the model it was.
@@ -168,13 +168,13 @@ def _refuse_windows(said: Described) -> None:
 
 def _describe(model_type: str, architecture: str, config: ModelConfig) -> Described:
     attention_bias = config.qkv_bias or config.bias
+    said = spelled_out(config)
     described = {
         "architectures": [architecture],
         "model_type": model_type,
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
-        "intermediate_size": hidden_dim(config),
-        "num_key_value_heads": config.n_kv_heads or config.n_heads,
-        "head_dim": config.emb_dim // config.n_heads,
+        **{theirs: getattr(said, ours) for ours, theirs in _SIZES.items()},
+        "num_key_value_heads": said.n_kv_heads,
+        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_theta": config.rotary_base, "rope_type": "default"},

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.checkpoints.gpt2_layout import GPT2
 from llm.config import BenchmarkConfig, ModelConfig, validate
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
@@ -108,9 +109,7 @@ def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def with_gpt2_parts(config: ModelConfig) -> ModelConfig:
     """GPT-2 in the size of a model."""
-    sizes = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "tie_weights")
-    alike = (*sizes, "qkv_bias", "init")  # the last two hardly cost any time
-    return ModelConfig(**{name: getattr(config, name) for name in alike})
+    return ModelConfig(**{name: getattr(config, name) for name in GPT2.keys})
 
 
 def times_transformers(config: ModelConfig) -> bool:

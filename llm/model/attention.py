@@ -27,16 +27,16 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.emb_dim // config.n_heads
-        kv_dim = (config.n_kv_heads or config.n_heads) * self.head_dim
+        self.head_dim = config.head_dim
+        kv_dim = config.kv_heads * config.head_dim
         self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
         self.W_key = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
         self.W_value = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
         self.dropout = nn.Dropout(config.drop_rate)
-        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.groups = config.n_heads * self.head_dim // kv_dim  # query heads for each head of keys
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.groups = config.n_heads // config.kv_heads  # query heads for each head of keys
 
     def forward(
         self,

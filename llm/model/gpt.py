@@ -81,7 +81,7 @@ class GPTModel(nn.Module):
         )
         # Every other block has one, the last among them.
         with_values = range((config.n_layers - 1) % 2, config.n_layers, 2) if config.value_embeddings else ()
-        kv_dim = config.emb_dim // config.n_heads * (config.n_kv_heads or config.n_heads)
+        kv_dim = config.kv_heads * config.head_dim
         self.value_embs = nn.ModuleDict(
             {str(layer): nn.Embedding(config.vocab_size, kv_dim) for layer in with_values}
         )

@@ -18,7 +18,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (rows, config.n_kv_heads or config.n_heads, length, config.emb_dim // config.n_heads)
+        shape = (rows, config.kv_heads, length, config.head_dim)
         self.rows, self.length = rows, length
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]

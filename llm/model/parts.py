@@ -56,7 +56,7 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        head_dim = config.emb_dim // config.n_heads
+        head_dim = config.head_dim
         if head_dim % 2:
             raise UserError(
                 f"model.position=rotary turns pairs of numbers: model.emb_dim={config.emb_dim} among "
@@ -147,12 +147,12 @@ def hidden_dim(config: ModelConfig) -> int:
     if config.hidden_dim is not None:
         return config.hidden_dim
     inputs = ACTIVATIONS[config.activation].inputs
-    return 4 * config.emb_dim if inputs == 1 else -(-8 * config.emb_dim // (1 + inputs) // 16) * 16
+    return 4 * config.emb_dim if inputs == 1 else -(-8 * config.emb_dim // (16 * (1 + inputs))) * 16
 
 
 def spelled_out(config: ModelConfig) -> ModelConfig:
     """The same model with the numbers that null stands for."""
-    return replace(config, hidden_dim=hidden_dim(config), n_kv_heads=config.n_kv_heads or config.n_heads)
+    return replace(config, hidden_dim=hidden_dim(config), n_kv_heads=config.kv_heads)
 
 
 class FeedForward(nn.Module):

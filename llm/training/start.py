@@ -46,11 +46,8 @@ FREE_DATA_KEYS = ("data.source", "data.path", "data.cache_dir")
 
 # Keys of a model that given weights leave open: how it was initialised, and its dropout from here on.
 FREE_MODEL_KEYS = ("init", "drop_rate")
-# What a preset such as gpt124m or modern_small stands for: its sizes and its parts.
-CHARACTER = (
-    *("emb_dim", "n_heads", "n_layers", "norm", "position", "activation", "bias", "n_kv_heads", "qk_norm"),
-    *("value_embeddings", "residual_scalars", "parallel_blocks", "logit_softcap"),
-)
+# Those by which a chosen preset is not compared with given weights: it stands for its sizes and its parts.
+INCIDENTAL_KEYS = ("vocab_size", "qkv_bias", "tie_weights", "hidden_dim", "norm_eps", "rotary_base")
 
 RESULTS = ("error", "stopped_early", "train_loss")  # of a summary, besides the `val_…`
 
@@ -217,10 +214,10 @@ def with_weights(
     Raises:
         UserError: another model or tokenizer was asked for.
     """
-    chosen = {f"model.{name}" for name in CHARACTER} if "model" in given else set()
     for name, (wanted, found) in differences(spelled_out(config.model), spelled_out(model)).items():
         key = f"model.{name}"
-        if name not in (*FREE_MODEL_KEYS, "context_length") and (key in given or key in chosen):
+        asked = key in given or ("model" in given and name not in INCIDENTAL_KEYS)
+        if asked and name not in (*FREE_MODEL_KEYS, "context_length"):
             raise UserError(f"{key}={wanted}: the weights of {origin} have {found}; remove it")
     for key in ("name", "vocab_size"):
         wanted, found = getattr(config.tokenizer, key), getattr(tokenizer, key)
