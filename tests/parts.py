@@ -1,4 +1,4 @@
-"""Models of all of today's parts, and weights at which each of them matters."""
+"""Models of all of today's parts, weights at which each of them matters, and where they compute."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ import torch
 
 from llm.config import ModelConfig
 from llm.model.gpt import GPTModel
+from llm.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), "fp32")
 
 EVERY_PART: dict[str, Any] = {
     "norm": "rmsnorm",

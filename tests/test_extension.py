@@ -25,6 +25,7 @@ from llm.generation.decoding import Decoding
 from llm.model import parts
 from llm.model.gpt import GPTModel, training_flops_per_token
 from llm.model.parts import ACTIVATIONS, NORMS, POSITIONS, Activation, Position
+from llm.runtime import Runtime
 from llm.training.evaluation import METRICS, Metric
 from llm.training.optimizers import OPTIMIZERS, OptimizerEntry
 from llm.training.schedules import SCHEDULES
@@ -49,7 +50,7 @@ class Lion(torch.optim.Optimizer):
                 average.lerp_(parameter.grad, 0.01)
 
 
-def lion(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def lion(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
     return [Lion(list(model.parameters()), config.lr)]
 
 

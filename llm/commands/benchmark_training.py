@@ -53,11 +53,11 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
                 for block in model.trf_blocks:
                     block.compile()
             flops[f"{precision}, {name}"] = training_flops_per_token(model)
-            optimizers = build_optimizers(model, config.optimizer)
+            optimizers = build_optimizers(model, config.optimizer, each)
             variants[f"{precision}, {name}"] = _updater(config, each, model, optimizers, loss)
         if times_transformers(config.model):
             theirs = transformers_gpt2(config.model)
-            adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"))
+            adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"), each)
             name = f"{precision}, transformers {version('transformers')}"
             flops[name] = training_flops_per_token(model)  # it is the same model
             variants[name] = _updater(config, each, theirs, adamw, _transformers_loss)

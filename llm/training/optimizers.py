@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from llm.config import OptimizerConfig
 from llm.errors import UserError
+from llm.runtime import Runtime
+from llm.training.muon import Muon, orthogonalising_flops
 
 State = dict[str, dict[str, Tensor | float]]  # by the parameter's name, then by the optimizer's own name
 
@@ -33,7 +35,8 @@ class Optimizers:
 
     def state(self, model: nn.Module) -> State:
         """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}; empty before
-        the first step. Hyperparameters are not state: they come from the config.
+        the first step. Hyperparameters are not state: they come from the config. All processes of a run have
+        to call it, as each may keep a part.
 
         Raises:
             UserError: an optimizer keeps something that is neither a tensor nor a number.
@@ -41,7 +44,8 @@ class Optimizers:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         found: State = {}
         for part in self.parts:
-            for parameter, kept in part.state.items():
+            whole = part.gathered_state() if isinstance(part, Muon) else part.state
+            for parameter, kept in whole.items():
                 found[names[parameter]] = {key: value for key, value in kept.items() if value is not None}
                 for key, value in found[names[parameter]].items():
                     if not isinstance(value, Tensor | int | float):
@@ -75,38 +79,23 @@ class Optimizers:
             part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
 
 
-def adamw(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def adamw(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019) over all parameters."""
     return [_adamw(model.parameters(), config)]
 
 
-def muon(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) over the matrices of the blocks, AdamW over the rest.
-
-    Muon shares AdamW's learning rate: its updates are scaled to AdamW's typical size (Liu et al. 2025, Muon
-    is Scalable for LLM Training).
-    """
+def muon(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
+    """Muon over the matrices of the blocks, AdamW over the rest."""
     matrices = _block_matrices(model)
     taken = set(map(id, matrices))
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    orthogonalised = torch.optim.Muon(
-        matrices,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    orthogonalised = Muon(matrices, config.lr, config.weight_decay, config.momentum, runtime)
     return [orthogonalised, _adamw(rest, config)]
 
 
 def muon_flops(model: nn.Module) -> int:
-    """Floating-point operations of Muon's five Newton–Schulz iterations in one update.
-
-    An iteration over a matrix of m rows and n columns, m the smaller, is two products of 2 m² n and one of
-    2 m³.
-    """
-    shapes = [sorted(matrix.shape) for matrix in _block_matrices(model)]
-    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+    """Floating-point operations of Muon's iterations in one update."""
+    return sum(orthogonalising_flops(matrix) for matrix in _block_matrices(model))
 
 
 def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -140,8 +129,8 @@ def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
 class OptimizerEntry:
     """An optimizer, and what the rest of the program needs to know of it."""
 
-    # A model and the config to optimizers that together step every parameter; lr is set before each step.
-    build: Callable[[nn.Module, OptimizerConfig], list[torch.optim.Optimizer]]
+    # To optimizers that together step every parameter of a model; lr is set before each step.
+    build: Callable[[nn.Module, OptimizerConfig, Runtime], list[torch.optim.Optimizer]]
     # Floating-point operations of an update, where they are more than a few per parameter.
     flops: Callable[[nn.Module], int] = lambda model: 0
     # Whether its state is that of one AdamW over all parameters, as in the book's model_and_optimizer.pth.
@@ -155,6 +144,6 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 }
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+def build_optimizers(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> Optimizers:
     """The optimizers that `config.name` chooses, for all parameters of a model."""
-    return Optimizers(OPTIMIZERS[config.name].build(model, config))
+    return Optimizers(OPTIMIZERS[config.name].build(model, config, runtime))

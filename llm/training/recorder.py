@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Follower:
-    """The observer of a process beside the main one: it contributes its random state to each checkpoint."""
+    """The observer of a process beside the main one: it contributes its random state, and the part of the
+    optimizer's state that it keeps, to each checkpoint."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -32,6 +33,7 @@ class Follower:
 
     def save(self) -> None:
         self.run.runtime.gather(generator_states(self.run.runtime))
+        self.run.optimizers.state(self.run.model)
 
     def finish_saving(self) -> None:
         """Save what is not saved yet."""
@@ -96,13 +98,14 @@ class Recorder:
     def save(self) -> None:
         """Start writing a checkpoint of all that is needed to continue exactly."""
         generators = self.run.runtime.gather(generator_states(self.run.runtime))
+        optimizer = self.run.optimizers.state(self.run.model)
         self.writer.wait()
         try:
             record_sizes = self.tracker.record_sizes()
         except UserError as error:
             log.warning(NOT_SAVED, error)
             return
-        self.writer.write(snapshot(self.run, self.run_id, generators, record_sizes))
+        self.writer.write(snapshot(self.run, self.run_id, generators, optimizer, record_sizes))
 
     def finish_saving(self) -> None:
         """Save what is not saved yet, and wait until all is on disk.

@@ -136,7 +136,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         bytes_of_tokens=bytes_of_tokens(tokenizer, config.model.vocab_size),
         model=model,
         trained_model=DistributedDataParallel(model) if runtime.processes > 1 else model,
-        optimizers=build_optimizers(model, config.optimizer),
+        optimizers=build_optimizers(model, config.optimizer, runtime),
         data=[file.fingerprint for file in files],
         training_windows=training_windows,
         validation_windows=validation_windows,

@@ -18,7 +18,7 @@ from llm.errors import UserError
 from llm.overrides import as_argument
 from llm.progress import format_value
 from llm.runtime import Runtime
-from llm.training.optimizers import OPTIMIZERS
+from llm.training.optimizers import OPTIMIZERS, State
 from llm.training.run import Run
 from llm.training.start import Start
 from llm.training.summary import Counters
@@ -55,16 +55,18 @@ _GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mp
 
 
 def snapshot(
-    run: Run, run_id: str, generators: list[dict[str, Tensor]], record_sizes: dict[str, int]
+    run: Run,
+    run_id: str,
+    generators: list[dict[str, Tensor]],
+    optimizer: State,
+    record_sizes: dict[str, int],
 ) -> Snapshot:
     """A copy of a run's state, on the CPU.
 
     Args:
         generators: `generator_states` of each process, in order of rank.
+        optimizer: `Optimizers.state`.
         record_sizes: bytes of the run's records that belong to it.
-
-    Raises:
-        UserError: the optimizer keeps what cannot be saved.
     """
     place, epoch_generator = run.batches.state()
     state = TrainingState(
@@ -78,7 +80,7 @@ def snapshot(
                 key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
                 for key, value in kept.items()
             }
-            for name, kept in run.optimizers.state(run.model).items()
+            for name, kept in optimizer.items()
         },
         generators=generators,
         epoch_generator=epoch_generator,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drill import DAMAGES, damage_file
+from parts import CPU
 from safetensors.torch import save_file
 
 from llm.checkpoints import checkpoint
@@ -306,12 +307,12 @@ def test_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_state_survives_by_name(name: str) -> None:
     model = model_after(1)
-    optimizers = build_optimizers(model, OptimizerConfig(name=name))
+    optimizers = build_optimizers(model, OptimizerConfig(name=name), CPU)
     model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     optimizers.step()
     state = optimizers.state(model)
     assert state.keys() == dict(model.named_parameters()).keys()
-    again = build_optimizers(model, OptimizerConfig(name=name))
+    again = build_optimizers(model, OptimizerConfig(name=name), CPU)
     again.load_state(model, state, "here")
     for ours, theirs in zip(optimizers.parts, again.parts, strict=True):
         assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]

@@ -20,6 +20,7 @@ import torch
 import transformers
 from conftest import Script
 from omegaconf import OmegaConf
+from parts import CPU
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 
@@ -183,12 +184,14 @@ def test_the_books_two_files_load(tmp_path: Path) -> None:
             torch.as_tensor(source.optimizer_state[key]["exp_avg"]), optimizer.state[parameter]["exp_avg"]
         )
     ours = GPTModel(BOOK)
-    build_optimizers(ours, OptimizerConfig(name="adamw")).load_state(ours, source.optimizer_state, "here")
+    build_optimizers(ours, OptimizerConfig(name="adamw"), CPU).load_state(
+        ours, source.optimizer_state, "here"
+    )
 
 
 def test_the_books_two_files_are_written(tmp_path: Path) -> None:
     ours = GPTModel(BOOK)
-    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw", weight_decay=0.1))
+    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw", weight_decay=0.1), CPU)
     ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     optimizers.step()
     export_book(ours, "bytes", tmp_path / "book", optimizers.state(ours), OptimizerConfig(name="adamw"))
@@ -208,7 +211,7 @@ def test_the_books_two_files_are_written(tmp_path: Path) -> None:
 
 def test_a_tied_model_continues_in_the_book(tmp_path: Path) -> None:
     ours = GPTModel(ModelConfig(40, 8, 64, 1, 2, tie_weights=True))
-    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"))
+    optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"), CPU)
     ours(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     optimizers.step()
     state = optimizers.state(ours)
@@ -658,7 +661,7 @@ class TestTheBooksFiles:
         model = GPTModel(self.MODEL).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
-        optimizers = build_optimizers(model, OptimizerConfig(name="adamw"))
+        optimizers = build_optimizers(model, OptimizerConfig(name="adamw"), CPU)
         model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
         optimizers.step()
         export_book(model, "bytes", folder, optimizers.state(model), OptimizerConfig(name="adamw"))

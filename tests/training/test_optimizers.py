@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parts import CPU
 
 from llm.config import ModelConfig, OptimizerConfig
 from llm.model.gpt import GPTModel
@@ -18,7 +19,7 @@ def test_adamw_takes_one_step_of_its_formula(decay_all: bool) -> None:
     idx = torch.randint(31, (2, 8))
     model(idx, idx).backward()
     config = OptimizerConfig("adamw", lr=0.01, weight_decay=0.1, betas=[0.9, 0.99], decay_all=decay_all)
-    build_optimizers(model, config).step()
+    build_optimizers(model, config, CPU).step()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         # both averages, corrected for their start, are the gradient and its square after one step
@@ -33,7 +34,7 @@ def test_muon_orthogonalises_the_blocks_matrices_alone() -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     idx = torch.randint(31, (4, 8))
     model(idx, idx).backward()
-    optimizers = build_optimizers(model, OptimizerConfig("muon", lr=0.01, weight_decay=0.0))
+    optimizers = build_optimizers(model, OptimizerConfig("muon", lr=0.01, weight_decay=0.0), CPU)
     optimizers.step()
     in_blocks = {name for name in before if name.startswith("trf_blocks") and before[name].dim() == 2}
     assert len(in_blocks) == 6

@@ -1,0 +1,107 @@
+"""Muon against torch's own, and shared by two processes."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from parts import CPU
+from torch import nn
+
+from llm.config import RuntimeConfig
+from llm.processes import processes
+from llm.runtime import Runtime
+from llm.training import muon as module
+from llm.training.muon import Muon, orthogonalised, orthogonalising_flops
+
+SHAPES = [(16, 16), (16, 64), (64, 16), (16, 16), (8, 24), (16, 16)]
+
+
+def matrices() -> list[nn.Parameter]:
+    torch.manual_seed(1)
+    return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+def stepped(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """The parameters after three steps, on the same gradients each time."""
+    torch.manual_seed(2)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def ours(runtime: Runtime) -> tuple[Muon, list[torch.Tensor]]:
+    parameters = matrices()
+    optimizer = Muon(parameters, lr=0.01, weight_decay=0.1, momentum=0.9, runtime=runtime)
+    return optimizer, stepped(optimizer, parameters)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.02), ("bf16", 0.004)])
+@pytest.mark.parametrize("stacked", [1 << 25, 600])  # all that are alike, or two of the square ones
+def test_it_steps_as_torchs_own(
+    monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float, stacked: int
+) -> None:
+    monkeypatch.setattr(module, "computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(module, "STACKED_NUMBERS", stacked)
+    optimizer, found = ours(replace(CPU, precision=precision))
+    assert len(optimizer.stacks) == (3 if stacked > 600 else 5)
+    parameters = matrices()
+    torchs = torch.optim.Muon(
+        parameters, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    for before, after, expected in zip(matrices(), found, stepped(torchs, parameters), strict=True):
+        # torch's computes in bf16, which has 8 bits; of stacked products, the last one may round otherwise
+        moved = (expected - before.detach()).norm()
+        assert (after - expected).norm() < tolerance * moved
+
+
+def test_singular_values_come_near_1_and_singular_vectors_stay() -> None:
+    torch.manual_seed(3)
+    batch = torch.randn(3, 12, 40, dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(batch, full_matrices=False)
+    values = values / values.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(orthogonalised(batch), u @ torch.diag_embed(values) @ vh)
+    assert ((values > 0.6) & (values < 1.3)).all()
+
+
+def test_its_operations_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        orthogonalised(torch.randn(1, 16, 64))
+    assert counter.get_total_flops() == orthogonalising_flops(torch.empty(64, 16))
+
+
+def share(runtime: Runtime) -> list[tuple[Any, Any, int]]:
+    """What each process ends with: weights, the whole state, and how many momenta it keeps itself; the same
+    again once it has taken over that state."""
+    optimizer, found = ours(runtime)
+    kept = len(optimizer.state)
+    whole = [state["momentum_buffer"] for state in optimizer.gathered_state().values()]
+    assert all(momentum.is_contiguous() for momentum in whole)  # as a checkpoint needs it
+    again = Muon(matrices(), lr=0.01, weight_decay=0.1, momentum=0.9, runtime=runtime)
+    numbered = {number: {"momentum_buffer": momentum} for number, momentum in enumerate(in_order(optimizer))}
+    again.load_state_dict({"state": numbered, "param_groups": again.state_dict()["param_groups"]})
+    assert {len(again.state)} == {kept}
+    return runtime.gather(([each.tolist() for each in found], [each.tolist() for each in whole], kept))
+
+
+def in_order(optimizer: Muon) -> list[torch.Tensor]:
+    state = optimizer.gathered_state()
+    return [state[matrix]["momentum_buffer"] for matrix in optimizer.param_groups[0]["params"]]
+
+
+def test_processes_share_work_and_state() -> None:
+    optimizer, found = ours(CPU)
+    whole = [state["momentum_buffer"].tolist() for state in optimizer.gathered_state().values()]
+    with processes(RuntimeConfig(device="cpu", precision="fp32", processes=2), share) as runtime:
+        first, second = share(runtime)
+    assert first[:2] == second[:2]
+    assert first[1] == whole
+    assert first[2] + second[2] == len(SHAPES)
+    for ours_alone, shared in zip(found, first[0], strict=True):
+        torch.testing.assert_close(torch.tensor(shared), ours_alone)
