@@ -137,7 +137,7 @@ class TokenizerConfig:
     )
     vocab_size: int | None = key(
         None,
-        "bpe: ids in all, the 256 bytes and the end of text among them",
+        "bpe: ids at most, the 256 bytes and the end of text among them; fewer of a small text",
         at_least=257,
         at_most=10**6,
     )

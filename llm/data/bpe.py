@@ -93,13 +93,14 @@ def learnt_tokenizer(training: Split, vocab_size: int, cache: Path) -> FileEncod
 
 def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
     """Byte-level BPE with GPT-2's pattern: the 256 bytes, the pairs most frequent in a text, merged one after
-    the other, and as last id the end of text. The same text gives the same tokens, however it is read.
+    the other, and as last id the end of text. Of a small text they may be fewer than `vocab_size`. The same
+    text gives the same tokens, however it is read.
 
     Raises:
-        UserError: the text has not so many different pairs, or cannot be read.
+        UserError: the text cannot be read.
     """
     begin, characters = time.perf_counter(), training.end - training.start
-    if is_sample := characters > SAMPLED_CHARACTERS:
+    if characters > SAMPLED_CHARACTERS:
         log.info(
             "learning a tokenizer from %s of the %s characters of the training text, evenly spread",
             format_count(SAMPLED_CHARACTERS),
@@ -108,17 +109,14 @@ def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
     wanted = vocab_size - 1  # without the end of text
     asked = wanted + SPARE
     while len(ranks := usable(tokens := _merged(training, asked), wanted)) < wanted:
-        if len({*tokens}) < asked - 256:
-            raise UserError(
-                f"tokenizer.vocab_size={vocab_size}: the training text is too small: what occurs in "
-                f"{'the part of it that is learnt from' if is_sample else 'it'} at least twice makes "
-                f"{len(ranks) + 1} tokens; ask for no more{'' if is_sample else ', or give more text'}"
-            )
+        if len({*tokens}) < asked - 256:  # the text has no more
+            break
         asked += wanted
     log.info(
-        "learnt a tokenizer of %s tokens from the training text in %s",
-        f"{vocab_size:,}",
+        "learnt a tokenizer of %s tokens from the training text in %s%s",
+        f"{len(ranks) + 1:,}",
         format_seconds(time.perf_counter() - begin),
+        "" if len(ranks) == wanted else ": nothing else in it occurs twice",
     )
     return _encoding(ranks)
 
