@@ -27,6 +27,7 @@ from sweeping.job import Place, claimed_place, complete, composed_config, is_cal
 from sweeping.launchers import configure_slurm
 from sweeping.stopping import exit_status, watched_sweep
 
+from llm.config import own_defaults
 from llm.errors import UserError, shown
 from llm.files import as_typed, modified
 from llm.run_folder import SUMMARY, mark_failed, write_summary
@@ -142,7 +143,7 @@ def _end_without_result(error: BaseException, place: Place) -> float:
 def _prepare_process(schema: type) -> None:
     """Set what Hydra and the processes of jobs look at. Doing so again changes nothing."""
     schema_name = schema.__name__.removesuffix("Config").lower()
-    ConfigStore.instance().store(name=f"{schema_name}_schema", node=schema)
+    ConfigStore.instance().store(name=f"{schema_name}_schema", node=own_defaults(schema))
     configure_slurm()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, else it would print them
     logging.raiseExceptions = False  # on a full disk, lines of the log get lost without a traceback for each

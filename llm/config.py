@@ -266,11 +266,23 @@ class RuntimeConfig:
     )
 
 
+def modern_small() -> ModelConfig:
+    """The default model. The keys' own defaults are GPT-2's, as in records that are older than a key."""
+    return ModelConfig(
+        vocab_size=4096, norm="rmsnorm", position="rotary", bias=False, qk_norm=True, parallel_blocks=True
+    )
+
+
+def learnt_from_the_text() -> TokenizerConfig:
+    """The default tokenizer."""
+    return TokenizerConfig("bpe", vocab_size=4096)
+
+
 @dataclass
 class PretrainConfig:
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=modern_small)
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=learnt_from_the_text)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -372,7 +384,8 @@ class GenerationBenchmarkConfig:
 @dataclass
 class BenchmarkConfig:
     measure: str = key("training", "what is timed", choices=("training", "generation"))
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=modern_small)
+    tokenizer: TokenizerConfig = field(default_factory=learnt_from_the_text)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationBenchmarkConfig = field(default_factory=GenerationBenchmarkConfig)
@@ -392,6 +405,12 @@ class WorkspaceConfig:
 class ReportConfig:
     sweep: Any = key("latest", "a sweep's folder, a run's, a list of these, or latest: the newest sweep")
     to: str | None = key(None, "folder for the report; null: the sweep's own, or for a list this script's")
+
+
+def own_defaults(schema: type) -> Any:
+    """A config of each key's own default, without what the default run of a script chooses for its groups."""
+    groups = {item.name: item.type for item in fields(schema) if is_dataclass(item.type)}
+    return schema(**{name: own_defaults(group) for name, group in groups.items()})  # type: ignore[arg-type]
 
 
 def validate(config: Any, prefix: str = "") -> None:

@@ -14,7 +14,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from llm.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, PretrainConfig, from_dict, validate
+from llm.config import (
+    BenchmarkConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PretrainConfig,
+    from_dict,
+    own_defaults,
+    validate,
+)
 from llm.data.corpus import SOURCES
 from llm.data.tokenizer import LEARNT, TOKENIZERS
 from llm.errors import UserError
@@ -32,7 +40,7 @@ SCHEMAS = {
 
 
 def composed(name: str, *overrides: str) -> PretrainConfig:
-    ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
+    ConfigStore.instance().store(name=f"{name}_schema", node=own_defaults(SCHEMAS[name]))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_object(compose(name, list(overrides)))
     assert isinstance(config, SCHEMAS[name])

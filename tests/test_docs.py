@@ -126,7 +126,9 @@ def parser() -> OverridesParser:
 @cache  # most commands choose alike, and composing takes a tenth of a second
 def composed(script: str, choices: tuple[str, ...]) -> DictConfig:
     schema = schema_of(script)
-    ConfigStore.instance().store(f"{schema.__name__.removesuffix('Config').lower()}_schema", schema)
+    ConfigStore.instance().store(
+        f"{schema.__name__.removesuffix('Config').lower()}_schema", schemas.own_defaults(schema)
+    )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(script, list(choices), return_hydra_config=True)
 

@@ -8,6 +8,7 @@ from llm.config import PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_splits
 from llm.data.token_file import token_files
+from llm.data.tokenizer import LEARNT
 from llm.data.windows import TrainingBatches, cut_windows
 from llm.progress import format_count, format_seconds
 from llm.runtime import start_runtime
@@ -32,7 +33,7 @@ def prepare(config: PretrainConfig) -> None:
         "text        %sB in %d file%s (%s)", format_count(size), len(files), "s"[: len(files) > 1], source
     )
     tokenizer, _ = find_tokenizer(config.tokenizer, config.data, splits)
-    if config.tokenizer.vocab_size:
+    if config.tokenizer.name == LEARNT:
         log.info("tokenizer   %s tokens, learnt from the training split", f"{tokenizer.n_vocab:,}")
     token_file_pair = token_files(config.data, tokenizer, splits)
     windows_pair = cut_windows(config, tokenizer, token_file_pair)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm.config import PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
+from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.processes import follow, processes
 from llm.progress import LineFormatter
@@ -65,7 +66,7 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
         start = find_start(config, run_dir, given)
         validate(start.config)
         summary.seed, summary.init_from = start.config.seed, start.config.init_from
-        if start.tokenizer.vocab_size and start.config.runtime.processes > 1:
+        if start.tokenizer.name == LEARNT and start.config.runtime.processes > 1:
             # It is learnt here, as the other processes would show no progress.
             find_tokenizer(start.tokenizer, start.config.data)
         with processes(start.config.runtime, execute, start, summary) as runtime:

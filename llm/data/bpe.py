@@ -24,7 +24,6 @@ from llm.data.corpus import Split, find_splits
 from llm.data.pieces import Rules, cut
 from llm.data.tokenizer import LEARNT, load_tokenizer
 from llm.data.tokenizer_files import FileEncoding, from_files
-from llm.errors import UserError
 from llm.files import as_json, cache_folder
 from llm.progress import Progress, format_count, format_seconds
 
@@ -56,13 +55,8 @@ def find_tokenizer(
         splits: of the text, if they have been found already.
 
     Raises:
-        UserError: another tokenizer is to have a size; or see `load_tokenizer`, `find_splits` and `learn`.
+        UserError: see `load_tokenizer`, `find_splits` and `learn`.
     """
-    if config.name != LEARNT and config.vocab_size is not None:
-        raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size}: tokenizer.name={config.name} has a size of its own; "
-            f"remove it, or learn a tokenizer of that size with tokenizer=bpe"
-        )
     if config.name != LEARNT or config.vocab_size is None:
         return load_tokenizer(config.name), splits or find_splits(data)
     splits = splits or find_splits(data)

@@ -21,6 +21,7 @@ from llm.checkpoints.checkpoint import (
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
+from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.files import read_content, remove, remove_leftovers, replacing, write_text
 from llm.model.parts import POSITIONS, spelled_out
@@ -120,6 +121,11 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
             config = replace(config, tokenizer=replace(config.tokenizer, name=tokenizer.name))
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, weights=weights)
+    if "tokenizer.vocab_size" in given and (ours := config.tokenizer).name != LEARNT:
+        raise UserError(
+            f"tokenizer.vocab_size={ours.vocab_size}: tokenizer.name={ours.name} has a size of its own; "
+            f"remove it, or learn a tokenizer of that size with tokenizer=bpe"
+        )
     return Start(config, run_dir, identity)
 
 

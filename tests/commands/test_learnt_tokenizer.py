@@ -116,7 +116,7 @@ def test_what_cannot_be_is_one_line(script: Script, text: str, tmp_path: Path) -
     assert "tokenizer.vocab_size=271: the weights of run/checkpoints/step-00000001 have 270" in refusal(
         script, "pretrain", *begun, other
     )
-    assert refusal(script, "pretrain", "tokenizer.name=bpe", "hydra.run.dir=no").startswith(
+    assert refusal(script, "pretrain", "tokenizer=gpt2", "tokenizer.name=bpe", "hydra.run.dir=no").startswith(
         "tokenizer.name=bpe is learnt from the text of a run: set its tokenizer.vocab_size too"
     )
     assert refusal(script, "pretrain", *arguments, "tokenizer.vocab_size=256", "hydra.run.dir=no").startswith(

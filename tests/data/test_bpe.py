@@ -194,7 +194,6 @@ def test_a_small_text_makes_fewer_tokens_and_says_so(caplog: pytest.LogCaptureFi
         assert learn(split(text), 300).n_vocab == 257
 
 
-
 def data(tmp_path: Path) -> DataConfig:
     (tmp_path / "text.txt").write_text(TEXT * 3, encoding="utf-8")
     return DataConfig(source="text", path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"))

@@ -30,7 +30,7 @@ from rich.console import Console
 from scripts import FORKED, ROOT
 from sweeping.launchers import BASIC, SUBMITIT, Traits, traits_of
 
-from llm.config import GenerateConfig, PretrainConfig
+from llm.config import GenerateConfig, PretrainConfig, own_defaults
 from llm.errors import UserError
 from llm.files import held, write_json
 from llm.run_folder import LOCK
@@ -226,7 +226,7 @@ class FakeLauncher:
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLauncher]:
     """Sweep with overrides by a sweeper whose launcher is fake; returns the launcher."""
-    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    ConfigStore.instance().store(name="pretrain_schema", node=own_defaults(PretrainConfig))
     monkeypatch.setattr("llm.commands.conclude.sweep_report", lambda *_: "none")  # see test_sweep_report.py
 
     def run(
@@ -523,7 +523,7 @@ def test_the_latest_sweep_is_the_one_begun_last(tmp_path: Path) -> None:
     ],
 )
 def test_a_launcher_is_known_by_its_class(launcher: str, traits: Traits) -> None:
-    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    ConfigStore.instance().store(name="pretrain_schema", node=own_defaults(PretrainConfig))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("pretrain", [f"hydra/launcher={launcher}"], return_hydra_config=True)
     assert traits_of(config.hydra.launcher) == traits

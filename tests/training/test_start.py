@@ -21,9 +21,7 @@ THEIRS = ModelConfig(257, 16, 32, 2, 2, qkv_bias=True, tie_weights=True)
 
 
 def as_run(given: set[str], tokenizer: str = "gpt2", **model: Any) -> PretrainConfig:
-    config = PretrainConfig()
-    config.model = dataclasses.replace(config.model, **model)
-    config.tokenizer.name = tokenizer
+    config = PretrainConfig(model=ModelConfig(**model), tokenizer=TokenizerConfig(tokenizer))
     return with_weights(config, THEIRS, TokenizerConfig("bytes"), "here", given)
 
 
