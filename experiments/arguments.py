@@ -12,12 +12,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
+from suggestions import did_you_mean
 from sweeping.recorded import CONF, check_jobs, harmless
 
 from llm.config import leaf_keys
 from llm.errors import UserError
 from llm.overrides import quoted
-from llm.run_folder import find_run
+from llm.runs import BEST, LATEST, find_run, path_of
 from llm.sweeps.jobs import find_sweep, read_record
 
 TEXTS = ("prompt", "text", "samples.prompt")  # for people: in these, ${…} means nothing
@@ -45,7 +46,7 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
     texts = _text_keys(schema) | {*FOLDERS}
     arguments = [_with_quotes(each, texts, sweeps) if _is_override(each) else each for each in arguments]
     flags, overrides = _flags(arguments), _by_key(arguments)
-    _refuse_what_hydra_would_not_say_in_a_line(flags, overrides)
+    _refuse_what_hydra_would_not_say_in_a_line(flags, overrides, schema)
     if "hydra.output_subdir" in overrides:
         raise UserError("hydra.output_subdir: the record of a run is always in its folder .hydra; remove it")
     if "sweep.resume" in overrides:
@@ -61,19 +62,27 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
     return [*flags, *overrides.values()]  # argparse, which Hydra uses, wants them in this order
 
 
-def _refuse_what_hydra_would_not_say_in_a_line(flags: list[str], overrides: dict[str, str]) -> None:
+def _refuse_what_hydra_would_not_say_in_a_line(
+    flags: list[str], overrides: dict[str, str], schema: type
+) -> None:
     """
     Raises:
-        UserError: a flag is unknown, or a group gets something else than the name of an option.
+        UserError: a flag is unknown, a key has no value, or a group gets something else than the name of an
+            option.
     """
     parser = get_args_parser()
     try:
         with redirect_stderr(StringIO()) as said:
-            parser.parse_args([*flags, *overrides.values()])
+            given = parser.parse_args([*flags, *overrides.values()])
     except SystemExit as ended:
         if ended.code:
             reason = said.getvalue().strip().rpartition("error: ")[2]
-            raise UserError(f"{reason}; --help shows what can be given") from None
+            typed = re.search(r"unrecognized arguments: -+(\w[\w.]*)", reason)
+            meant = did_you_mean(typed[1], schema) if typed else ""
+            raise UserError(f"{reason}; --help shows what can be given{meant}") from None
+        return  # --version, say
+    if bare := [each for each in given.overrides if not _is_override(each)]:
+        raise UserError(f"{bare[0]}: give KEY=VALUE{did_you_mean(bare[0], schema)}")
     for key, override in overrides.items():
         if not key:
             raise UserError(f"{override}: give KEY=VALUE")
@@ -208,7 +217,7 @@ def _resumed_run(flags: list[str], overrides: dict[str, str]) -> dict[str, str]:
             f"resume={name}: its config is not composed; it is in {run_dir}/checkpoints/last/config.json"
         )
     return {
-        "resume": f"resume={quoted(str(run_dir) if name == 'latest' else name)}",
+        "resume": f"resume={quoted(str(path_of(name)) if name in (LATEST, BEST) else name)}",
         "hydra.run.dir": f"hydra.run.dir={quoted(str(run_dir))}",
         "hydra.mode": "hydra.mode=RUN",  # an experiment that is given may ask for a sweep
     }

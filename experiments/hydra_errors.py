@@ -7,9 +7,15 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig
+from suggestions import choice_meant, did_you_mean
 
+from llm.config import leaf_keys
 from llm.errors import UserError
 
+UNKNOWN = re.compile(r"Could not (?:override|delete from config\.) '([\w./]+)'")
+NO_CHOICE = re.compile(r"Could not find '(?:[^']+/)?([^/']+)' Available options in '[^']+': (.*)")
+NOT_A_VALUE = re.compile(r"Error merging override (\w+)=.* Invalid type assigned: \w+ is not a subclass of")
 # What a disk says that is full, read-only, broken or away.
 OF_DISKS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
@@ -35,7 +41,7 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in OF_DISKS:
         return f"cannot write ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
-    if schema and (unknown := re.match(r"Could not override '([\w.]+)'", str(error))):
+    if schema and (unknown := UNKNOWN.match(str(error))):
         return _no_such_key(unknown[1], schema)
     if empty := re.match(
         r"While dereferencing interpolation '\$\{([\w.]+)\}': Incompatible value 'None'", str(error)
@@ -44,7 +50,13 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
     if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
         extra = missing[1]
         return f"hydra/launcher={extra} needs a plugin: pip install -c constraints.txt -e '.[{extra}]'"
-    return " ".join(dict.fromkeys(_lines(error)))
+    line = " ".join(dict.fromkeys(_lines(error)))
+    if absent := NO_CHOICE.search(line):
+        line += choice_meant(absent[1], absent[2].split())
+    if schema and (group := NOT_A_VALUE.match(line)):
+        keys = [key for key in leaf_keys(schema) if key.startswith(f"{group[1]}.")]
+        return f"{group[1]} has keys of its own: set {', '.join(keys)}"
+    return line
 
 
 def _lines(error: BaseException) -> list[str]:
@@ -71,15 +83,19 @@ def _unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     known = {item.name: item.type for item in fields(schema)}
     for name in config:
         if name not in known:
+            below = config._get_node(name)
+            while isinstance(below, DictConfig) and below:
+                name, below = next((f"{name}.{first}", below._get_node(first)) for first in below)
             yield f"{prefix}{name}"
         elif is_dataclass(known[name]):
             yield from _unknown_keys(config[name], known[name], f"{prefix}{name}.")
 
 
 def _no_such_key(key: str, schema: Any) -> str:
-    """Says too which keys there are in the group that it would be in."""
+    """Says too which key was meant, or which there are in the group that it would be in."""
+    meant = did_you_mean(key, schema)
     if key.startswith("hydra."):
-        return f"{key}: there is no such key; --cfg hydra shows Hydra's own; +{key}=VALUE adds one"
+        return f"{key}: there is no such key; --cfg hydra shows Hydra's own; +{key}=VALUE adds one{meant}"
     group = ""
     for name in key.split("."):
         types: dict[str, Any] = {item.name: item.type for item in fields(schema)}
@@ -88,4 +104,5 @@ def _no_such_key(key: str, schema: Any) -> str:
         group, schema = f"{group}.{name}".lstrip("."), types[name]
     else:
         return f"{key}: this script has no choices of it; set its keys one by one, as {key}.KEY=VALUE"
-    return f"{key}: there is no such key; {group or 'the config'} has {', '.join(types)}"
+    there_are = f"; {group or 'the config'} has {', '.join(types)}"
+    return f"{key}: there is no such key{there_are if group or not meant else ''}{meant}"

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from decimal import Decimal, InvalidOperation
 
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( +[\w./-]+)*", re.ASCII)  # means itself to Hydra
 
@@ -33,3 +34,23 @@ def as_argument(key: str, value: object) -> str:
 def as_command(script: str, *arguments: str) -> str:
     """A line to paste into a shell that runs `experiments/SCRIPT.py`."""
     return shlex.join(["python", f"experiments/{script}.py", *arguments])
+
+
+def title_of(setting: dict[str, str]) -> str:
+    """A short title for a setting: `lr=4e-4 seed=1`."""
+    return " ".join(f"{short_key(key)}={compact(value)}" for key, value in setting.items())
+
+
+def short_key(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def compact(value: str) -> str:
+    """A small number as `4e-4`; anything else as it is."""
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return value
+    if not number.is_finite() or not 0 < abs(number) < 0.001:
+        return value
+    return min(value, f"{number.normalize():e}", key=len)

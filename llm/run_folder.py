@@ -1,4 +1,4 @@
-"""What lies in a run's folder, which process holds it, and which folder a name means."""
+"""What lies in a run's folder, and which process holds it."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.files import as_typed, held, is_held, modified, read_content, remove, write_json
+from llm.files import as_typed, held, is_held, read_content, remove, write_json
 from llm.overrides import as_argument
 from llm.records import Record, read_record
 
@@ -23,6 +23,7 @@ CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
 AT_FIRST = (".hydra", LOCK, CHECKPOINTS, RUN_ID, "wandb")  # and a log: what there is before the first update
 LINKS = ("last", "best")  # in it
 SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
+SWEEP_LOCK = ".sweep.lock"  # there too: held by the process that runs the sweep
 CHECKPOINT_NAME = re.compile(r"(abandoned-)?(start|step|best)-\d{8,}")
 GOING_BACK = "going-back-to.txt"  # among checkpoints: those after so many updates are being set aside
 
@@ -160,47 +161,3 @@ def checkpoint_folder(path: Path) -> Path:
     except (OSError, ValueError):
         name = ""
     return Path(os.path.realpath(path.with_name(name) if CHECKPOINT_NAME.fullmatch(name) else path))
-
-
-def find_run(name: str, root: Path = Path("outputs"), with_checkpoint: bool = True) -> Path:
-    """The run folder that a name means: a path to it or to one of its checkpoints, or `latest`, the run under
-    `root` that was begun or saved last.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name == "latest":
-        saved = {run: _saved(run, with_checkpoint) for run in folders_with(CHECKPOINTS, root)}
-        newest = max(saved, key=lambda run: saved[run], default=None)
-        if not newest or not saved[newest]:
-            what = "run with a checkpoint" if with_checkpoint else "run"
-            raise UserError(f"latest: there is no {what} under {root}/; run experiments/pretrain.py first")
-        return newest
-    if not name:
-        raise UserError("an empty name is no run: give its folder, or latest")
-    folder = Path(name)
-    if folder.parent.name == CHECKPOINTS:
-        folder = folder.parent.parent
-    if not _saved(folder, with_checkpoint):
-        raise UserError(f"{name} is not a run folder{' with a checkpoint' if with_checkpoint else ''}")
-    return folder
-
-
-def _saved(run_dir: Path, with_checkpoint: bool) -> float:
-    """When a run was last saved, or begun, in seconds since the epoch; 0 if it was not."""
-    folders = [*step_folders(run_dir), *([] if with_checkpoint else step_folders(run_dir, "start"))]
-    return max(map(modified, folders), default=0.0)
-
-
-def folders_with(name: str, root: Path) -> Iterator[Path]:
-    """All folders below `root` that hold a file or folder of this name, also behind links. What lies below
-    such a folder is not looked at."""
-    seen = set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        if (here := os.path.realpath(place)) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(here)
-        if name in folders or name in files:
-            folders.clear()
-            yield Path(place)

@@ -16,7 +16,8 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from hydra_errors import refuse_unknown_keys
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from sweeping.folder import claimed
 from sweeping.job import unresolved
@@ -139,9 +140,12 @@ class RecordedSweeper(Sweeper):
     def refused(self, overrides: list[str]) -> Exception | None:
         """Why Hydra does not take a job's overrides, if it does not."""
         try:
-            self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:  # of model=null, the last
-            return error
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            with open_dict(config):
+                del config["hydra"]
+            refuse_unknown_keys(config, OmegaConf.get_type(config))
+        except (HydraException, OmegaConfBaseException, UserError, ValueError) as error:
+            return error  # of model=null, a ValueError
         return None
 
 

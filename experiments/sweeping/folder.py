@@ -10,8 +10,7 @@ from sweeping.job import names_by_clock
 from llm.errors import UserError
 from llm.files import held, write_text
 from llm.overrides import as_argument
-from llm.run_folder import folders_beside, holds_run, refuse_links
-from llm.sweeps.jobs import LOCK
+from llm.run_folder import SWEEP_LOCK, folders_beside, holds_run, refuse_links
 
 
 @contextmanager
@@ -25,7 +24,7 @@ def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
     was_named = not names_by_clock(config.hydra.sweep)
     for folder in folders_beside(Path(config.hydra.sweep.dir)):
         refuse_links(folder)
-        with held(folder / LOCK) as ours:
+        with held(folder / SWEEP_LOCK) as ours:
             if resume and not ours:
                 raise UserError(f"{folder} is being run by another process: wait for it, or stop it")
             if ours and (resume or not holds_run(folder)):

@@ -17,8 +17,9 @@ from sweeping.stopping import asked_to_stop, watched_sweep
 
 from llm.config import GenerateConfig, PretrainConfig
 from llm.files import as_typed, remove
+from llm.overrides import title_of
 from llm.run_folder import claimed, holds_run, step_folders
-from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of, title_of
+from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of
 
 
 @dataclass(frozen=True)

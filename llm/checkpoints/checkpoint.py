@@ -51,10 +51,10 @@ from llm.run_folder import (
     RECORDS,
     RUN_ID,
     checkpoint_folder,
-    find_run,
     step_folders,
     steps_of,
 )
+from llm.runs import find_run, named_checkpoint, path_of
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "SHA256SUMS"
 STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
@@ -461,7 +461,9 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if name != "latest" and ((folder := checkpoint_folder(Path(name))) / WEIGHTS).exists():
+    path = path_of(name)
+    folder = named_checkpoint(path) or checkpoint_folder(path)
+    if path.parent.name == CHECKPOINTS or (folder / WEIGHTS).exists():
         if problem := damage(folder, BEST_FILES):
             raise UserError(f"{folder} is damaged or no checkpoint: {problem}")
         return folder

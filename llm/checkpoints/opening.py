@@ -12,11 +12,13 @@ from llm.data.tokenizer import LEARNT, fingerprint, load_tokenizer
 from llm.errors import UserError
 from llm.files import as_typed
 from llm.run_folder import CHECKPOINTS, checkpoint_folder
+from llm.runs import BEST, LATEST, OUTPUTS, newest_runs
 
 
 def open_weights(name: str, n_heads: int | None = None) -> Weights:
-    """Weights by name: a run or checkpoint folder of ours, `latest`, a folder in Hugging Face's GPT-2 or
-    Llama layout, a .pth file of the book's, or a name on its hub, such as gpt2-medium or user/name@revision.
+    """Weights by name: a run or checkpoint folder of ours, `latest`, `best` (see llm/runs.py), a folder in
+    Hugging Face's GPT-2 or Llama layout, a .pth file of the book's, or a name on its hub, such as gpt2-medium
+    or user/name@revision.
 
     Args:
         n_heads: how many attention heads the model has, for weights that do not say.
@@ -44,9 +46,10 @@ def _open(name: str, n_heads: int | None) -> Weights:
         return read_huggingface(path, name)
     if path.is_file():
         return read_book(path, n_heads)
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w.-]+)?", name):
+    is_on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w.-]+)?", name)
+    if is_on_hub and path.parts[0] != str(OUTPUTS):
         return read_huggingface(*download(name))
-    raise UserError(f"{name}: no such file or folder; {WHAT_TO_GIVE}")
+    raise UserError(f"{name}: no such file or folder; {WHAT_TO_GIVE}{newest_runs(saved=True)}")
 
 
 def tokenizer_of(weights: Weights, given: str | None = None) -> str:
@@ -89,4 +92,5 @@ def _same(known: str, given: str, weights: Weights) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a name means a run or a checkpoint of this program."""
     path = checkpoint_folder(Path(name))
-    return name == "latest" or (path / CHECKPOINTS).exists() or (path / CHECKSUMS).exists()
+    is_in_run = Path(name).parent.name == CHECKPOINTS and Path(name).parent.exists()
+    return name in (LATEST, BEST) or is_in_run or (path / CHECKPOINTS).exists() or (path / CHECKSUMS).exists()

@@ -14,7 +14,8 @@ from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.processes import follow, processes
 from llm.progress import LineFormatter
-from llm.run_folder import claimed, find_run
+from llm.run_folder import claimed
+from llm.runs import find_run
 from llm.runtime import launched_processes
 from llm.training import console
 from llm.training.lifecycle import execute, status_after

@@ -8,19 +8,18 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypedDict
 
 from llm.config import leaf_keys, value_of
 from llm.errors import UserError, shown
-from llm.files import is_held, modified, parse_json, read_content, write_json
-from llm.overrides import as_command, split_override
+from llm.files import modified, parse_json, read_content, write_json
+from llm.overrides import as_command, short_key, split_override, title_of
 from llm.records import RECORD_BYTES, Record, list_of, read_config_text, read_overrides, text
-from llm.run_folder import SUMMARY, SWEEP, folders_with, is_claimed, read_summary
+from llm.run_folder import SUMMARY, SWEEP, read_summary
+from llm.runs import LATEST, LISTED, OUTPUTS, folders_with, newest, newest_runs, state_of
 
 RECORD = SWEEP  # see write_record
-LOCK = ".sweep.lock"  # held by the process that runs the sweep
 STOP = ".stop"  # there once a sweep whose jobs run side by side was asked to stop
 NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not change what a job does
 DONE = ("finished", "stopped")  # states with a result, whose jobs are not run again
@@ -46,18 +45,8 @@ class Job:
 
     @property
     def state(self) -> str:
-        """`waiting`, `running`, `finished`, `stopped` (by a rule, see llm/training/early_stopping.py),
-        `interrupted`, `failed`, or `killed`: begun, not ended, and held by no process."""
-        status = self.summary.get("status")
-        if status == "interrupted" and self.summary.get("stopped_early"):
-            return "stopped"
-        if status in ("finished", "interrupted", "failed"):
-            return str(status)
-        if not (self.folder / ".hydra").exists():
-            return "waiting"
-        if is_claimed(self.folder) or is_held(self.folder.parent / LOCK):
-            return "running"
-        return "killed"
+        """See `state_of`."""
+        return state_of(self.folder, self.summary)
 
     @property
     def error(self) -> str | None:
@@ -108,7 +97,7 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
         elif (folder / SUMMARY).exists() or (folder / "metrics.jsonl").exists():
             found.append((folder, folder.name, read_overrides(folder)))
         else:
-            raise UserError(f"{folder} holds neither a sweep nor a run")
+            raise UserError(f"{folder} holds neither a sweep nor a run{newest_sweeps()}{newest_runs()}")
     if len(folders) == 1 and (folders[0] / RECORD).exists():
         varied = read_record(folders[0])["varied"]
         settings = [setting_of(overrides, varied) for _, _, overrides in found]
@@ -175,26 +164,6 @@ def setting_of(overrides: list[str], varied: list[str]) -> dict[str, str]:
     return {key: given[key] for key in varied if key in given}
 
 
-def title_of(setting: dict[str, str]) -> str:
-    """A short title for a setting: `lr=4e-4 seed=1`."""
-    return " ".join(f"{short_key(key)}={compact(value)}" for key, value in setting.items())
-
-
-def short_key(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def compact(value: str) -> str:
-    """A small number as `4e-4`; anything else as it is."""
-    try:
-        number = Decimal(value)
-    except InvalidOperation:
-        return value
-    if not number.is_finite() or not 0 < abs(number) < 0.001:
-        return value
-    return min(value, f"{number.normalize():e}", key=len)
-
-
 def order(value: str) -> tuple[bool, float, str]:
     """A sort key for the values of a setting: numbers first, by size, then texts."""
     try:
@@ -236,8 +205,9 @@ def printable(command: str) -> str | None:
 # The record
 
 
-def find_sweep(name: str, script: str | None = None, root: Path = Path("outputs")) -> Path:
-    """The folder of a sweep, named by its path, or by `latest`: the one under `root` that was begun last.
+def find_sweep(name: str, script: str | None = None, root: Path = OUTPUTS) -> Path:
+    """The folder of a sweep, named by its path, or by `latest`: the one under `root` that was begun or
+    resumed last.
 
     Args:
         script: that `latest` was begun by.
@@ -245,15 +215,30 @@ def find_sweep(name: str, script: str | None = None, root: Path = Path("outputs"
     Raises:
         UserError: there is none.
     """
-    if name != "latest":
+    if name != LATEST:
         return Path(name)
-    records = [folder / RECORD for folder in folders_with(RECORD, root)]
-    for record in sorted(records, key=modified, reverse=True):
+    for folder in _newest_first(root):
         with suppress(UserError):
-            if script in (None, read_record(record.parent)["script"]):
-                return record.parent
+            if script in (None, read_record(folder)["script"]):
+                return folder
     begun = f"by experiments/{script}.py " if script else ""
     raise UserError(f"latest: there is no sweep begun {begun}under {root}/; begin one with -m")
+
+
+def _newest_first(root: Path) -> list[Path]:
+    folders = folders_with(root, RECORD)
+    return sorted(folders, key=lambda folder: modified(folder / RECORD), reverse=True)
+
+
+def newest_sweeps(root: Path = OUTPUTS) -> str:
+    """The end of an error that says which sweeps there are: the newest few, with what they are."""
+    folders, listed = _newest_first(root), []
+    for folder in folders[:LISTED]:
+        with suppress(UserError):
+            record = read_record(folder)
+            jobs, varied = len(record["jobs"]), ", ".join(map(short_key, record["varied"]))
+            listed.append((folder, f"{jobs} jobs over {varied}" if varied else f"{jobs} jobs"))
+    return newest("sweeps", listed, len(folders))
 
 
 class SweepRecord(TypedDict):
@@ -273,7 +258,7 @@ def read_record(folder: Path) -> SweepRecord:
     """
     file, texts = folder / RECORD, list_of(text)
     if not file.exists():
-        raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD}")
+        raise UserError(f"{folder} is not a sweep's folder: it has no {RECORD}{newest_sweeps()}")
     kinds = {"script": _script, "arguments": texts, "varied": texts, "jobs": list_of(texts)}
     values = parse_json(read_content(file, RECORD_BYTES))
     for name, kind in kinds.items():

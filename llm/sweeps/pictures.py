@@ -9,7 +9,8 @@ import numpy as np
 
 from llm.errors import shown
 from llm.files import replacing
-from llm.sweeps.jobs import Job, compact, order, short_key, title_of
+from llm.overrides import compact, short_key, title_of
+from llm.sweeps.jobs import Job, order
 from llm.sweeps.ranking import (
     Grid,
     HeatCell,

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean
 
+from llm.overrides import compact, short_key
 from llm.records import figure_in
-from llm.sweeps.jobs import compact, order, short_key
+from llm.sweeps.jobs import order
 from llm.sweeps.results import Result, or_infinite
 
 Setting = dict[str, str]  # the keys that vary between jobs, with a job's values

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from llm.overrides import short_key
 from llm.records import figure as as_figure
-from llm.sweeps.jobs import Job, short_key
+from llm.sweeps.jobs import Job
 from llm.sweeps.ranking import HeatCell, shades_by_size, swept_keys, values_of
 
 # What is shown of each setting: its title, how its number is written, and what it means.

@@ -9,9 +9,10 @@ from typing import Any
 
 from llm.config import GenerateConfig
 from llm.files import as_typed
+from llm.overrides import compact, short_key
 from llm.progress import format_figure
 from llm.records import LARGEST, Record, read_samples
-from llm.sweeps.jobs import Job, command_again, compact, short_key
+from llm.sweeps.jobs import Job, command_again
 from llm.sweeps.ranking import grid_of, values_of
 from llm.sweeps.study import METRICS, axes_of, metric_cells, subject_of, written
 

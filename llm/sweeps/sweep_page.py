@@ -13,10 +13,10 @@ import numpy as np
 
 from llm.config import PretrainConfig
 from llm.files import as_typed
-from llm.overrides import as_command, as_override
+from llm.overrides import as_command, as_override, compact, short_key, title_of
 from llm.progress import format_count, format_seconds
 from llm.records import Record, read_samples
-from llm.sweeps.jobs import DONE, RECORD, command_again, compact, printable, short_key, title_of
+from llm.sweeps.jobs import DONE, RECORD, command_again, printable
 from llm.sweeps.pictures import COLOURS, FEW
 from llm.sweeps.ranking import (
     is_numeric,

@@ -23,7 +23,7 @@ from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
-from llm.files import read_content, remove, remove_leftovers, replacing, write_text
+from llm.files import as_typed, read_content, remove, remove_leftovers, replacing, write_text
 from llm.model.parts import POSITIONS, spelled_out
 from llm.overrides import as_argument
 from llm.run_folder import (
@@ -31,13 +31,12 @@ from llm.run_folder import (
     LOSS_PLOT,
     RECORDS,
     RUN_ID,
-    checkpoint_folder,
-    find_run,
     read_summary,
     step_folders,
     steps_of,
     write_summary,
 )
+from llm.runs import BEST, LATEST, find_run, named_checkpoint, path_of
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +114,8 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         )
         name = config.tokenizer.name if {"tokenizer", "tokenizer.name"} & asked else None
         tokenizer = TokenizerConfig(tokenizer_of(weights, name))
+        if config.init_from in (LATEST, BEST):  # which soon mean this run itself
+            config = replace(config, init_from=weights.origin)
         if weights.trained:
             tokenizer.vocab_size = weights.trained.tokenizer.vocab_size
         if name:  # perhaps another name for the same
@@ -131,9 +132,14 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
 
 def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
     """The config is the one recorded, with what is given now."""
-    identity, checkpoint = run_id(run_dir), None
-    if Path(name).parent.name == CHECKPOINTS:
-        checkpoint = checkpoint_folder(Path(name))
+    identity, checkpoint = run_id(run_dir), named_checkpoint(path_of(name))
+    if checkpoint:
+        if checkpoint.name.startswith(BEST):
+            raise UserError(
+                f"resume={name}: the best checkpoint holds weights alone; continue from the newest with "
+                f"{as_argument('resume', as_typed(run_dir))}, or start a new run from these weights with "
+                f"{as_argument('init_from', name)}"
+            )
         if problem := damage(checkpoint, STEP_FILES):
             raise UserError(f"resume={name} cannot be resumed: {problem}")
         resumable = [*step_folders(run_dir), *step_folders(run_dir, "abandoned-step")]

@@ -13,7 +13,8 @@ from llm.checkpoints.checkpoint import recorded_config
 from llm.commands.pretrain import pretrain
 from llm.errors import UserError
 from llm.files import held, read_json_lines, write_json
-from llm.run_folder import LOCK, claimed, find_run
+from llm.run_folder import LOCK, claimed
+from llm.runs import find_run
 from llm.sweeps.jobs import find_sweep
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -33,16 +33,15 @@ from sweeping.launchers import BASIC, SUBMITIT, Traits, traits_of
 from llm.config import GenerateConfig, PretrainConfig, own_defaults
 from llm.errors import UserError
 from llm.files import held, write_json
+from llm.overrides import compact, title_of
 from llm.run_folder import LOCK
 from llm.sweeps.jobs import (
     Job,
     command_again,
-    compact,
     find_sweep,
     read_jobs,
     read_record,
     settings_of,
-    title_of,
     write_record,
 )
 from llm.sweeps.watch import SweepProgress, live_table, sweep_table, watching

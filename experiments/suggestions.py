@@ -1,0 +1,68 @@
+"""What was meant by a mistyped key or choice: the few that there are and that are spelled alike."""
+
+from collections.abc import Collection
+from difflib import SequenceMatcher
+from typing import Any
+
+from hydra.conf import HydraConf
+from sweeping.recorded import CONF, COUNTS
+
+from llm.config import leaf_keys
+
+ALIKE = 0.65  # least similarity of two names, as difflib has it
+AS_GOOD = 0.1  # what the others may be less alike than the best
+SHOWN = 4
+GROUPS = ("hydra/launcher", "hydra/sweeper")
+
+
+def did_you_mean(key: str, schema: Any) -> str:
+    """The end of an error about a key that a script does not have; empty if nothing is like it."""
+    ours = list(leaf_keys(schema))
+    nodes = {each.rpartition(".")[0] for each in ours} - {""}
+    groups = {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
+    ours += [*sorted(nodes | groups), "sweep.resume"]
+    hydras = [
+        key for each in leaf_keys(HydraConf) if (key := f"hydra.{each}").replace(".", "/") not in GROUPS
+    ]
+    hydras += [*COUNTS, *GROUPS]
+    key = key.lower()
+    lacking = _lacking_a_group(key, ours) or _lacking_a_group(key, hydras)
+    return _question(lacking or _alike_keys(key, ours) or _alike_keys(key, hydras))
+
+
+def choice_meant(name: str, options: Collection[str]) -> str:
+    """The same about an option that a group does not have."""
+    return _question(_most_alike({each: _likeness(name, each) for each in options}))
+
+
+def _question(names: list[str]) -> str:
+    if not names:
+        return ""
+    *others, last = names[:SHOWN]
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+
+
+def _lacking_a_group(key: str, known: list[str]) -> list[str]:
+    """`optimizer.lr` of `lr`."""
+    return [each for each in known if each.endswith((f".{key}", f"/{key}"))]
+
+
+def _alike_keys(key: str, known: list[str]) -> list[str]:
+    """`optimizer.lr` of `optimzer.lrr`, or else of `model.lr`: a key that another group has."""
+    group, _, name = key.rpartition(".")
+    parts = {each: each.rpartition(".") for each in known}
+    likeness = {}
+    for each, (theirs, _, last) in parts.items():
+        likeness[each] = min(_likeness(name, last), _likeness(group, theirs) if group else 1)
+    return _most_alike(likeness) or [each for each, (_, _, last) in parts.items() if last == name]
+
+
+def _most_alike(likeness: dict[str, float]) -> list[str]:
+    least = max(ALIKE, max(likeness.values(), default=0) - AS_GOOD)
+    return sorted((each for each in likeness if likeness[each] >= least), key=lambda each: -likeness[each])
+
+
+def _likeness(one: str, other: str) -> float:
+    """From 0 to 1, which `steps` nearly has to `max_steps`."""
+    whole = SequenceMatcher(None, one, other).ratio()
+    return max(whole, 0.9) if one in other.split("_") and one != other else whole
