@@ -80,12 +80,13 @@ def refuse_unknown_keys(config: Any, schema: Any) -> None:
 
 
 def _unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
-    known = {item.name: item.type for item in fields(schema)}
-    for name in config:
+    known: dict[str, Any] = {item.name: item.type for item in fields(schema)}
+    for name in map(str, config):
         if name not in known:
-            below = config._get_node(name)
+            below: Any = config._get_node(name)
             while isinstance(below, DictConfig) and below:
-                name, below = next((f"{name}.{first}", below._get_node(first)) for first in below)
+                first: Any = next(iter(below))
+                name, below = f"{name}.{first}", below._get_node(first)
             yield f"{prefix}{name}"
         elif is_dataclass(known[name]):
             yield from _unknown_keys(config[name], known[name], f"{prefix}{name}.")

@@ -6,6 +6,7 @@ The command line is read in arguments.py and given.py; sweeps are run by hydra_p
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -68,6 +69,10 @@ def launch(config_name: str, schema: type, work: Work, recorded: bool = True) ->
             return run_once(config, work, recorded)
 
         hydra.main(version_base="1.3", config_path=str(HERE.parent / "conf"), config_name=config_name)(run)()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as error:  # before a run has begun, or after it
         sys.exit(exit_status(error))
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:

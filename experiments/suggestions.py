@@ -1,6 +1,7 @@
 """What was meant by a mistyped key or choice: the few that there are and that are spelled alike."""
 
 from collections.abc import Collection
+from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -17,13 +18,11 @@ GROUPS = ("hydra/launcher", "hydra/sweeper")
 
 def did_you_mean(key: str, schema: Any) -> str:
     """The end of an error about a key that a script does not have; empty if nothing is like it."""
-    ours = list(leaf_keys(schema))
-    nodes = {each.rpartition(".")[0] for each in ours} - {""}
+    nodes = {item.name for item in fields(schema) if is_dataclass(item.type)}
     groups = {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
-    ours += [*sorted(nodes | groups), "sweep.resume"]
-    hydras = [
-        key for each in leaf_keys(HydraConf) if (key := f"hydra.{each}").replace(".", "/") not in GROUPS
-    ]
+    takes = {each for each in groups if each.partition("/")[0] in {*nodes, "experiment"}}
+    ours = [*leaf_keys(schema), *sorted(nodes | takes), "sweep.resume"]
+    hydras = [f"hydra.{each}" for each in leaf_keys(HydraConf) if f"hydra/{each}" not in GROUPS]
     hydras += [*COUNTS, *GROUPS]
     key = key.lower()
     lacking = _lacking_a_group(key, ours) or _lacking_a_group(key, hydras)
@@ -63,6 +62,7 @@ def _most_alike(likeness: dict[str, float]) -> list[str]:
 
 
 def _likeness(one: str, other: str) -> float:
-    """From 0 to 1, which `steps` nearly has to `max_steps`."""
+    """From 0 to 1. A word of a name, as `steps` of `max_steps`, or its start, as `temp`, comes near it."""
     whole = SequenceMatcher(None, one, other).ratio()
-    return max(whole, 0.9) if one in other.split("_") and one != other else whole
+    is_part = one in other.split("_") or (len(one) > 2 and other.startswith(one))
+    return max(whole, 0.9) if is_part else whole

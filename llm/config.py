@@ -48,9 +48,11 @@ def key(
 # in 32. No number has to be infinite or undefined.
 LARGEST_WHOLE, LARGEST = 2**63 - 1, 1e30
 
+RUN_STATES = ("running", "finished", "stopped", "interrupted", "failed", "killed")
+
 WEIGHTS_MEANING = (
-    "run folder, checkpoint folder, latest, a folder in Hugging Face's GPT-2 or Llama format, a name on its "
-    "hub, or the book's .pth file"
+    "run folder, checkpoint folder, latest, best, a folder in Hugging Face's GPT-2 or Llama format, a name "
+    "on its hub, or the book's .pth file"
 )
 
 
@@ -337,6 +339,10 @@ class GenerateConfig:
         "the same as computing the window anew: what is kept holds something of what was dropped",
         choices=("exact", "half", "slide"),
     )
+    quiet: bool = key(
+        False,
+        "print nothing but the texts, each with a newline at its end and a line of <|endoftext|> between them",
+    )
     study: bool | None = key(None, "measure the samples, for a report; null: only in a sweep")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -407,6 +413,13 @@ class ReportConfig:
     to: str | None = key(None, "folder for the report; null: the sweep's own, or for a list this script's")
 
 
+@dataclass
+class RunsConfig:
+    path: str = key("outputs", "folder below which runs are listed")
+    state: str | None = key(None, "list only runs in this state", choices=RUN_STATES)
+    limit: int | None = key(20, "runs to list, newest first; null: all", at_least=1)
+
+
 def own_defaults(schema: type) -> Any:
     """A config of each key's own default, without what the default run of a script chooses for its groups."""
     groups = {item.name: item.type for item in fields(schema) if is_dataclass(item.type)}
@@ -473,6 +486,8 @@ def validate(config: Any, prefix: str = "") -> None:
             )
         case GenerateConfig(stop=stop) if "" in stop:
             raise UserError("stop contains an empty text, which would end every sample at once: remove it")
+        case GenerateConfig(quiet=True, study=True):
+            raise UserError("quiet=true prints texts, and a study prints none: remove it")
         case EvaluateConfig(text=str(), path=str()):
             raise UserError("text and path are both set: give the text itself, or the files that hold it")
         case PretrainConfig(runtime=RuntimeConfig(precision="int8")):

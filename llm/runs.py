@@ -29,7 +29,7 @@ from llm.run_folder import (
 LATEST, BEST = "latest", "best"  # as names; folders of these names are given as ./latest and ./best
 OUTPUTS = Path("outputs")
 LISTED = 3  # runs that an error lists
-TITLE_WIDTH = 40  # of a run there
+TITLE_WIDTH = 30  # of a run there
 
 
 def find_run(name: str, root: Path = OUTPUTS, with_checkpoint: bool = True) -> Path:
@@ -89,7 +89,7 @@ def has_begun(run_dir: Path) -> bool:
 
 def begun(run_dir: Path) -> float:
     """When a run was begun or resumed last, in seconds since the epoch."""
-    return modified(run_dir / RUN_ID) or modified(run_dir / CHECKPOINTS)
+    return modified(run_dir / RUN_ID) or modified(run_dir)
 
 
 def state_of(run_dir: Path, summary: Record) -> str:
@@ -111,9 +111,18 @@ def run_title(run_dir: Path, summary: Record) -> str:
     """What a run was asked for, as `model=tiny lr=4e-4`, with what was changed on resuming it."""
     given = dict(split_override(each) for each in read_overrides(run_dir))
     for resumed in summary.get("resumed") or []:
-        given |= {key: str(value) for key, (_, value) in resumed["changed"].items()}
+        given |= {
+            key: "null" if value is None else str(value) for key, (_, value) in resumed["changed"].items()
+        }
     ours = ("hydra.", "hydra/", "tracking", "resume")
-    return title_of({key: value for key, value in given.items() if not key.startswith(ours)}) or "default"
+    plain = {key: _unquoted(value) for key, value in given.items() if not key.startswith(ours)}
+    return title_of(plain) or "default"
+
+
+def _unquoted(value: str) -> str:
+    """A text without Hydra's quotes, if it is a word."""
+    word = value[1:-1]
+    return word if value == f"'{word}'" and word and not set(word) & set(" '\\") else value
 
 
 def newest_runs(root: Path = OUTPUTS, saved: bool = False) -> str:
@@ -127,7 +136,9 @@ def newest_runs(root: Path = OUTPUTS, saved: bool = False) -> str:
     listed = []
     for run in sorted(runs, key=begun, reverse=True)[:LISTED]:
         summary = read_summary(run)
-        listed.append((run, f"{run_title(run, summary)[:TITLE_WIDTH]}, {state_of(run, summary)}"))
+        title = run_title(run, summary)
+        short = title if len(title) <= TITLE_WIDTH else f"{title[: TITLE_WIDTH - 1]}…"
+        listed.append((run, f"{state_of(run, summary)}, {short}"))
     return newest("runs", listed, len(runs))
 
 

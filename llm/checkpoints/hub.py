@@ -7,6 +7,7 @@ from llm.checkpoints.huggingface import shards
 from llm.data.tokenizer_files import TOKENIZER_FILES, VOCABULARIES
 from llm.errors import UserError, first_line
 from llm.files import sha256
+from llm.runs import newest_runs
 
 # OpenAI's weights on the hub: the revision, and the SHA-256 of model.safetensors where it is known here. The
 # revision fixes the others too, through what the hub states for it.
@@ -42,6 +43,7 @@ def download(name: str) -> tuple[Path, str, str | None]:
         revision, checksum = asked, checksum if asked == revision else None
 
     cached_only = not _hub_answers()
+    instead = "" if repository in GPT2_ON_HUB else newest_runs(saved=True)
 
     def fetch(file: str) -> Path:
         return Path(hf_hub_download(repository, file, revision=revision, local_files_only=cached_only))
@@ -74,12 +76,14 @@ def download(name: str) -> tuple[Path, str, str | None]:
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"{name} is no file or folder here, and Hugging Face's hub cannot be reached: give a local "
-            f"folder that holds config.json and model.safetensors"
+            f"folder that holds config.json and model.safetensors{instead}"
         ) from error
     except UserError:
         raise
     except Exception as error:  # a lost connection is an error of some HTTP library
-        raise UserError(f"{name} is not available from Hugging Face's hub: {first_line(error)}") from error
+        raise UserError(
+            f"{name} is not available from Hugging Face's hub: {first_line(error)}{instead}"
+        ) from error
     for file in files:
         # The hub's cache keeps a large file under the SHA-256 that the hub states for it.
         kept = file.resolve()  # deleting a link to it would not help

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from llm.checkpoints.book import read_book
-from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint, read_weights
+from llm.checkpoints.checkpoint import CHECKSUMS, CONFIG, find_checkpoint, read_weights
 from llm.checkpoints.hub import download
 from llm.checkpoints.huggingface import WHAT_TO_GIVE, read_huggingface
 from llm.checkpoints.weights import Weights, refuse_not_finite
@@ -12,7 +12,7 @@ from llm.data.tokenizer import LEARNT, fingerprint, load_tokenizer
 from llm.errors import UserError
 from llm.files import as_typed
 from llm.run_folder import CHECKPOINTS, checkpoint_folder
-from llm.runs import BEST, LATEST, OUTPUTS, newest_runs
+from llm.runs import BEST, LATEST, OUTPUTS, find_run, newest_runs
 
 
 def open_weights(name: str, n_heads: int | None = None) -> Weights:
@@ -42,12 +42,13 @@ def _open(name: str, n_heads: int | None) -> Weights:
         weights = read_weights(find_checkpoint(name))
         refuse_not_finite(weights.tensors, weights.origin)
         return weights
-    if path.is_dir():
-        return read_huggingface(path, name)
     if path.is_file():
         return read_book(path, n_heads)
-    is_on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w.-]+)?", name)
-    if is_on_hub and path.parts[0] != str(OUTPUTS):
+    if as_typed(path).is_relative_to(OUTPUTS) and not (path / CONFIG).exists():  # a mistyped run
+        find_run(name)
+    if path.is_dir():
+        return read_huggingface(path, name)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w.-]+)?", name):
         return read_huggingface(*download(name))
     raise UserError(f"{name}: no such file or folder; {WHAT_TO_GIVE}{newest_runs(saved=True)}")
 
@@ -91,6 +92,7 @@ def _same(known: str, given: str, weights: Weights) -> bool:
 
 def is_ours(name: str) -> bool:
     """Whether a name means a run or a checkpoint of this program."""
-    path = checkpoint_folder(Path(name))
-    is_in_run = Path(name).parent.name == CHECKPOINTS and Path(name).parent.exists()
-    return name in (LATEST, BEST) or is_in_run or (path / CHECKPOINTS).exists() or (path / CHECKSUMS).exists()
+    path, place = checkpoint_folder(Path(name)), Path(name).parent
+    if name in ("", LATEST, BEST) or (place.name == CHECKPOINTS and place.exists()):
+        return True
+    return (path / CHECKPOINTS).exists() or (path / CHECKSUMS).exists()

@@ -6,11 +6,13 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llm.config import GenerateConfig, TrackingConfig, validate
+from llm.data.byte_level import END_OF_TEXT
 from llm.data.corpus import find_files, read_text, text_of
 from llm.data.token_file import token_files
 from llm.device import device_errors_in_one_line
@@ -45,6 +47,8 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
             loaded.
     """
     validate(config)
+    if config.quiet:
+        _keep_log_off_standard_output()
     sizes = f"{config.batch_size} samples are generated side by side; lower batch_size or max_new_tokens"
     with device_errors_in_one_line(lambda: sizes):
         return _study(config, run_dir) if config.study else _generate(config, run_dir)[0]
@@ -104,11 +108,13 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     loaded = load_for_inference(config.checkpoint, runtime, config.model.n_heads, config.tokenizer.name)
     names, prompts = zip(*_prompts(config).items(), strict=True)
     num_samples = config.num_samples or (STUDY_SAMPLES if config.study else 1)
+    count = len(prompts) * num_samples
     log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
-    streaming = not config.study and (len(prompts) * num_samples == 1 or config.batch_size == 1)
+    streaming = not config.study and (count == 1 or config.batch_size == 1)
     index = _training_index(loaded) if config.study else None
     remove(run_dir / "samples.jsonl")  # left by a job of a sweep that was interrupted and starts again
     begin = time.perf_counter()
+    show = _printer(config.quiet)
     samples, copying = [], []
     for sample in generate_texts(
         loaded.model,
@@ -122,7 +128,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
         [_unescaped(text) for text in config.stop],
         config.eos,
         config.past_context,
-        show=_show if streaming else None,
+        show=show if streaming else None,
         names=[*names],
     ):
         samples.append(sample)
@@ -130,10 +136,13 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
             copying.append(copying_of(sample, index, loaded.tokenizer))
         line = {"step": loaded.step, **sample.line(), **(copying[-1] if index else {})}
         append_json_lines(run_dir / "samples.jsonl", [{**line, "sampling": asdict(config.sampling)}])
-        if streaming:
-            _show("\n\n")
+        text = "" if streaming else sample.text
+        if config.quiet:
+            show(f"{text}\n{END_OF_TEXT}\n" if len(samples) < count else f"{text}\n")
+        elif streaming:
+            show("\n\n")
         elif not config.study:
-            _show(f"{_heading(config, sample, len(prompts))}\n{sample.text}\n\n")
+            show(f"{_heading(sample, len(prompts))}\n{text}\n\n")
     seconds = time.perf_counter() - begin
     new_tokens = sum(len(sample.token_ids) for sample in samples)
     about = {
@@ -176,13 +185,24 @@ def _unescaped(stop: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), stop)
 
 
-def _heading(config: GenerateConfig, sample: Sample, prompts: int) -> str:
+def _heading(sample: Sample, prompts: int) -> str:
     prompt = f"prompt {sample.prompt_index + 1}, " if prompts > 1 else ""
     return f"{prompt}sample {sample.index + 1}:"
 
 
-def _show(piece: str) -> None:
-    print(shown(piece), end="", flush=True)
+def _keep_log_off_standard_output() -> None:
+    """Show warnings alone, on standard error; the log file gets all."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+            handler.setLevel(logging.WARNING)
+
+
+def _printer(quiet: bool) -> Callable[[str], None]:
+    """Prints pieces of texts, as a terminal can show them. A file or a pipe that wants the text alone gets it
+    to the letter."""
+    to_the_letter = quiet and not sys.stdout.isatty()
+    return lambda piece: print(piece if to_the_letter else shown(piece), end="", flush=True)
 
 
 @functools.lru_cache(maxsize=1)

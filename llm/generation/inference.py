@@ -19,7 +19,7 @@ from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.model.gpt import GPTModel
 from llm.run_folder import checkpoint_folder, step_folders
-from llm.runs import find_run, path_of
+from llm.runs import find_run, named_checkpoint, path_of
 from llm.runtime import Runtime
 
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
@@ -57,7 +57,8 @@ def _newest(name: str) -> Path | None:
     """Which checkpoint a name of ours means just now; it is not verified yet."""
     if not is_ours(name):
         return None
-    folder = checkpoint_folder(path_of(name))
+    path = path_of(name)
+    folder = named_checkpoint(path) or checkpoint_folder(path)
     return folder if (folder / CHECKSUMS).exists() else step_folders(find_run(name))[0]
 
 

@@ -221,8 +221,8 @@ def find_sweep(name: str, script: str | None = None, root: Path = OUTPUTS) -> Pa
         with suppress(UserError):
             if script in (None, read_record(folder)["script"]):
                 return folder
-    begun = f"by experiments/{script}.py " if script else ""
-    raise UserError(f"latest: there is no sweep begun {begun}under {root}/; begin one with -m")
+    begun, instead = (f"by experiments/{script}.py ", "") if script else ("", newest_runs(root))
+    raise UserError(f"latest: there is no sweep begun {begun}under {root}/; begin one with -m{instead}")
 
 
 def _newest_first(root: Path) -> list[Path]:

@@ -1,0 +1,133 @@
+"""What `experiments/runs.py` does: list runs. It reads small files alone, and does without torch."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+
+from llm.config import RunsConfig, validate
+from llm.errors import UserError, shown
+from llm.files import as_typed, parse_json
+from llm.overrides import title_of
+from llm.progress import format_figure, format_seconds, format_table
+from llm.records import Record, typed
+from llm.run_folder import CHECKPOINTS, SUMMARY, read_summary
+from llm.runs import OUTPUTS, begun, folders_with, has_begun, run_title, state_of
+from llm.sweeps.jobs import RECORD, SweepRecord, read_record, setting_of
+
+METRICS = "metrics.jsonl"
+TAIL_BYTES = 1 << 18  # of metrics.jsonl, in which the last evaluation is sought
+HEADING = ["state", "updates", "bits/byte", "trained", "run", "asked for"]
+ALONG_THE_WAY = "~"
+
+
+def list_runs(config: RunsConfig) -> None:
+    """Print a table of the training runs below a folder, the newest first; on a terminal, runs of one folder
+    together, and no line longer than it is wide.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    validate(config)
+    root = Path(config.path)
+    if not root.is_dir() and root != OUTPUTS:
+        raise UserError(f"path={config.path}: there is no such folder")
+    rows, count, sweeps = [], 0, _Sweeps()
+    for run in sorted(training_runs(root, sweeps), key=begun, reverse=True):
+        summary = read_summary(run)
+        state = "damaged" if not summary and (run / SUMMARY).exists() else state_of(run, summary)
+        if config.state in (None, state):
+            count += 1
+            if config.limit is None or count <= config.limit:
+                about = sweeps.title(run) or run_title(run, summary)
+                if state == "failed" and summary.get("error"):
+                    about += f": {summary['error']}"
+                rows.append((as_typed(run), [state, *_figures(run, summary, state), about]))
+    if not rows:
+        print(shown(f"there is no run under {root}/{f' that is {config.state}' if config.state else ''}"))
+        return
+    print(_grouped(rows, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _flat(rows))
+    if count > len(rows):
+        print(f"… and {count - len(rows)} more: limit=null lists all")
+    if any(ALONG_THE_WAY in cells[2] for _, cells in rows):
+        print(f"{ALONG_THE_WAY} over a few batches, along the way; the others at the end of the run")
+
+
+class _Sweeps:
+    """What the sweeps say of their jobs; each is read once."""
+
+    def __init__(self) -> None:
+        self.records: dict[Path, SweepRecord | None] = {}
+
+    def record(self, folder: Path) -> SweepRecord | None:
+        if folder not in self.records:
+            self.records[folder] = None
+            with suppress(UserError):
+                self.records[folder] = read_record(folder) if (folder / RECORD).exists() else None
+        return self.records[folder]
+
+    def title(self, job: Path) -> str:
+        """What sets a job apart from the others; empty if the folder is no job of a sweep."""
+        record, number = self.record(job.parent), int(job.name) if job.name.isdecimal() else -1
+        if not record or not 0 <= number < len(record["jobs"]):
+            return ""
+        return title_of(setting_of(record["jobs"][number], record["varied"]))
+
+
+def training_runs(root: Path, sweeps: _Sweeps) -> Iterator[Path]:
+    """The folders of runs of pretrain.py, also of jobs that failed before they began."""
+    for folder in folders_with(root, CHECKPOINTS, METRICS, SUMMARY):
+        record = sweeps.record(folder.parent)
+        is_job = (folder / SUMMARY).exists() and record and record["script"] == "pretrain"
+        if is_job or has_begun(folder) or (folder / METRICS).exists():
+            yield folder
+
+
+def _figures(run: Path, summary: Record, state: str) -> list[str]:
+    """Updates, bits per byte, and time of training. Of a run that has not ended well they are those of its
+    last lines of metrics."""
+    updates, seconds = summary.get("steps"), summary.get("seconds")
+    bits, mark = summary.get("val_bits_per_byte"), ""
+    if state != "finished":
+        for line in _last_metrics(run / METRICS):
+            if "train/loss" in line and state in ("running", "killed", "damaged"):
+                updates, seconds, state = line.get("step", -1) + 1, line.get("seconds"), ""
+            if (bits := line.get("val/bits_per_byte")) is not None:
+                mark = ALONG_THE_WAY
+                break
+    return [
+        format_figure(updates, "{:,}"),
+        mark + format_figure(bits, "{:.3f}"),
+        "–" if seconds is None else format_seconds(seconds),
+    ]
+
+
+def _last_metrics(file: Path) -> Iterator[Record]:
+    """The lines at the end of metrics.jsonl, the last first."""
+    if not file.is_file():
+        return
+    with suppress(OSError), file.open("rb") as content:
+        size = content.seek(0, os.SEEK_END)
+        content.seek(max(0, size - TAIL_BYTES))
+        lines = content.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        yield typed(parse_json(line))
+
+
+def _flat(rows: list[tuple[Path, list[str]]]) -> str:
+    """For pipes: a line a run, with its whole path and all that was asked for."""
+    cells = [[*figures, str(run), about] for run, (*figures, about) in rows]
+    return format_table([HEADING, *cells], left={0, 4, 5})
+
+
+def _grouped(rows: list[tuple[Path, list[str]]], width: int) -> str:
+    cells = [[*figures, run.name, about] for run, (*figures, about) in rows]
+    heading, *lines = format_table([HEADING, *cells], left={0, 4, 5}).splitlines()
+    table = [heading]
+    for folder, group in groupby(zip(rows, lines, strict=True), key=lambda pair: pair[0][0].parent):
+        table += [shown(f"{folder}/", keep=""), *(f"  {line}" for _, line in group)]
+    table[0] = f"  {heading}"
+    return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in table)
