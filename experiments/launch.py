@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from arguments import rewritten
@@ -70,9 +70,8 @@ def launch(config_name: str, schema: type, work: Work, recorded: bool = True) ->
 
         hydra.main(version_base="1.3", config_path=str(HERE.parent / "conf"), config_name=config_name)(run)()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except BrokenPipeError:
+        _end_unread()
     except KeyboardInterrupt as error:  # before a run has begun, or after it
         sys.exit(exit_status(error))
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
@@ -131,6 +130,8 @@ def _end_without_result(error: BaseException, place: Place) -> float:
                 sys.exit(1)
             mark_failed(place.run_dir, str(error))
             return math.nan
+        case BrokenPipeError():
+            _end_unread()
         case Interrupted() | KeyboardInterrupt():
             if place.in_worker:
                 if watched_sweep().is_set():
@@ -143,6 +144,12 @@ def _end_without_result(error: BaseException, place: Place) -> float:
             if place.sweep:  # Hydra would keep it to itself
                 error_log.exception("error")
             raise error
+
+
+def _end_unread() -> NoReturn:
+    """Whoever read the output has gone, as `head` does: end as other programs do."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _prepare_process(schema: type) -> None:

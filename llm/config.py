@@ -341,7 +341,7 @@ class GenerateConfig:
     )
     quiet: bool = key(
         False,
-        "print nothing but the texts, each with a newline at its end and a line of <|endoftext|> between them",
+        "print the texts alone, each ended by a newline, and between two of them a line of <|endoftext|>",
     )
     study: bool | None = key(None, "measure the samples, for a report; null: only in a sweep")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -75,7 +75,7 @@ def commands_of(page: Path) -> Iterator[Command]:
             shown = [line.text]
         for each in shown:
             if found := COMMAND.search(each):
-                typed = re.split(r" \| |\)\"", found[1])[0]  # it may be a part of a pipe, or of eval "$(…)"
+                typed = re.split(r" [|>] |\)\"", found[1])[0]  # it may be a part of a pipe, or of eval "$(…)"
                 error = following.text if following.text.startswith("error: ") else None
                 yield Command(f"{page.relative_to(ROOT)}:{line.number}", typed, error)
 

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: files, errors, resuming, interrupting, sweeping, reproducing."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Begin, Script, numbers
 from scripts import ROOT, run_python, script_path
+from suggestions import did_you_mean
 
+from llm.config import GenerateConfig, PretrainConfig, leaf_keys
 from llm.files import read_json_lines
 from llm.progress import format_count
 
@@ -173,7 +176,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["optimizer.lrr=1"], "optimizer.lrr: there is no such key; optimizer has name, lr, "),
+        (["optimizer.lrr=1"], "optimizer.lrr: there is no such key; optimizer has name, lr, weight_decay"),
+        (["lr=1"], "lr: there is no such key; did you mean optimizer.lr?"),
+        (["~lr"], "lr: there is no such key; did you mean optimizer.lr?"),
+        (["-m", "+lr=1,2"], "lr: there is no such key; did you mean optimizer.lr?"),
+        (["+optimzer.lr=1"], "optimzer.lr: there is no such key; did you mean optimizer.lr?"),
+        (["name=x"], "did you mean tokenizer.name, optimizer.name, schedule.name or tracking.name?"),
+        (["-m", "model=gpt124"], "; did you mean gpt124m?"),
+        (["--lr", "1"], "unrecognized arguments: --lr; --help shows what can be given; did you mean optimi"),
+        (["early_stopping=median"], "early_stopping has keys of its own: set early_stopping.rule, "),
         (["optimizer.lr=abc"], "optimizer.lr=abc Value 'abc' of type 'str' could not be converted to Float"),
         (["model=huge"], "Could not find 'model/huge' Available options in 'model': gpt124m"),
         (["data.train_ratio=1.5"], "data.train_ratio=1.5: must be above 0 and below 1"),
@@ -206,6 +217,46 @@ def test_errors_are_one_line(script: Script, arguments: list[str], line: str) ->
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
     assert line in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "meant"),
+    [
+        ("prepare", "batch_size=1", "data.batch_size"),
+        ("generate", "temperature=1", "sampling.temperature"),
+        ("benchmark", "lr=1", "optimizer.lr"),
+        ("report", "sweeps=latest", "sweep"),
+    ],
+)
+def test_every_script_says_which_key_was_meant(script: Script, name: str, argument: str, meant: str) -> None:
+    result = script(name, argument)
+    key = argument.partition("=")[0].lstrip("+")
+    assert result.returncode == 1
+    assert result.stderr == f"error: {key}: there is no such key; did you mean {meant}?\n"
+
+
+def test_two_letters_swapped_are_understood_in_every_key() -> None:
+    for number, key in enumerate(leaf_keys(PretrainConfig)):
+        group, dot, name = key.rpartition(".")
+        place = number % max(1, len(name) - 1)
+        typed = f"{group}{dot}{name[:place]}{name[place : place + 2][::-1]}{name[place + 2 :]}"
+        meant = re.split(", | or |; did you mean |\\?", did_you_mean(typed, PretrainConfig))
+        assert key in meant or key == typed or len(name) < 4, typed
+
+
+def test_a_key_without_its_group_is_understood() -> None:
+    for typed, meant in {
+        "trainig.max_steps": "training.max_steps",
+        "optimizer.lrr": "optimizer.lr",
+        "steps": "training.max_steps or checkpoint.every_steps",
+        "model.lr": "optimizer.lr",
+        "run.dir": "hydra.run.dir",
+        "launcher": "hydra/launcher",
+        "optimizr": "optimizer",
+        "sweep.resum": "sweep.resume",
+    }.items():
+        assert did_you_mean(typed, PretrainConfig) == f"; did you mean {meant}?"
+    assert did_you_mean("new.key", PretrainConfig) == did_you_mean("lr", GenerateConfig) == ""
 
 
 def test_an_error_is_the_status_of_the_process(process: Script) -> None:

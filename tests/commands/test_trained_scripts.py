@@ -74,6 +74,21 @@ def test_prompts_come_from_files_and_standard_input(script: Script, tmp_path: Pa
     assert line["prompt"] == "on the wall, 10"  # a comma, which Hydra alone would take for a sweep
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])  # one by one they are printed as they come
+def test_quiet_prints_the_texts_alone(script: Script, run: Path, tmp_path: Path, batch_size: int) -> None:
+    arguments = [f"checkpoint={run}", *FP32, "max_new_tokens=7", "quiet=true", f"batch_size={batch_size}"]
+    for count in (1, 3):
+        result = script("generate", *arguments, f"num_samples={count}", f"hydra.run.dir={count}")
+        assert (result.returncode, result.stderr) == (0, "")
+        texts = [line["text"] for line in read_json_lines(tmp_path / str(count) / "samples.jsonl")]
+        assert len(texts) == count
+        assert result.stdout == "\n<|endoftext|>\n".join(texts) + "\n"
+        assert f"saved to {count}" in (tmp_path / str(count) / "generate.log").read_text("utf-8")
+    failed = script("generate", *arguments, "prompt=")
+    assert (failed.returncode, failed.stdout, failed.stderr[:7]) == (1, "", "error: ")
+    assert "quiet=true prints texts, and a study" in script("generate", *arguments, "study=true").stderr
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "line"),
     [
