@@ -43,9 +43,9 @@ class Muon(torch.optim.Optimizer):
     and weight decay (Liu et al. 2025, Muon is Scalable for LLM Training).
 
     It does what `torch.optim.Muon` does, and faster. Matrices of one shape, lying or standing, are stacked,
-    as one product of many small matrices takes a fraction of the time of as many products. It computes in
-    bf16 only where that is fast and the run does. And the processes of a run share the work and the state:
-    each keeps the momentum of its own matrices alone, makes their steps, and sends these to the others.
+    as one product of many small matrices takes a fraction of the time of as many products. Where bf16 is
+    emulated, and slow, it computes in fp32. And the processes of a run share the work and the state: each
+    keeps the momentum of its own matrices alone, makes their steps, and sends these to the others.
     """
 
     def __init__(
@@ -53,8 +53,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.runtime = runtime
-        fast = runtime.precision == "bf16" and computes_in_bf16(runtime.device)
-        self.dtype = torch.bfloat16 if fast else torch.float32
+        self.dtype = torch.bfloat16 if computes_in_bf16(runtime.device) else torch.float32
         self.stacks: list[list[Tensor]] = []
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for matrix in matrices:

@@ -114,7 +114,7 @@ def test_two_processes_train_as_one(
     one, two = (
         [line["train/loss"] for line in numbers(tmp_path / f"by{n}") if "train/loss" in line] for n in (1, 2)
     )
-    assert two == pytest.approx(one, abs=1e-4)
+    assert two == pytest.approx(one, abs=1e-3)  # Muon computes in bf16, where a last bit goes a long way
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
     launched = run_python(
         tmp_path,

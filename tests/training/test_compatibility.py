@@ -36,10 +36,10 @@ def recorded() -> dict[str, Any]:
 
 
 def assert_recorded_numbers(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """On the machine that wrote the run they are the same to the bit; others may differ in the last ones."""
+    """Machines differ in the last bits, and Muon computes in fp32 where bf16, as it was then, is emulated."""
     assert len(lines) == len(expected) == 11
     for line, each in zip(lines, expected, strict=True):
-        assert line == pytest.approx(each, abs=1e-5)
+        assert line == pytest.approx(each, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("run", ["run_v1", "run_v2"], indirect=True)

@@ -1,6 +1,5 @@
 """Muon against torch's own, and shared by two processes."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,14 +37,14 @@ def ours(runtime: Runtime) -> tuple[Muon, list[torch.Tensor]]:
     return optimizer, stepped(optimizer, parameters)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.02), ("bf16", 0.004)])
+@pytest.mark.parametrize(("fast", "tolerance"), [(False, 0.02), (True, 0.004)])
 @pytest.mark.parametrize("stacked", [1 << 25, 600])  # all that are alike, or two of the square ones
 def test_it_steps_as_torchs_own(
-    monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float, stacked: int
+    monkeypatch: pytest.MonkeyPatch, fast: bool, tolerance: float, stacked: int
 ) -> None:
-    monkeypatch.setattr(module, "computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(module, "computes_in_bf16", lambda device: fast)
     monkeypatch.setattr(module, "STACKED_NUMBERS", stacked)
-    optimizer, found = ours(replace(CPU, precision=precision))
+    optimizer, found = ours(CPU)
     assert len(optimizer.stacks) == (3 if stacked > 600 else 5)
     parameters = matrices()
     torchs = torch.optim.Muon(
@@ -104,4 +103,4 @@ def test_processes_share_work_and_state() -> None:
     assert first[1] == whole
     assert first[2] + second[2] == len(SHAPES)
     for ours_alone, shared in zip(found, first[0], strict=True):
-        torch.testing.assert_close(torch.tensor(shared), ours_alone)
+        torch.testing.assert_close(torch.tensor(shared), ours_alone, atol=1e-4, rtol=0)  # stacked otherwise
