@@ -189,6 +189,12 @@ class TrainingConfig:
         "updates in a row to skip when loss or gradient is not finite; one more stops the run",
         at_least=0,
     )
+    final_eval: str = key(
+        "tenth",
+        "windows of the validation split to evaluate at the end; tenth: a half, a quarter, an eighth … of "
+        "them, where all would take more than a tenth of the work of training; full: all",
+        choices=("tenth", "full"),
+    )
 
 
 @dataclass
@@ -231,9 +237,13 @@ class SamplingConfig:
 
 @dataclass
 class SamplesConfig:
-    prompt: str = key("**HAMLET**  \n", "prompt of the samples drawn during training")
+    prompt: str | None = key(
+        None,
+        "prompt of the samples drawn during training; null: one that suits the text, see docs/train.md",
+    )
     max_new_tokens: int = key(200, "new tokens per sample", at_least=1, at_most=10**6)
     every_epoch: bool = key(False, "sample after each epoch too, not only at the end")
+    every_minutes: float | None = key(None, "minutes of training from one sample to the next", above=0)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from llm.errors import UserError, first_line
-from llm.runtime import Runtime
+from llm.runtime import Runtime, computes_in_bf16
 
 
 @contextlib.contextmanager
@@ -52,6 +52,27 @@ def device_name(device: torch.device) -> str:
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def precision_in_words(asked: str, runtime: Runtime) -> str:
+    """A run's precision, and why it is a slower one where it is.
+
+    Args:
+        asked: the config's `runtime.precision`.
+    """
+    kind, fast = runtime.device.type, computes_in_bf16(runtime.device)
+    if runtime.precision == "fp32" and fast:
+        return f"fp32, as runtime.precision={asked} says (bf16 is faster here)"
+    why = {
+        "cuda": "this GPU has no bf16 arithmetic",
+        "mps": "bf16 is not used on Apple's GPUs",
+        "cpu": "this processor has no bf16 instructions",
+    }[kind]
+    if runtime.precision == "fp32":
+        return f"fp32: {why}"
+    if runtime.precision == "bf16" and not fast and kind != "mps":
+        return f"bf16, emulated: {why} (runtime.precision=fp32 is faster)"
+    return runtime.precision
 
 
 def memory_bytes() -> int:

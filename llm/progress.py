@@ -1,6 +1,7 @@
 """Progress of long work: a live bar on a terminal, otherwise a plain log line every few seconds."""
 
 import logging
+import math
 import shutil
 import sys
 import time
@@ -13,6 +14,9 @@ log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 10.0
 LIVE_LINE_SECONDS = 0.1
 BAR_WIDTH = 24
+# The first of the work takes longer than the rest: no time left is told before so much of it is done.
+TELLING_SHARE, TELLING_SECONDS = 0.02, 10.0
+LONGEST_LEFT = 100 * 24 * 3600.0  # seconds; more is no estimate
 
 
 class Progress:
@@ -32,27 +36,32 @@ class Progress:
         self._started = self._shown = time.monotonic()
         self._start = start
 
-    def update(self, fraction: float | None, status: str) -> None:
-        """Show `fraction` (0 to 1) and a status such as "step 40 · loss 3.2", unless just shown. None: how
-        much is done is not known, and the time that it has taken is shown."""
+    def update(self, fraction: float | None, *parts: str) -> None:
+        """Show `fraction` (0 to 1) and a status in parts, the most important first, as "loss 3.2" and "step
+        40"; unless just shown. None: how much is done is not known."""
         now = time.monotonic()
         if now - self._shown < (LIVE_LINE_SECONDS if self.live else PLAIN_LINE_SECONDS):
             return
-        self._shown, seconds = now, now - self._started
-        if fraction is None:
-            bar, share, clock = "", "", format_seconds(seconds)
-        else:
-            left = seconds * (1 - fraction) / max(fraction - self._start, 1e-9)
-            bar, share, clock = (
-                f" {format_bar(fraction)}",
-                f" {fraction:4.0%}",
-                f"{format_seconds(left)} left",
-            )
+        self._shown = now
+        share, clock = self._share_and_clock(fraction, now - self._started)
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
-            self._show(f"{self.what}{bar}{share} {status} · {clock}"[:width])
+            bar = format_bar(fraction) if fraction is not None and share else ""
+            self._show(fitted(self.what, bar, share, [*parts], clock, width))
         else:
-            log.info("%s%s · %s · %s", self.what, share, status, clock)
+            log.info("%s", _line(self.what, "", share, [*parts], clock))
+
+    def _share_and_clock(self, fraction: float | None, seconds: float) -> tuple[str, str]:
+        """The share done, and the time left; the time taken where nobody can tell yet how much is left."""
+        taken = format_seconds(seconds)
+        if fraction is None or math.isnan(fraction):
+            return "", taken
+        done = min(max(fraction, 0.0), 1.0)
+        advanced = done - self._start
+        if advanced <= 0 or (advanced < TELLING_SHARE and seconds < TELLING_SECONDS):
+            return f"{done:4.0%}", taken
+        left = seconds * (1 - done) / advanced
+        return f"{done:4.0%}", f"{format_seconds(left)} left" if left < LONGEST_LEFT else taken
 
     def clear(self) -> None:
         """Erase the live bar, so that a line can be printed."""
@@ -65,6 +74,21 @@ class Progress:
             sys.stderr.flush()
 
 
+def fitted(what: str, bar: str, share: str, parts: list[str], clock: str, width: int) -> str:
+    """A live line of at most `width` characters. Where there is no room it does without the bar, then without
+    the last of the parts, and the next to last, and at the end without the end of the name."""
+    while len(line := _line(what, bar, share, parts, clock)) > width and (bar or len(parts) > 1):
+        bar, parts = "", parts if bar else parts[:-1]
+    if (excess := len(line) - width) > 0:
+        what = f"{what[: max(0, len(what) - excess - 1)]}…"
+        line = _line(what, bar, share, parts, clock)
+    return line[:width]
+
+
+def _line(what: str, bar: str, share: str, parts: list[str], clock: str) -> str:
+    return " · ".join([" ".join(filter(None, [what, bar, share])), *parts, clock])
+
+
 class LineFormatter(logging.Formatter):
     """Of logs that a terminal may show: they quote names, texts and errors, which may be anybody's."""
 
@@ -74,7 +98,7 @@ class LineFormatter(logging.Formatter):
 
 def format_bar(fraction: float) -> str:
     """A fraction (0 to 1) as a bar."""
-    filled = round(min(fraction, 1.0) * BAR_WIDTH)
+    filled = round(min(max(fraction, 0.0), 1.0) * BAR_WIDTH)
     return "━" * filled + "╌" * (BAR_WIDTH - filled)
 
 

@@ -505,6 +505,7 @@ def read_config(folder: Path) -> PretrainConfig:
             f"{folder} has format version {version}, and this program reads up to {FORMAT_VERSION}: "
             f"update the program"
         )
+    values.setdefault("training", {}).setdefault("final_eval", "full")  # as it was before it could be chosen
     config = _read(file, lambda file: from_dict(PretrainConfig, values))
     try:
         validate(config)

@@ -211,6 +211,14 @@ SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
     "text": text,
 }
 
+# By `data.source`, for its own text: the prompt of samples. To a user's own, see llm/data/prompt.py.
+PROMPTS = {"shakespeare": "**HAMLET**  \n", "the_verdict": "Every effort moves you"}
+
+
+def source_prompt(config: DataConfig) -> str | None:
+    """The prompt of samples that goes with a source; None if the text is the user's own."""
+    return PROMPTS.get(config.source) if config.path is None else None
+
 
 def _is_the_verdict(content: bytes) -> bool:
     return len(content) == VERDICT_BYTES and hashlib.sha256(content).hexdigest() == VERDICT_SHA256

@@ -1,49 +1,63 @@
-"""What a run's limits allow, estimated before the first update."""
+"""What a run's limits allow, estimated from how fast its device multiplies, then from how fast it trains."""
 
 from dataclasses import dataclass
 
 from llm.model.gpt import training_flops_per_token
 from llm.training.optimizers import OPTIMIZERS
 from llm.training.run import Run
+from llm.training.validation import final_window_count
 
 EXPECTED_MFU = 0.45  # of small models on CPUs
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An estimate of what a run will do."""
+    """An estimate of what a run still has to do."""
 
     update_tokens: int  # tokens of one update
     limit: str  # the key of the limit that is reached first, as max_minutes
-    tokens: float  # of the whole run
-    epochs: float  # of the whole run
+    tokens_left: float
+    epochs_left: float
     seconds_left: float  # of training
-    validation_seconds: float  # of the pass over the validation split at the end
+    windows: int  # of the validation split that are evaluated at the end
+    validation_seconds: float  # of that evaluation
 
 
-def estimate_budget(run: Run, matmul_flops: float) -> Budget:
-    """What the limits of a run allow on a device of `matmul_flops` floating-point operations per second."""
-    config, training = run.config, run.config.training
-    batch_tokens = config.data.batch_size * config.model.context_length
-    update_tokens, epoch_tokens = training.accumulate * batch_tokens, len(run.batches) * batch_tokens
-    token_flops = training_flops_per_token(run.model)
-    optimizer_flops = OPTIMIZERS[config.optimizer.name].flops(run.model)
-    tokens_per_second = EXPECTED_MFU * matmul_flops / (token_flops + optimizer_flops / update_tokens)
-    tokens_of = {
-        "max_minutes": training.max_minutes and 60 * training.max_minutes * tokens_per_second,
-        "max_steps": training.max_steps and training.max_steps * update_tokens,
-        "max_epochs": training.max_epochs and training.max_epochs * epoch_tokens,
-    }
-    limit, tokens = min(
-        ((limit, tokens) for limit, tokens in tokens_of.items() if tokens), key=lambda each: each[1]
-    )
-    # A forward pass is a third of a forward and a backward pass.
-    validation_flops = len(run.validation_windows) * config.model.context_length * token_flops / 3
+def expected_speed(run: Run, matmul_flops: float) -> float:
+    """Tokens per second of training on a device of `matmul_flops` floating-point operations per second."""
+    optimizer_flops = OPTIMIZERS[run.config.optimizer.name].flops(run.model)
+    token_flops = training_flops_per_token(run.model) + optimizer_flops / update_tokens(run)
+    return EXPECTED_MFU * matmul_flops / token_flops
+
+
+def update_tokens(run: Run) -> int:
+    """Tokens of one update."""
+    config = run.config
+    return config.training.accumulate * config.data.batch_size * config.model.context_length
+
+
+def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
+    """What the limits of a run still allow at this speed of training."""
+    config, training, counters = run.config, run.config.training, run.counters
+    epoch_tokens = len(run.batches) * config.data.batch_size * config.model.context_length
+    left = {}
+    if training.max_minutes is not None:
+        left["max_minutes"] = (60 * training.max_minutes - counters.seconds) * tokens_per_second
+    if training.max_steps is not None:
+        left["max_steps"] = float(training.max_steps - counters.steps) * update_tokens(run)
+    if training.max_epochs is not None:
+        left["max_epochs"] = (training.max_epochs - run.epochs()) * epoch_tokens
+    limit = min(left, key=lambda each: left[each])
+    tokens = max(0.0, left[limit])
+    windows = final_window_count(run, counters.tokens_seen + tokens)
+    # A forward pass is a third of a forward and a backward pass. One process evaluates.
+    window_seconds = config.model.context_length * run.runtime.processes / 3 / tokens_per_second
     return Budget(
-        update_tokens=update_tokens,
+        update_tokens=update_tokens(run),
         limit=limit,
-        tokens=tokens,
-        epochs=tokens / epoch_tokens,
-        seconds_left=(tokens - run.counters.tokens_seen) / tokens_per_second,
-        validation_seconds=validation_flops / EXPECTED_MFU / matmul_flops,
+        tokens_left=tokens,
+        epochs_left=tokens / epoch_tokens,
+        seconds_left=tokens / tokens_per_second,
+        windows=windows,
+        validation_seconds=windows * window_seconds,
     )

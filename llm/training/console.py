@@ -5,24 +5,32 @@ import shlex
 from pathlib import Path
 
 from llm.config import PretrainConfig
-from llm.device import device_name
+from llm.device import device_name, precision_in_words
 from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value
 from llm.run_folder import step_folders, steps_of
 from llm.tracking import sync_command
-from llm.training.budget import Budget
+from llm.training.budget import Budget, estimate_budget, expected_speed
 from llm.training.evaluation import METRICS
 from llm.training.loop import NotFinite
 from llm.training.run import Run
+from llm.training.schedules import lr_factor, spent
 from llm.training.summary import Summary
+from llm.training.validation import LARGEST_SHARE
 
 log = logging.getLogger(__name__)
 
 
-def announce(run: Run, budget: Budget, matmul_flops: float) -> None:
-    """Print what the run is about to do, its estimated time, and how to ask for more."""
+def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> None:
+    """Print what the run is about to do, its estimated time, and how to ask for more.
+
+    Args:
+        matmul_flops: floating-point operations per second of large matrix products, over all processes.
+        before: the config of the checkpoint that the run is resumed from.
+    """
     config, training, runtime = run.config, run.config.training, run.runtime
+    budget = estimate_budget(run, expected_speed(run, matmul_flops))
     log.info(
         "model      %s parameters: %s",
         format_count(parameter_count(run.model)),
@@ -37,7 +45,7 @@ def announce(run: Run, budget: Budget, matmul_flops: float) -> None:
     log.info(
         "device     %s; %s; matrix products at %sFLOP/s%s",
         device_name(runtime.device),
-        runtime.precision,
+        precision_in_words(config.runtime.precision, runtime),
         format_count(matmul_flops),
         f"; {runtime.processes} processes" if runtime.processes > 1 else "",
     )
@@ -48,40 +56,91 @@ def announce(run: Run, budget: Budget, matmul_flops: float) -> None:
         f" × {training.accumulate} micro-batches" if training.accumulate > 1 else "",
         format_count(budget.update_tokens),
     )
-    limit, value, ratio = budget.limit, getattr(training, budget.limit), config.data.train_ratio
+    limit, value = budget.limit, getattr(training, budget.limit)
     log.info(
-        "budget     training.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",
+        "budget     %straining.%s=%s: about %s; more: training.%s=%s",
+        "what is left of " if run.resumed else "",
         limit,
         format_value(value),
-        format_count(budget.tokens),
-        budget.epochs,
-        format_seconds(budget.seconds_left),
+        _amount(budget),
         limit,
         format_value(4 * value),
     )
-    log.info(
-        "then       a pass over the validation split: about %s%s",
-        format_seconds(budget.validation_seconds),
-        # A text of gigabytes does not need a tenth of it for validation; a resumed run cannot change that.
-        f"; shorter: data.train_ratio={1 - (1 - ratio) / 10:g}"
-        if budget.validation_seconds > budget.seconds_left and not run.resumed
-        else "",
-    )
+    log.info("then       %s", _final_validation(run, budget))
     log.info("run folder %s\n", run.run_dir)
     if run.resumed:
         changed = run.resumed[-1]["changed"]
         log.info("resumed after %d updates, %.2f epochs", run.counters.steps, run.position()["epoch"])
         for key, (was, now) in changed.items():
             log.info("changed    %s=%s (it was %s)", key, now, was)
+        if before and (rates := _rates(run, before)):
+            log.info(
+                "lr         rises from %.3g to %.3g: schedule.name=%s now ends at training.%s=%s "
+                "(to keep it low: schedule=constant optimizer.lr=…)",
+                *rates,
+                config.schedule.name,
+                limit,
+                format_value(value),
+            )
         log.info("")
 
 
-def status(metrics: dict[str, float]) -> str:
-    """How far a run is, for its progress bar."""
-    return (
-        f"epoch {metrics['epoch']:.2f} · {format_count(metrics['tokens_seen'])} tokens · "
-        f"loss {metrics['train/loss']:.3f} · {format_count(metrics['tokens_per_second'])} tokens/s"
+def announce_measured(run: Run, tokens_per_second: float) -> None:
+    """Correct the announcement, by the speed of the first updates."""
+    budget = estimate_budget(run, tokens_per_second)
+    log.info(
+        "measured   %s tokens/s: about %s left, then %s",
+        format_count(tokens_per_second),
+        _amount(budget),
+        _final_validation(run, budget),
     )
+
+
+def _amount(budget: Budget) -> str:
+    """How much training a budget is."""
+    return (
+        f"{format_count(budget.tokens_left)} tokens ({budget.epochs_left:.2g} epochs) "
+        f"in {format_seconds(budget.seconds_left)}"
+    )
+
+
+def _final_validation(run: Run, budget: Budget) -> str:
+    """On what the run is evaluated at its end, and how long that takes."""
+    total, full = len(run.validation_windows), run.config.training.final_eval == "full"
+    other = ""
+    if budget.windows < total:
+        other = "; on all: training.final_eval=full"
+    elif full and budget.validation_seconds > LARGEST_SHARE * budget.seconds_left:
+        other = "; shorter: training.final_eval=tenth"
+    on = windows_in_words(budget.windows, total)
+    return f"validation on {on}: about {format_seconds(budget.validation_seconds)}{other}"
+
+
+def windows_in_words(count: int, total: int) -> str:
+    """As "all 1,475 windows" or "369 of 1,475 windows"."""
+    return f"all {total:,} windows" if count == total else f"{count:,} of {total:,} windows"
+
+
+def _rates(run: Run, before: PretrainConfig) -> tuple[float, float] | None:
+    """The learning rate with which a run would have continued, and the one with which it does, if that is
+    higher."""
+    counters, rates = run.counters, []
+    for config in (before, run.config):
+        shares = spent(config.training, counters.steps, run.epochs(), counters.seconds)
+        done = min(1.0, max(shares.values()))
+        rates.append(config.optimizer.lr * lr_factor(config.schedule, done, done))
+    was, now = rates
+    return (was, now) if now > 1.01 * was else None
+
+
+def status(metrics: dict[str, float]) -> list[str]:
+    """How far a run is, for its progress bar; what matters most comes first."""
+    return [
+        f"loss {metrics['train/loss']:.3f}",
+        f"epoch {metrics['epoch']:.2f}",
+        f"{format_count(metrics['tokens_seen'])} tokens",
+        f"{format_count(metrics['tokens_per_second'])} tokens/s",
+    ]
 
 
 def evaluation_line(run: Run, train: dict[str, float], validation: dict[str, float]) -> str:
@@ -116,6 +175,11 @@ def sizes(config: PretrainConfig) -> str:
     )
 
 
+def _validated_on(summary: Summary) -> str:
+    count, total = summary.evaluated_windows, summary.validation_windows
+    return windows_in_words(count, total) if count and total else "–"
+
+
 def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None:
     """Print the figures of a run as a table, and what to do next."""
     rows = {
@@ -128,11 +192,12 @@ def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None
             f"validation {metric.title}": format_figure(summary.validation.get(name), metric.form)
             for name, metric in METRICS.items()
         },
+        "validated on": _validated_on(summary),
         "updates skipped": str(summary.skipped) if summary.skipped else "–",
         "gradient-norm spikes": str(summary.grad_norm_spikes) if summary.grad_norm_spikes else "–",
         "best validation loss": format_figure(summary.best_val_loss, f"{{:.3f}} (step {summary.best_step})"),
         "training time": format_seconds(summary.seconds),
-        "execution time": format_seconds(summary.total_seconds),
+        f"total time{' since resumed' if summary.resumed else ''}": format_seconds(summary.total_seconds),
         "tokens per second": format_figure(summary.tokens_per_second, "{:,.0f}"),
         "peak memory": f"{format_count(summary.peak_memory_bytes or 0)}B",
         "model FLOPs utilisation": format_figure(summary.mfu, "{:.0%}"),

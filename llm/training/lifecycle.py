@@ -2,26 +2,24 @@
 
 import logging
 import time
-from collections.abc import Iterator
 
 import torch
 
-from llm.data.windows import Batch, ordered_batches
+from llm.checkpoints.checkpoint import read_config
 from llm.device import device_errors_in_one_line, device_name, measure_matmul_flops, peak_memory_bytes
 from llm.errors import UserError
 from llm.model.gpt import parameter_count, training_flops_per_token
-from llm.progress import Progress, format_seconds
+from llm.progress import format_seconds
 from llm.runtime import Runtime
 from llm.training import console, plots
-from llm.training.budget import estimate_budget
-from llm.training.evaluation import evaluate
-from llm.training.loop import NotFinite, evaluate_some, train
+from llm.training.loop import NotFinite, train
 from llm.training.recorder import Follower, Recorder
 from llm.training.run import Run, build_run
 from llm.training.start import Start
 from llm.training.state import begin_from, generator_states, restore, restore_generators
 from llm.training.stopping import stop_requests
 from llm.training.summary import Summary
+from llm.training.validation import evaluate_at_the_end, evaluate_some
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +35,19 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
             else:
                 begin_from(run, weights)
             del weights  # the model has them
+        # Before W&B starts, whose own processes take time of the same cores.
+        matmul_flops = measure_matmul_flops(runtime) * runtime.processes
         recorder = Recorder(run, start) if runtime.is_main else None  # last: from here on it has to be closed
         observer = recorder or Follower(run)
         try:
             run.model.train()
             summary.device, summary.precision = device_name(runtime.device), runtime.precision
             summary.parameters, summary.resumed = parameter_count(run.model), run.resumed
-            matmul_flops = measure_matmul_flops(runtime) * runtime.processes
+            summary.validation_windows = len(run.validation_windows)
             if recorder:
                 summary.write(run_dir)
-                console.announce(run, estimate_budget(run, matmul_flops), matmul_flops)
+                before = read_config(start.checkpoint) if start.checkpoint else None
+                console.announce(run, matmul_flops, before)
             if runtime.compile:
                 compile_blocks(run)
             with stop_requests(announce=runtime.is_main) as stop:
@@ -99,31 +100,27 @@ def compile_blocks(run: Run) -> None:
 
 def conclude(run: Run, recorder: Recorder, summary: Summary, matmul_flops: float) -> None:
     """Final figures, a sample and the plot."""
+    summary.peak_memory_bytes = peak_memory_bytes(run.runtime)
     if run.counters.steps:
         summary.tokens_per_second = run.counters.tokens_seen / run.counters.seconds
-        summary.mfu = summary.tokens_per_second * training_flops_per_token(run.model) / matmul_flops
-    summary.peak_memory_bytes = peak_memory_bytes(run.runtime)
+        summary.mfu = utilisation(run, summary.tokens_per_second, matmul_flops)
     if summary.status == "finished":  # whoever pressed Ctrl-C does not want to wait for these
         summary.train_loss = evaluate_some(run, run.training_windows)["loss"]
-        summary.validation = evaluate_validation_split(run)
+        summary.validation, summary.evaluated_windows = evaluate_at_the_end(run)
         recorder.sample()
     plots.plot_losses(run.run_dir)
 
 
-def evaluate_validation_split(run: Run) -> dict[str, float]:
-    """Metrics over every window of the validation split, with progress."""
-    windows, batch_size = run.validation_windows, run.config.data.batch_size
-    progress = Progress("validating")
+def utilisation(run: Run, tokens_per_second: float, matmul_flops: float) -> float | None:
+    """Model FLOPs utilisation (Chowdhery et al. 2022): the operations of training per second, as a share of
+    those of a large matrix product.
 
-    def batches() -> Iterator[Batch]:
-        for number, batch in enumerate(ordered_batches(windows, batch_size)):
-            done = number * batch_size
-            progress.update(done / len(windows), f"window {done} of {len(windows)}")
-            yield batch
-
-    metrics = evaluate(run.model, batches(), run.bytes_of_tokens, run.runtime)
-    progress.clear()
-    return metrics
+    That was measured before training, and perhaps while something else took the same cores, so it is measured
+    once more. None if the share is still above 1, and the measurement no ceiling.
+    """
+    matmul_flops = max(matmul_flops, measure_matmul_flops(run.runtime) * run.runtime.processes)
+    share = tokens_per_second * training_flops_per_token(run.model) / matmul_flops
+    return share if share <= 1 else None
 
 
 def close(recorder: Recorder, summary: Summary) -> None:

@@ -15,10 +15,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from llm.data.windows import Windows, book_batches, shuffled_batches
-from llm.training.evaluation import evaluate
 from llm.training.run import Run
 from llm.training.state import checkpoint_due
+from llm.training.validation import evaluate_splits, evaluation_due
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +44,12 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
     Raises:
         NotFinite: see `update`.
     """
-    training, counters, saved = run.config.training, run.counters, replace(run.counters)
+    counters, saved = run.counters, replace(run.counters)
     agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
     while (done := agree(run.progress())) < 1 and not agree(stop_requested()):
         epochs = int(run.epochs())
         observer.updated(update(run, done))
-        if run.runtime.is_main and training.eval_freq and counters.step % training.eval_freq == 0:
+        if run.runtime.is_main and evaluation_due(run):
             observer.evaluated(*evaluate_splits(run))
         if run.epochs() >= epochs + 1:
             observer.epoch_ended()
@@ -129,20 +128,3 @@ def watch(run: Run, finite: bool, loss: float, grad_norm: float) -> None:
         ratio = grad_norm / usual
         log.warning("step %d: gradient norm %.3g, %.1f times its mean", counters.steps, grad_norm, ratio)
     counters.usual_grad_norm = grad_norm if usual is None else 0.95 * usual + 0.05 * grad_norm
-
-
-def evaluate_splits(run: Run) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics on `eval_iter` batches of the training split, and on as many of the validation split."""
-    return evaluate_some(run, run.training_windows), evaluate_some(run, run.validation_windows)
-
-
-def evaluate_some(run: Run, windows: Windows) -> dict[str, float]:
-    """Metrics on the same `eval_iter` batches each time, so that they compare; in the book's order, on the
-    first of a fresh pass."""
-    data, eval_iter = run.config.data, run.config.training.eval_iter
-    if in_book_order := data.order == "book":
-        batches = book_batches(windows, data.batch_size, training=windows is run.training_windows)
-    else:
-        stream = (run.config.seed, 0, 1)  # one more number than training's streams have
-        batches = shuffled_batches(windows, data.batch_size, stream, drop_last=False)
-    return evaluate(run.model, batches, run.bytes_of_tokens, run.runtime, eval_iter, in_book_order)

@@ -19,6 +19,8 @@ from llm.training.state import copy_weights, generator_states, snapshot
 
 log = logging.getLogger(__name__)
 
+MEASURED_SECONDS = 2.0  # of updates, that tell how fast a run trains
+
 
 class Follower:
     """The observer of a process beside the main one: it contributes its random state, and the part of the
@@ -56,12 +58,41 @@ class Recorder:
         self.tracker.replay()
         self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
         self.progress = Progress("training", run.progress())
+        self._before = replace(run.counters)  # the update that is being done
+        self._measured: (
+            list[tuple[int, float]] | None
+        ) = []  # tokens and seconds of each update, until announced
+        self._sampled_step: int | None = None
         self.early_stopping = EarlyStopping(run)
         self.stopped_early = self.early_stopping.pending_reason(was_stopped)  # why the run should end, if so
 
     def updated(self, metrics: dict[str, float]) -> None:
         self.tracker.log(self.run.counters.step, metrics)
-        self.progress.update(self.run.progress(), console.status(metrics))
+        self.progress.update(self.run.progress(), *console.status(metrics))
+        self._measure(metrics["tokens_per_second"])
+        if (
+            self._minutes_ended() and self.run.progress() < 1
+        ):  # after the last update there is a sample anyway
+            self._sample_on_the_way()
+        self._before = replace(self.run.counters)
+
+    def _measure(self, tokens_per_second: float) -> None:
+        """Correct the announcement, when some updates have shown how fast this run trains."""
+        if self._measured is None:
+            return
+        tokens = self.run.counters.tokens_seen - self._before.tokens_seen
+        self._measured.append((tokens, tokens / tokens_per_second))
+        usual = self._measured[1:]  # the first takes longer
+        if (seconds := sum(each for _, each in usual)) >= MEASURED_SECONDS:
+            self._measured = None
+            self.progress.clear()
+            console.announce_measured(self.run, sum(tokens for tokens, _ in usual) / seconds)
+
+    def _minutes_ended(self) -> bool:
+        """Whether `samples.every_minutes` were over during the update just done."""
+        if (minutes := self.run.config.samples.every_minutes) is None:
+            return False
+        return self.run.counters.seconds // (60 * minutes) > self._before.seconds // (60 * minutes)
 
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
         """Record an evaluation, keep the weights if they are the best so far, and consider stopping early."""
@@ -80,17 +111,21 @@ class Recorder:
         self.stopped_early = self.early_stopping.reason_to_stop()
 
     def epoch_ended(self) -> None:
-        if self.run.config.samples.every_epoch:
-            self.progress.clear()
-            self.sample()
+        if self.run.config.samples.every_epoch and self._sampled_step != self.run.counters.step:
+            self._sample_on_the_way()
+
+    def _sample_on_the_way(self) -> None:
+        self._sampled_step = self.run.counters.step
+        self.progress.clear()
+        self.sample()
 
     def sample(self) -> None:
-        """Generate from `samples.prompt`, on a random stream apart from training's."""
+        """Generate from the run's prompt, on a random stream apart from training's."""
         run, config, sampling = self.run, self.run.config.samples, self.run.config.sampling
         # Compiling the decode step takes longer than generating one sample without.
         model = for_inference(run.model, replace(run.runtime, compile=False))
         [sample] = generate_texts(
-            model, run.tokenizer, [config.prompt], sampling, config.max_new_tokens, seed=run.config.seed
+            model, run.tokenizer, [run.sample_prompt], sampling, config.max_new_tokens, seed=run.config.seed
         )
         self.tracker.log_sample({"step": run.counters.step, **sample.line(), "sampling": asdict(sampling)})
         log.info("\nSample after %d updates:\n%s\n", run.counters.steps, sample.text.rstrip())

@@ -12,6 +12,8 @@ from llm.run_folder import RECORDS, read_summary, step_folders
 
 log = logging.getLogger(__name__)
 
+Lines = list[dict[str, Any]]
+
 MEASURED = ("tokens_per_second",)  # differs between any two runs
 
 
@@ -54,7 +56,7 @@ def first_difference(rerun: Path, original: Path) -> str | None:
     compared as far as it got."""
     finished = read_summary(original).get("status") == "finished"
     for name in RECORDS:
-        ours, theirs = _lines(rerun / name), _lines(original / name)
+        ours, theirs = _comparable(_lines(rerun / name), _lines(original / name))
         for one, other in zip(ours, theirs, strict=False):
             for key in {**one, **other}:
                 if one.get(key) != other.get(key):
@@ -73,11 +75,23 @@ def first_difference(rerun: Path, original: Path) -> str | None:
     return None
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _comparable(ours: Lines, theirs: Lines) -> tuple[Lines, Lines]:
+    """Without the evaluations that only one of two runs made: where the original was resumed it had ended,
+    and evaluated after the last update of that time; runs of older versions did not after the last of all."""
+    both = {line.get("step") for line in ours if "val/loss" in line}
+    both &= {line.get("step") for line in theirs if "val/loss" in line}
+    one, other = (
+        [line for line in lines if "val/loss" not in line or line.get("step") in both]
+        for lines in (ours, theirs)
+    )
+    return one, other
+
+
+def _lines(file: Path) -> Lines:
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in _whole_lines(file)]
 
 
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
+def _whole_lines(file: Path) -> Lines:
     """The lines of a record of which none may be missing: later numbers would be taken for other updates'.
 
     Raises:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm.config import PretrainConfig
 from llm.data.bpe import find_tokenizer
+from llm.data.prompt import first_line
 from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of_tokens
 from llm.data.windows import TrainingBatches, Windows, cut_windows
@@ -41,6 +42,7 @@ class Run:
     training_windows: Windows
     validation_windows: Windows
     batches: TrainingBatches
+    sample_prompt: str
     counters: Counters = field(default_factory=Counters)
     # In a rerun, the seconds of training after each update and its learning rate, as the original recorded
     # them: one limited by the clock then ends after the same update, with the same rates on the way.
@@ -125,7 +127,10 @@ def build_run(start: Start, runtime: Runtime) -> Run:
     files = token_files(config.data, tokenizer, splits)
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
     # The sample comes last, and a prompt that cannot be used would be found when the budget is spent.
-    prompt_ids(config.samples.prompt, tokenizer, config.model.vocab_size, "samples.prompt")
+    prompt = config.samples.prompt
+    if prompt is None:
+        prompt = first_line(files[1].ids, tokenizer)
+    prompt_ids(prompt, tokenizer, config.model.vocab_size, "samples.prompt")
     torch.manual_seed(config.seed)
     model = GPTModel(config.model).to(runtime.device)
     run = Run(
@@ -141,6 +146,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         training_windows=training_windows,
         validation_windows=validation_windows,
         batches=TrainingBatches(training_windows, config.data, config.seed),
+        sample_prompt=prompt,
         recorded_clock=recorded_clock(start.rerun_of) if start.rerun_of else [],
     )
     if not runtime.is_main:

@@ -21,6 +21,7 @@ from llm.checkpoints.checkpoint import (
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights
 from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
+from llm.data.corpus import source_prompt
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.files import as_typed, read_content, remove, remove_leftovers, replacing, write_text
@@ -49,7 +50,7 @@ FREE_MODEL_KEYS = ("init", "drop_rate")
 # Those by which a chosen preset is not compared with given weights: it stands for its sizes and its parts.
 INCIDENTAL_KEYS = ("vocab_size", "qkv_bias", "tie_weights", "hidden_dim", "norm_eps", "rotary_base")
 
-RESULTS = ("error", "stopped_early", "train_loss")  # of a summary, besides the `val_…`
+RESULTS = ("error", "stopped_early", "train_loss", "evaluated_windows")  # of a summary, besides the `val_…`
 
 
 @dataclass
@@ -107,6 +108,8 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
     if config.rerun:
         rerun_of = find_run(config.rerun)
         return Start(repeated_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
+    if config.samples.prompt is None:  # recorded, so that it stays when the text comes from elsewhere
+        config = replace(config, samples=replace(config.samples, prompt=source_prompt(config.data)))
     if config.init_from:
         asked = set(given)
         weights = open_weights(

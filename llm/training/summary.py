@@ -45,11 +45,13 @@ class Summary(Counts):
     stopped_by: str | None = None  # of a run interrupted by a signal: its name, as SIGTERM
     error: str | None = None  # of a failed one
     train_loss: float | None = None  # over eval_iter batches, at the end
-    validation: dict[str, float] = field(default_factory=dict)  # METRICS over the whole split, at the end
+    validation: dict[str, float] = field(default_factory=dict)  # METRICS at the end, on `evaluated_windows`
+    evaluated_windows: int | None = None  # of the validation split; the same ones in each run of as many
+    validation_windows: int | None = None  # of the whole split
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     mfu: float | None = None  # model FLOPs per second over those of a large matrix product
-    total_seconds: float = 0.0  # of this process, everything counted
+    total_seconds: float = 0.0  # since the run was begun or resumed, everything counted
     parameters: int = 0
     seed: int = 0
     device: str = ""
@@ -78,6 +80,7 @@ class Summary(Counts):
         return {
             **{name: values.pop(name) for name in ("run_dir", "status", "stopped_early", "error")},
             **{f"val_{name}": value for name, value in validation.items()},
+            **{name: values.pop(name) for name in ("evaluated_windows", "validation_windows")},
             **values,
             **circumstances,
         }

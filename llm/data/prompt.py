@@ -1,0 +1,35 @@
+"""A prompt that suits the text: the beginning of one of its lines."""
+
+import numpy as np
+import tiktoken
+
+from llm.data.tokenizer import bytes_of, end_of_text_id
+
+SEARCHED_TOKENS = 4096  # at the beginning of the split
+PROMPT_CHARACTERS = 32  # at most
+
+
+def first_line(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> str:
+    """The beginning of the first line, or document, that begins within a split (tokens,) and says something.
+
+    The split itself mostly begins within a line. Of a text that is a single line it is the first whole word
+    and what follows.
+    """
+    end = end_of_text_id(tokenizer)
+    pieces = (
+        b"\n" if token == end else bytes_of(token, tokenizer) for token in tokens[:SEARCHED_TOKENS].tolist()
+    )
+    text = b"".join(pieces).decode("utf-8", "ignore")  # the last character may be cut
+    cut_line, *lines = text.split("\n")
+    after_word = cut_line.lstrip().partition(" ")[2]
+    candidates = [line.strip() for line in [*lines, after_word, cut_line]]
+    said = [line for line in candidates if any(map(str.isalnum, line))] or [*filter(None, candidates)]
+    return _beginning(said[0]) if said else text[:1]
+
+
+def _beginning(line: str) -> str:
+    """At most PROMPT_CHARACTERS of a line, whole words if it has any that are so short."""
+    if len(line) <= PROMPT_CHARACTERS:
+        return line
+    words, _, _ = line[: PROMPT_CHARACTERS + 1].rpartition(" ")
+    return words.rstrip() or line[:PROMPT_CHARACTERS]
