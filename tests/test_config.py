@@ -152,7 +152,7 @@ def test_a_number_that_is_none_is_one_line_before_anything_is_named_after_it(
 @pytest.mark.parametrize(
     ("prompt", "line"),
     [
-        ("''", "samples.prompt is empty: give some text"),
+        ("''", "samples.prompt is empty: give a value, or null"),
         ("<|endoftext|>", "samples.prompt contains token id 256, but the model knows 256 tokens"),
         ("\udcff", r"samples.prompt='\\udcff': must be UTF-8 text"),  # a byte that is not UTF-8
     ],

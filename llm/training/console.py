@@ -58,15 +58,15 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
     )
     limit, value = budget.limit, getattr(training, budget.limit)
     log.info(
-        "budget     %straining.%s=%s: about %s; more: training.%s=%s",
+        "budget     %straining.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",
         "what is left of " if run.resumed else "",
         limit,
         format_value(value),
-        _amount(budget),
+        *_amount(budget),
         limit,
         format_value(4 * value),
     )
-    log.info("then       %s", _final_validation(run, budget))
+    log.info("then       %s%s", _final_validation(run, budget), _other_choice(run, budget))
     log.info("run folder %s\n", run.run_dir)
     if run.resumed:
         changed = run.resumed[-1]["changed"]
@@ -89,31 +89,31 @@ def announce_measured(run: Run, tokens_per_second: float) -> None:
     """Correct the announcement, by the speed of the first updates."""
     budget = estimate_budget(run, tokens_per_second)
     log.info(
-        "measured   %s tokens/s: about %s left, then %s",
+        "measured   %s tokens/s: %s more tokens (%.2g epochs) in %s, then %s",
         format_count(tokens_per_second),
-        _amount(budget),
+        *_amount(budget),
         _final_validation(run, budget),
     )
 
 
-def _amount(budget: Budget) -> str:
-    """How much training a budget is."""
-    return (
-        f"{format_count(budget.tokens_left)} tokens ({budget.epochs_left:.2g} epochs) "
-        f"in {format_seconds(budget.seconds_left)}"
-    )
+def _amount(budget: Budget) -> tuple[str, float, str]:
+    """How much training is left: tokens, epochs, time."""
+    return format_count(budget.tokens_left), budget.epochs_left, format_seconds(budget.seconds_left)
 
 
 def _final_validation(run: Run, budget: Budget) -> str:
     """On what the run is evaluated at its end, and how long that takes."""
-    total, full = len(run.validation_windows), run.config.training.final_eval == "full"
-    other = ""
-    if budget.windows < total:
-        other = "; on all: training.final_eval=full"
-    elif full and budget.validation_seconds > LARGEST_SHARE * budget.seconds_left:
-        other = "; shorter: training.final_eval=tenth"
-    on = windows_in_words(budget.windows, total)
-    return f"validation on {on}: about {format_seconds(budget.validation_seconds)}{other}"
+    on = windows_in_words(budget.windows, len(run.validation_windows))
+    return f"validation on {on}: about {format_seconds(budget.validation_seconds)}"
+
+
+def _other_choice(run: Run, budget: Budget) -> str:
+    if budget.windows < len(run.validation_windows):
+        return "; on all: training.final_eval=full"
+    full = run.config.training.final_eval == "full"
+    if full and budget.validation_seconds > LARGEST_SHARE * budget.seconds_left:
+        return "; shorter: training.final_eval=tenth"
+    return ""
 
 
 def windows_in_words(count: int, total: int) -> str:

@@ -29,7 +29,7 @@ def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str)
     evaluations = [line for line in lines if "val/loss" in line]
     position = {"step", "tokens_seen", "epoch", "seconds"}
     assert [line["step"] for line in steps] == list(range(12))
-    assert [line["step"] for line in evaluations] == [0, 5, 10]
+    assert [line["step"] for line in evaluations] == [0, 5, 10, 11]
     assert set(steps[0]) == position | {"train/loss", "lr", "grad_norm", "tokens_per_second"}
     assert set(evaluations[0]) == position | {
         "eval/train_loss",

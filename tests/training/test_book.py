@@ -62,8 +62,10 @@ def test_initial_parameters_are_the_books() -> None:
 def test_every_step_and_evaluation_is_the_books(run_dir: Path) -> None:
     lines = read_json_lines(run_dir / "metrics.jsonl")
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    evaluations = [(line["eval/train_loss"], line["val/loss"]) for line in lines if "val/loss" in line]
-    tokens = [line["tokens_seen"] for line in lines if "val/loss" in line]
+    evaluated = [line for line in lines if "val/loss" in line]
+    assert evaluated.pop()["step"] == len(losses) - 1  # after the last update, where the book does not
+    evaluations = [(line["eval/train_loss"], line["val/loss"]) for line in evaluated]
+    tokens = [line["tokens_seen"] for line in evaluated]
     assert losses == pytest.approx(FIXTURE["train_loss_each_step"], abs=2e-5)
     assert [train for train, _ in evaluations] == pytest.approx(
         [train for train, _ in FIXTURE["evaluations_train_val"]], abs=2e-5

@@ -346,6 +346,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_resumes_exactly(tmp_pa
     plain = settings(tmp_path)
     plain.model.drop_rate = 0.0  # whose random draws are the compiler's own
     plain.schedule = ScheduleConfig("constant", warmup=0)  # the same rates in a shorter run
+    plain.training.eval_freq = 3  # after the last update of the shorter run too
     compiled = changed(plain, runtime__compile=True)
     pretrain(plain, tmp_path / "plain")
     pretrain(compiled, tmp_path / "whole")
@@ -362,5 +363,7 @@ def test_evaluation_and_samples_do_not_move_training(tmp_path: Path) -> None:
     pretrain(changed(config, training__eval_freq=1, samples__every_epoch=True), tmp_path / "watched")
     pretrain(changed(config, training__eval_freq=None), tmp_path / "unwatched")
     watched = [line for line in numbers(tmp_path / "watched") if "train/loss" in line]
-    assert watched == numbers(tmp_path / "unwatched")
+    *unwatched, last = numbers(tmp_path / "unwatched")
+    assert watched == unwatched
+    assert (last["step"], "val/loss" in last) == (29, True)
     assert len(read_json_lines(tmp_path / "watched" / "samples.jsonl")) == 3
