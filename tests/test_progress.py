@@ -1,8 +1,13 @@
-"""Counts as they are shown."""
+"""Progress and counts as they are shown."""
+
+import math
+import time
 
 import pytest
 
-from llm.progress import format_count
+from llm.progress import Progress, fitted, format_count
+
+PARTS = ["loss 3.847", "epoch 0.59", "946k tokens", "7.75k tokens/s"]
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,48 @@ from llm.progress import format_count
 )
 def test_counts_have_three_digits_and_a_unit(count: float, shown: str) -> None:
     assert format_count(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (120, f"training ━╌  45% · {' · '.join(PARTS)} · 1m10s left"),
+        (70, f"training  45% · {' · '.join(PARTS[:3])} · 1m10s left"),
+        (39, "training  45% · loss 3.847 · 1m10s left"),
+        (30, "…  45% · loss 3.847 · 1m10s left"[:30]),
+    ],
+)
+def test_a_narrow_line_keeps_loss_and_time_left(width: int, line: str) -> None:
+    assert fitted("training", "━╌", " 45%", PARTS, "1m10s left", width) == line
+
+
+@pytest.mark.parametrize(
+    ("start", "fraction", "seconds", "shown"),
+    [
+        (0.0, 0.25, 30.0, " 25% · step · 1m30s left"),
+        (0.5, 0.75, 30.0, " 75% · step · 30s left"),
+        (0.0, 12.01, 30.0, "100% · step · 0s left"),  # a run resumed with a lower limit
+        (12.0, 12.01, 30.0, "100% · step · 30s"),
+        (0.0, 0.0, 30.0, "  0% · step · 30s"),
+        (0.5, 0.5, 30.0, " 50% · step · 30s"),
+        (0.0, -1.0, 30.0, "  0% · step · 30s"),
+        (0.0, 1e-9, 30.0, "  0% · step · 30s"),  # 950 years left
+        (0.0, math.nan, 30.0, "· step · 30s"),
+        (0.0, math.inf, 30.0, "100% · step · 0s left"),
+        (0.0, None, 30.0, "· step · 30s"),
+    ],
+)
+def test_no_share_or_time_left_is_absurd(
+    start: float,
+    fraction: float | None,
+    seconds: float,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    progress = Progress("training", start)
+    monkeypatch.setattr(time, "monotonic", lambda: progress._started + seconds)
+    progress.update(fraction, "step")
+    [line] = caplog.messages
+    assert line == f"training {shown}"
