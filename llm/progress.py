@@ -76,13 +76,16 @@ class Progress:
 
 def fitted(what: str, bar: str, share: str, parts: list[str], clock: str, width: int) -> str:
     """A live line of at most `width` characters. Where there is no room it does without the bar, then without
-    the last of the parts, and the next to last, and at the end without the end of the name."""
-    while len(line := _line(what, bar, share, parts, clock)) > width and (bar or len(parts) > 1):
-        bar, parts = "", parts if bar else parts[:-1]
-    if (excess := len(line) - width) > 0:
-        what = f"{what[: max(0, len(what) - excess - 1)]}…"
-        line = _line(what, bar, share, parts, clock)
-    return line[:width]
+    the last of the parts and those before it, and with half of the name rather than without the first."""
+    while (excess := len(line := _line(what, bar, share, parts, clock)) - width) > 0:
+        if bar:
+            bar = ""
+        elif len(parts) > 1 or (parts and excess >= len(what) // 2):
+            parts = parts[:-1]
+        else:
+            short = f"{what[: max(0, len(what) - excess - 1)]}…"
+            return _line(short, bar, share, parts, clock)[:width]
+    return line
 
 
 def _line(what: str, bar: str, share: str, parts: list[str], clock: str) -> str:

@@ -34,7 +34,10 @@ def test_counts_have_three_digits_and_a_unit(count: float, shown: str) -> None:
         (120, f"training ━╌  45% · {' · '.join(PARTS)} · 1m10s left"),
         (70, f"training  45% · {' · '.join(PARTS[:3])} · 1m10s left"),
         (39, "training  45% · loss 3.847 · 1m10s left"),
-        (30, "…  45% · loss 3.847 · 1m10s left"[:30]),
+        (36, "trai…  45% · loss 3.847 · 1m10s left"),
+        (30, "training  45% · 1m10s left"),
+        (20, "t…  45% · 1m10s left"),
+        (8, "…  45% ·"),
     ],
 )
 def test_a_narrow_line_keeps_loss_and_time_left(width: int, line: str) -> None:
