@@ -59,9 +59,10 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         splits = cut_windows(trained, tokenizer, token_files(trained.data, tokenizer))
         windows = splits[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
+        extent = f" (all {len(windows):,} windows)"  # a run's own validation may have been on some of them
         count = len(windows) * context
     else:
-        what = "text" if config.path is None else config.path
+        what, extent = "text" if config.path is None else config.path, ""
         token_ids = _token_ids(config, tokenizer, lengths)
         batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
     with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
@@ -83,7 +84,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         )
         figures |= {"token_table": table, "sampling": asdict(config.sampling)}
     write_json(run_dir / "evaluation.json", figures)
-    log.info("%s: %s predicted tokens", what, f"{count:,}")
+    log.info("%s%s: %s predicted tokens", what, extent, f"{count:,}")
     width = max(len(metric.title) for metric in METRICS.values())
     for name, metric in METRICS.items():
         unit = " nats per token" if name == "loss" else ""

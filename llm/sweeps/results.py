@@ -44,7 +44,7 @@ class Result:
 
     @property
     def val_loss(self) -> float | None:
-        """Over the whole validation split, at the end."""
+        """On the windows of the validation split that its end evaluates, see `training.final_eval`."""
         return self.figures.get("val_loss")
 
     @property

@@ -107,7 +107,7 @@ def conclude(run: Run, recorder: Recorder, summary: Summary, matmul_flops: float
     if summary.status == "finished":  # whoever pressed Ctrl-C does not want to wait for these
         summary.train_loss = evaluate_some(run, run.training_windows)["loss"]
         summary.validation, summary.evaluated_windows = evaluate_at_the_end(run)
-        recorder.sample()
+        recorder.finished()
     plots.plot_losses(run.run_dir)
 
 

@@ -9,6 +9,7 @@ from llm.errors import UserError
 from llm.generation.inference import for_inference
 from llm.generation.texts import generate_texts
 from llm.progress import Progress
+from llm.records import read_samples
 from llm.run_folder import read_summary
 from llm.tracking import Tracker
 from llm.training import console
@@ -59,10 +60,10 @@ class Recorder:
         self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
         self.progress = Progress("training", run.progress())
         self._before = replace(run.counters)  # the update that is being done
-        self._measured: (
-            list[tuple[int, float]] | None
-        ) = []  # tokens and seconds of each update, until announced
-        self._sampled_step: int | None = None
+        # Tokens and seconds of each update of this process, until they have corrected the announcement.
+        self._measured: list[tuple[int, float]] | None = []
+        samples = read_samples(run.run_dir / "samples.jsonl")
+        self._sampled_step = samples[-1].get("step") if samples else None
         self.early_stopping = EarlyStopping(run)
         self.stopped_early = self.early_stopping.pending_reason(was_stopped)  # why the run should end, if so
 
@@ -70,10 +71,8 @@ class Recorder:
         self.tracker.log(self.run.counters.step, metrics)
         self.progress.update(self.run.progress(), *console.status(metrics))
         self._measure(metrics["tokens_per_second"])
-        if (
-            self._minutes_ended() and self.run.progress() < 1
-        ):  # after the last update there is a sample anyway
-            self._sample_on_the_way()
+        if self._minutes_ended():
+            self._sample()
         self._before = replace(self.run.counters)
 
     def _measure(self, tokens_per_second: float) -> None:
@@ -112,15 +111,17 @@ class Recorder:
 
     def epoch_ended(self) -> None:
         if self.run.config.samples.every_epoch and self._sampled_step != self.run.counters.step:
-            self._sample_on_the_way()
+            self._sample()
 
-    def _sample_on_the_way(self) -> None:
-        self._sampled_step = self.run.counters.step
-        self.progress.clear()
-        self.sample()
+    def finished(self) -> None:
+        """The last sample, unless the minutes have just given the same."""
+        if self.run.config.samples.every_minutes is None or self._sampled_step != self.run.counters.step:
+            self._sample()
 
-    def sample(self) -> None:
+    def _sample(self) -> None:
         """Generate from the run's prompt, on a random stream apart from training's."""
+        self.progress.clear()
+        self._sampled_step = self.run.counters.step
         run, config, sampling = self.run, self.run.config.samples, self.run.config.sampling
         # Compiling the decode step takes longer than generating one sample without.
         model = for_inference(run.model, replace(run.runtime, compile=False))
