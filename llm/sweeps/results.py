@@ -44,7 +44,7 @@ class Result:
 
     @property
     def val_loss(self) -> float | None:
-        """On the windows of the validation split that its end evaluates, see `training.final_eval`."""
+        """Over the whole validation split, at the end."""
         return self.figures.get("val_loss")
 
     @property

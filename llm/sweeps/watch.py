@@ -243,7 +243,7 @@ def live_table(progress: SweepProgress) -> Any:
 
 
 def best_of(jobs: list[Job]) -> Job | None:
-    """The job with the lowest loss at its end."""
+    """The job with the lowest loss over the whole validation split."""
     measured = [job for job in jobs if job.summary.get("val_loss") is not None]
     return min(measured, key=lambda job: job.summary["val_loss"], default=None)
 
