@@ -108,7 +108,7 @@ def test_online_and_by_sync_the_same_arrives(
     sync(folder)  # once more, as after an outage that let a part of it through
     online, offline = server.runs[run_id(tmp_path / "online")], server.runs[run_id(tmp_path / "offline")]
     written = [values(line) for line in read_json_lines(tmp_path / "online" / "metrics.jsonl")]
-    assert len(written) == 6
+    assert len(written) == 7  # with the evaluation at the last update
     for run in (online, offline):
         assert metrics(run) == [pytest.approx(line) for line in written]
         assert run.exit_code == 0
@@ -261,7 +261,7 @@ def test_a_resumed_run_has_the_history_of_its_metrics(
         assert list((run_dir / "wandb").glob("*run-*-*")) == [Path.cwd() / summary.wandb_folder]
         sync(Path(summary.wandb_folder))
     written = [values(line) for line in read_json_lines(run_dir / "metrics.jsonl")]
-    assert [line["step"] for line in written] == [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7]
+    assert [line["step"] for line in written] == [0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 7]
     assert metrics(server.runs[run_id(run_dir)]) == [pytest.approx(line) for line in written]
     assert server.runs[run_id(run_dir)].summary["status"] == "finished"
 
@@ -297,7 +297,7 @@ def test_a_run_outlives_the_process_of_wandb(
         sync(Path(summary.wandb_folder))
     run = server.runs[run_id(tmp_path / "run")]
     written = [values(line) for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
-    assert len(written) == 6
+    assert len(written) == 7  # with the evaluation at the last update
     assert metrics(run) == [pytest.approx(line) for line in written]
     assert {name.split("/")[1] for name in run.uploads if name.startswith("media/")} == {"images", "table"}
     assert (run.exit_code, run.summary["status"]) == (0, "finished")
