@@ -9,7 +9,7 @@ import torch
 from llm.checkpoints.opening import open_weights
 from llm.checkpoints.weights import build_model
 from llm.commands.pretrain import pretrain
-from llm.config import DataConfig, ModelConfig, PretrainConfig
+from llm.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
 from llm.data.corpus import find_corpus
 from llm.files import read_json_lines
 from llm.model.gpt import GPTModel
@@ -24,7 +24,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     text.write_text(
         "".join(find_corpus(DataConfig()).pieces())[:20_000], encoding="utf-8"
     )  # the first play, cut off
-    config = PretrainConfig(model=ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch"))
+    model = ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch")
+    config = PretrainConfig(model=model, tokenizer=TokenizerConfig("gpt2"))
     config.seed = FIXTURE["seed"]
     config.data = DataConfig(
         source="text",
