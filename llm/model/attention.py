@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
+from llm.model.cpu import SHORT, CausalAttention, ProjectedTogether, trains_in_bf16_on_cpu, trains_on_cpu
 from llm.model.kv_cache import Attended
 from llm.model.parts import RMSNorm, Turns, turned
 
@@ -52,7 +53,7 @@ class MultiHeadAttention(nn.Module):
             value_embedding: added to the values, (batch, time, kv_dim).
         """
         batch, time, emb_dim = x.shape
-        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
+        queries, keys, values = self._projected(x)
         if value_embedding is not None:
             values = values + value_embedding.to(values.dtype)
         # (batch, heads, time, head_dim)
@@ -70,6 +71,8 @@ class MultiHeadAttention(nn.Module):
         drop_rate = self.dropout.p if self.training else 0.0
         if drop_rate > 0 and queries.dtype == torch.float32:
             context = self._attend_as_in_the_book(queries, keys, values)
+        elif trains_in_bf16_on_cpu(queries) and remember is None and time <= SHORT:
+            context = CausalAttention.apply(queries, keys, values, drop_rate)
         else:
             mask = None
             if remember is not None:
@@ -84,6 +87,13 @@ class MultiHeadAttention(nn.Module):
                 enable_gqa=self.groups > 1,
             )
         return self.out_proj(context.transpose(1, 2).reshape(batch, time, emb_dim))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (batch, time, …)."""
+        layers = self.W_query, self.W_key, self.W_value
+        if trains_on_cpu(x) and torch.is_autocast_enabled("cpu") and self.W_query.bias is None:
+            return ProjectedTogether.apply(x, *(layer.weight for layer in layers))
+        return tuple(layer(x) for layer in layers)
 
     def _attend_as_in_the_book(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The same attention, step by step: fused kernels draw dropout in an order of their own."""

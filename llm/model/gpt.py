@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm.config import ModelConfig
 from llm.model.attention import MultiHeadAttention, Remember, RememberLayer
+from llm.model.cpu import Dropout
 from llm.model.loss import CHUNK_TOKENS, capped, linear_cross_entropy
 from llm.model.parts import NORMS, POSITIONS, FeedForward, Turns, turns_of
 
@@ -32,7 +33,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(config)
         self.norm1 = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.norm2 = NORMS[config.norm](config.emb_dim, config.norm_eps)
-        self.drop_shortcut = nn.Dropout(config.drop_rate)
+        self.drop_shortcut = Dropout(config.drop_rate)
         self.parallel = config.parallel_blocks
         # Of the residual stream, and of the embeddings that it began as.
         self.residual_scalars = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from llm.config import ModelConfig
 from llm.errors import UserError
+from llm.model import cpu
+from llm.model.cpu import trains_on_cpu
 
 
 class LayerNorm(nn.Module):
@@ -39,6 +41,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if trains_on_cpu(x):
+            return cpu.RMSNormalised.apply(x, self.scale, self.eps)
         return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
 
 
@@ -83,6 +87,8 @@ def turns_of(angles: Tensor) -> Turns:
 def turned(heads: Tensor, turns: Turns) -> Tensor:
     """Queries or keys (batch, heads, time, head_dim) with their pairs turned, in fp32."""
     cos, sin = turns
+    if trains_on_cpu(heads):
+        return cpu.Turned.apply(heads, cos, sin)
     heads = heads.float()
     return heads * cos + heads.roll(heads.shape[-1] // 2, dims=-1) * sin
 
@@ -114,6 +120,8 @@ class SquaredReLU(nn.Module):
     """max(x, 0)² (So et al. 2021, Primer)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if trains_on_cpu(x):
+            return cpu.SquaredReLU.apply(x)
         return F.relu(x).square()
 
 

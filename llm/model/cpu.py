@@ -1,0 +1,199 @@
+"""What training on a CPU does in place of torch's own kernels, where these are slow there.
+
+tests/model/test_cpu.py holds each of them beside its plain formula. The figures are of a Zen 5 core and torch
+2.13.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llm.runtime import computes_in_bf16
+
+SHORT = 512  # tokens up to which attention keeps all its weights, (time, time) in bf16 for each head
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU and a gradient is wanted of it. What torch compiles, it makes fast itself."""
+    return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
+
+
+def trains_in_bf16_on_cpu(x: Tensor) -> bool:
+    """The same, and x is in bf16, which this CPU has instructions for."""
+    return x.dtype == torch.bfloat16 and trains_on_cpu(x) and _computes_in_bf16()
+
+
+@cache
+def _computes_in_bf16() -> bool:
+    return computes_in_bf16(torch.device("cpu"))
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention: queries (batch, heads, time, head_dim), keys and values with as many heads or a
+    divisor of that, to (batch, heads, time, head_dim).
+
+    As batched matrix products that keep the weights (time, time). torch's fused attention does not, but in
+    bf16 it takes six times as long forward and backward over 128 tokens, and three times over 256.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, drop_rate: float) -> Tensor:
+        batch, heads, time, head_dim = queries.shape
+        # Queries that share a head of keys stand below each other, one group after the other.
+        together = batch * keys.shape[1], -1, head_dim
+        queries = queries.reshape(together) * head_dim**-0.5
+        keys, values = keys.reshape(together), values.reshape(together)
+        future = torch.full((time, time), -torch.inf, dtype=queries.dtype).triu_(1)
+        future = future.repeat(queries.shape[1] // time, 1).expand(len(queries), -1, -1)
+        scores = torch.baddbmm(future, queries, keys.transpose(1, 2))
+        weights = torch.softmax(scores, dim=-1, out=scores)
+        kept = kept_by_dropout(weights.shape, drop_rate) if drop_rate > 0 else None
+        ctx.save_for_backward(queries, keys, values, weights, kept)
+        ctx.drop_rate = drop_rate
+        context = (weights if kept is None else dropped(weights, kept, drop_rate)) @ values
+        return context.view(batch, heads, time, head_dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, weights, kept = ctx.saved_tensors
+        batch, _, time, head_dim = gradient.shape
+        gradient = gradient.reshape(queries.shape)
+        used, of_weights = weights, gradient @ values.transpose(1, 2)
+        if kept is not None:
+            used, of_weights = (dropped(each, kept, ctx.drop_rate) for each in (used, of_weights))
+        of_values = used.transpose(1, 2) @ gradient
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_queries = (of_scores @ keys).mul_(head_dim**-0.5)
+        of_keys = of_scores.transpose(1, 2) @ queries
+        apart = batch, -1, time, head_dim
+        return of_queries.view(apart), of_keys.view(apart), of_values.view(apart), None
+
+
+class ProjectedTogether(torch.autograd.Function):
+    """x (…, size) times several weights (outputs, size) as one product in bf16: (…, outputs) of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.outputs, ctx.x_dtype = [len(weight) for weight in weights], x.dtype
+        matrix = x.new_empty(sum(ctx.outputs), x.shape[-1], dtype=torch.bfloat16)
+        for rows, weight in zip(matrix.split(ctx.outputs), weights, strict=True):
+            rows.copy_(weight)
+        x = x.to(matrix.dtype)
+        ctx.save_for_backward(x, matrix)
+        return (x @ matrix.T).split(ctx.outputs, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x, matrix = ctx.saved_tensors
+        gradient = torch.cat(gradients, dim=-1)
+        of_weights = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        return (gradient @ matrix).to(ctx.x_dtype), *of_weights.split(ctx.outputs)
+
+
+class Dropout(nn.Dropout):
+    """torch's dropout; in training in bf16 on a CPU, with masks that are cheaper to draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.p > 0 and trains_in_bf16_on_cpu(x):
+            return _Dropped.apply(x, self.p)
+        return super().forward(x)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, drop_rate: float) -> Tensor:
+        kept = kept_by_dropout(x.shape, drop_rate)
+        ctx.save_for_backward(kept)
+        ctx.drop_rate = drop_rate
+        return dropped(x, kept, drop_rate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return dropped(gradient, kept, ctx.drop_rate), None
+
+
+def kept_by_dropout(shape: torch.Size, drop_rate: float) -> Tensor:
+    """What dropout keeps, uint8: 0 with probability `drop_rate`, to 16 bits, else 1. The generator is asked
+    once for four numbers; `bernoulli_` asks it for each, and takes four times as long."""
+    numbers = math.prod(shape)
+    draws = torch.empty(-(-numbers // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[:numbers].view(shape)
+    # In place, as comparisons into a tensor of truth values are slow, and products with one are too.
+    return torch.ge(bits, round(drop_rate * 2**16) - 2**15, out=bits).to(torch.uint8)
+
+
+def dropped(x: Tensor, kept: Tensor, drop_rate: float) -> Tensor:
+    """x with zeros where it is not kept, the rest scaled up, so that the mean stays."""
+    return x * kept.to(x.dtype).div_(1 - drop_rate)
+
+
+class RMSNormalised(torch.autograd.Function):
+    """x / √(mean(x²) + eps) · scale over the last dimension of x (…, size), in fp32; scale (size,). Going
+    backward, torch takes twice as long, in many small steps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        ctx.x_dtype = x.dtype
+        x = x.float()
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()
+        normal = x * inverse
+        ctx.save_for_backward(normal, inverse, scale)
+        return normal * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        normal, inverse, scale = ctx.saved_tensors
+        product = gradient * normal
+        along = (product * scale).mean(dim=-1, keepdim=True)  # how much of it only makes x longer
+        of_x = torch.addcmul(gradient * scale, normal, along, value=-1).mul_(inverse)
+        return of_x.to(ctx.x_dtype), product.flatten(0, -2).sum(0), None
+
+
+class Turned(torch.autograd.Function):
+    """Heads (batch, heads, time, head_dim) with their pairs turned, in fp32; cos and sin as in `Turns`."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads_dtype = heads.dtype
+        return _turned(heads.float(), cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin).to(ctx.heads_dtype), None, None
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = heads * cos
+    halves = turned.chunk(2, dim=-1), reversed(heads.chunk(2, dim=-1)), sin.chunk(2, dim=-1)
+    for half, other, its_sin in zip(*halves, strict=True):
+        half.addcmul_(other, its_sin)
+    return turned
+
+
+class SquaredReLU(torch.autograd.Function):
+    """max(x, 0)², which keeps one tensor for its gradient and goes over it once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (gradient * positive).mul_(2)
