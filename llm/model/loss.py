@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm.model.cpu import IN_CACHE
+
 CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2's vocabulary
-IN_CACHE = 1 << 18  # logits that a core's cache holds while several steps are taken over them
 ALIGNED = 64  # matrix products are fastest when their sides are multiples of this; GPT-2's 50,257 is odd
 
 

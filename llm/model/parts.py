@@ -7,7 +7,6 @@ other; an export to a format that cannot describe it refuses.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +142,7 @@ class Activation:
 
 # By `model.activation`.
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(partial(nn.GELU, approximate="tanh")),  # the tanh form is GPT-2's
+    "gelu": Activation(cpu.TanhGELU),
     "relu2": Activation(SquaredReLU),
     "swiglu": Activation(SwiGLU, inputs=2),
 }

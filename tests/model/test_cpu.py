@@ -96,6 +96,11 @@ def test_norm_rotation_and_activation() -> None:
     compare(cpu.SquaredReLU.apply, lambda x: F.relu(x).square(), torch.randn(7, 9))
 
 
+def test_gelu() -> None:
+    x = torch.linspace(-9, 9, 300_001, requires_grad=True)  # more than goes through the cache at once
+    compare(cpu._SigmoidGELU.apply, lambda x: F.gelu(x, approximate="tanh"), x.detach())
+
+
 def test_projections_together_equal_those_alone() -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(2, 5, 16), [torch.randn(size, 16) for size in (16, 8, 8)]
