@@ -125,7 +125,8 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
             config = replace(config, tokenizer=replace(config.tokenizer, name=tokenizer.name))
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, weights=weights)
-    if "tokenizer.vocab_size" in given and (ours := config.tokenizer).name != LEARNT:
+    ours = config.tokenizer
+    if "tokenizer.vocab_size" in given and ours.vocab_size and ours.name != LEARNT:
         raise UserError(
             f"tokenizer.vocab_size={ours.vocab_size}: tokenizer.name={ours.name} has a size of its own; "
             f"remove it, or learn a tokenizer of that size with tokenizer=bpe"
