@@ -81,11 +81,23 @@ def _change(value: Any) -> Record | None:
 
 # By name; whatever else a record holds is a figure, as every metric is.
 _TEXTS = (
-    *("run_dir", "status", "stopped_early", "error", "device", "precision", "machine", "git_commit"),
-    *("init_from", "wandb_folder", "checkpoint", "prompt", "text", "stop_reason", "longest_copy_text"),
+    *(
+        "run_dir",
+        "status",
+        "stopped_early",
+        "stopped_by",
+        "error",
+        "device",
+        "precision",
+        "machine",
+        "git_commit",
+    ),
+    *("tokenizer", "validation_text", "init_from", "wandb_folder", "checkpoint"),
+    *("prompt", "text", "stop_reason", "longest_copy_text"),
 )
 _COUNTS = (
     *("step", "steps", "tokens_seen", "best_step", "skipped", "grad_norm_spikes", "peak_memory_bytes"),
+    *("evaluated_windows", "validation_windows"),
     *("parameters", "seed", "num_samples", "new_tokens", "prompt_index", "sample"),
     "longest_copy_token",
 )
@@ -124,6 +136,12 @@ def read_samples(file: Path) -> list[Record]:
     return [line for line in lines if line["prompt"] is not None and line["text"] is not None]
 
 
+def tokenizer_and_text(fingerprint: str) -> tuple[str, str]:
+    """What tokens were made with and of, from their fingerprint; see llm/data/token_file.py."""
+    tokenizer, _, text = fingerprint.rpartition("-")
+    return tokenizer, text
+
+
 # Hydra's record
 
 
@@ -137,6 +155,28 @@ def read_config_text(run_dir: Path, key: str) -> str | None:
     """The text that stands for a dotted key in the config that Hydra recorded; None for null."""
     place = _config_value(run_dir, key)
     return place if isinstance(place, str) and place != "null" else None
+
+
+def read_choices(run_dir: Path) -> dict[str, str]:
+    """The option that was chosen of each config group, as Hydra recorded it: `model` to `tiny`, `model/part`
+    to `[rotary,rmsnorm]`, and `null` where none was."""
+    place = _yaml(run_dir / ".hydra" / "hydra.yaml")
+    for name in ("hydra", "runtime", "choices"):
+        place = place.get(name) if isinstance(place, dict) else None
+    choices = place if isinstance(place, dict) else {}
+    return {
+        group: f"[{','.join(map(str, option))}]" if isinstance(option, list) else str(option)
+        for group, option in choices.items()
+        if isinstance(group, str)
+    }
+
+
+def read_setting(run_dir: Path, key: str) -> str | None:
+    """The value of a dotted key in the config that Hydra recorded, as an override spells it: `null`, a list
+    as `[0.9,0.95]`; None if there is no such value."""
+    value = _config_value(run_dir, key)
+    texts = list_of(text)(value)
+    return text(value) if texts is None else f"[{','.join(texts)}]"
 
 
 def read_config_texts(run_dir: Path, key: str) -> list[str]:

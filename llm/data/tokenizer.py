@@ -195,6 +195,11 @@ def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
     return lengths
 
 
+def identity_of(tokenizer: tiktoken.Encoding) -> str:
+    """A tokenizer's name, with enough of its fingerprint to tell it from others of that name."""
+    return f"{tokenizer.name}-{fingerprint(tokenizer)[:16]}"
+
+
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     """A hash of everything that determines a tokenizer's output."""
     digest = hashlib.sha256(f"{tokenizer.name} {tokenizer._pat_str} {tokenizer._special_tokens}".encode())

@@ -10,6 +10,7 @@ from llm.device import device_errors_in_one_line, device_name, measure_matmul_fl
 from llm.errors import UserError
 from llm.model.gpt import parameter_count, training_flops_per_token
 from llm.progress import format_seconds
+from llm.records import tokenizer_and_text
 from llm.runtime import Runtime
 from llm.training import console, plots
 from llm.training.loop import NotFinite, train
@@ -44,6 +45,7 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
             summary.device, summary.precision = device_name(runtime.device), runtime.precision
             summary.parameters, summary.resumed = parameter_count(run.model), run.resumed
             summary.validation_windows = len(run.validation_windows)
+            summary.tokenizer, summary.validation_text = tokenizer_and_text(run.data[1])
             if recorder:
                 summary.write(run_dir)
                 before = read_config(start.checkpoint) if start.checkpoint else None

@@ -123,6 +123,8 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
             tokenizer.vocab_size = weights.trained.tokenizer.vocab_size
         if name:  # perhaps another name for the same
             config = replace(config, tokenizer=replace(config.tokenizer, name=tokenizer.name))
+        if weights.folder:  # a run's newest checkpoint, now; later there may be a newer one
+            config = replace(config, init_from=weights.origin)
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, weights=weights)
     ours = config.tokenizer

@@ -57,6 +57,8 @@ class Summary(Counts):
     device: str = ""
     precision: str = ""
     circumstances: Circumstances = field(default_factory=Circumstances)
+    tokenizer: str = ""  # its fingerprint, and that of the validation text: losses compare only where
+    validation_text: str = ""  # both are the same, bits per byte where the text is
     init_from: str | None = None
     resumed: list[dict[str, Any]] = field(default_factory=list)  # after how many updates, with what changed
     wandb_folder: str | None = None  # of the W&B run, if W&B has not received all of it
