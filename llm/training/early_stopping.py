@@ -8,6 +8,9 @@ same share of the budget: each line of metrics is placed by the limits of the jo
 What a rule says depends on what the other jobs have written by then, so each judgement is recorded before it
 is acted upon. A job that was killed is judged as it was, where it comes to the same evaluation again.
 
+Losses compare only between jobs of one tokenizer. Where the jobs of a sweep have several, it is bits per byte
+that are compared; and jobs that are evaluated on another text are not looked at.
+
 A stopped job may be resumed. The rule then applies again: median at its next evaluation, halving at its next
 rung. With `early_stopping.rule=none` it runs to its end.
 """
@@ -23,7 +26,8 @@ from typing import Any, NamedTuple
 from llm.config import TrainingConfig
 from llm.errors import UserError
 from llm.files import append_json_lines, flush, parse_json, read_content, read_json_lines
-from llm.records import count, typed
+from llm.records import count, tokenizer_and_text, typed
+from llm.run_folder import read_summary
 from llm.training.run import Run
 from llm.training.schedules import spent
 
@@ -36,10 +40,11 @@ class Point(NamedTuple):
     """An evaluation."""
 
     progress: float  # share of the budget spent, 0 to 1
-    loss: float  # on the validation split, nats per token; infinity in place of NaN
+    loss: float  # on the validation split, nats per token or bits per byte; infinity in place of NaN
 
 
 Curve = list[Point]  # the evaluations of one job, in order; at least one
+LOSS, BITS_PER_BYTE = "val/loss", "val/bits_per_byte"  # in the lines of evaluations
 
 
 def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | None:
@@ -106,7 +111,8 @@ class EarlyStopping:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._judgements = read_judgements(run.run_dir / JUDGEMENTS)
-        self._read: dict[Path, tuple[tuple[int, int, int], Curve]] = {}
+        self._read: dict[tuple[Path, str], tuple[tuple[int, int, int], Curve]] = {}
+        self._evaluated_on: dict[Path, tuple[str, str]] = {}  # the tokenizer and the text of jobs
 
     def reason_to_stop(self) -> str | None:
         """Why the run should stop after the evaluation it has just recorded; None to continue.
@@ -119,20 +125,28 @@ class EarlyStopping:
             return None
         if not settings.from_progress <= run.progress() < 1:  # at 1, nothing would be saved by stopping
             return None
-        curves = self._curves()
-        own = curves.pop(run.run_dir.name, None)
-        if own is None or own[-1].progress != run.progress():
+        own = self._curve(run.run_dir, LOSS)
+        if not run.run_dir.name.isdecimal() or not own or own[-1].progress != run.progress():
             return None  # not a job of a sweep; or the disk is full, and the line not in the file yet
         case = self._case(own)
         if (judgement := self._recorded(case)) is None:
-            if settings.rule == "median":
-                reason = median_rule(own, curves.values(), settings.min_jobs)
-            else:
-                reason = halving_rule(own, curves.values(), settings.reduction, settings.from_progress)
-            if reason:
-                reason = f"{settings.rule} rule at step {run.counters.step}: {reason}"
+            reason = self._judge()
             judgement = self._record({**case, "reason": reason})
         return _announced(judgement["reason"])
+
+    def _judge(self) -> str | None:
+        run, settings = self.run, self.run.config.early_stopping
+        jobs = self._comparable_jobs()
+        compared = self._compared(jobs)
+        own, *others = (self._curve(job, compared) for job in (run.run_dir, *jobs))
+        others = [curve for curve in others if curve]
+        if settings.rule == "median":
+            reason = median_rule(own, others, settings.min_jobs)
+        else:
+            reason = halving_rule(own, others, settings.reduction, settings.from_progress)
+        if reason and compared == BITS_PER_BYTE:
+            reason = reason.replace("validation loss", "validation bits per byte")
+        return reason and f"{settings.rule} rule at step {run.counters.step}: {reason}"
 
     def pending_reason(self, was_carried_out: bool) -> str | None:
         """Why the run should stop where it is resumed: it was judged so, and killed before it had stopped.
@@ -140,7 +154,7 @@ class EarlyStopping:
         Args:
             was_carried_out: whether it had stopped, so that whoever resumes it wants it to continue.
         """
-        own = self._curve(self.run.run_dir / "metrics.jsonl")
+        own = self._curve(self.run.run_dir, LOSS)
         if not own or own[-1].progress != self.run.progress():
             return None
         judgement = self._judgements.get(self.run.counters.step)
@@ -175,24 +189,37 @@ class EarlyStopping:
             log.warning("%s; a run that is killed now may be judged anew", error)
         return judgement
 
-    def _curves(self) -> dict[str, Curve]:
-        """The evaluations of each job of the sweep that has any, by the job's number."""
-        curves = {
-            folder.name: self._curve(folder / "metrics.jsonl")
-            for folder in self.run.run_dir.parent.iterdir()
-            if folder.name.isdecimal()
-        }
-        return {name: curve for name, curve in curves.items() if curve}
+    def _comparable_jobs(self) -> list[Path]:
+        """The folders of the other jobs that are evaluated on this one's text, as far as they say."""
+        _, text = tokenizer_and_text(self.run.data[-1])
+        jobs = [job for job in self.run.run_dir.parent.iterdir() if job.name.isdecimal()]
+        for job in jobs:
+            if job not in self._evaluated_on:
+                summary = read_summary(job)
+                tokenizer, evaluated_text = summary.get("tokenizer"), summary.get("validation_text")
+                if tokenizer and evaluated_text:
+                    self._evaluated_on[job] = tokenizer, evaluated_text
+        known = self._evaluated_on
+        return [job for job in jobs if job != self.run.run_dir and known.get(job, ("", text))[1] == text]
 
-    def _curve(self, metrics: Path) -> Curve:
+    def _compared(self, jobs: list[Path]) -> str:
+        """What the evaluations of jobs are compared by."""
+        tokenizer, _ = tokenizer_and_text(self.run.data[-1])
+        known = [self._evaluated_on[job][0] for job in jobs if job in self._evaluated_on]
+        return BITS_PER_BYTE if {*known} - {tokenizer} else LOSS
+
+    def _curve(self, job: Path, compared: str) -> Curve:
+        """The evaluations of a job; empty if it has none yet."""
+        metrics = job / "metrics.jsonl"
+        key = metrics, compared
         try:
             status = metrics.stat()
             version = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if metrics not in self._read or self._read[metrics][0] != version:
-                self._read[metrics] = version, read_curve(metrics, self.run.config.training)
+            if key not in self._read or self._read[key][0] != version:
+                self._read[key] = version, read_curve(metrics, self.run.config.training, compared)
         except OSError:  # not started, or just being cut back to a checkpoint that it resumes from
             return []
-        return self._read[metrics][1]
+        return self._read[key][1]
 
 
 def _announced(reason: str | None) -> str | None:
@@ -210,7 +237,7 @@ def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
     }
 
 
-def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
+def read_curve(metrics: Path, training: TrainingConfig, compared: str = LOSS) -> Curve:
     """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. A damaged line is skipped, as
     is one still being written, or cut off when its job was killed."""
     curve = []
@@ -219,9 +246,9 @@ def read_curve(metrics: Path, training: TrainingConfig) -> Curve:
             continue
         values = typed(parse_json(line))
         step, epoch, seconds = (values.get(name) for name in ("step", "epoch", "seconds"))
-        if "val/loss" not in values or step is None or epoch is None or seconds is None:
+        if compared not in values or step is None or epoch is None or seconds is None:
             continue
-        loss = values["val/loss"]
+        loss = values[compared]
         shares = spent(training, step + 1, epoch, seconds)
         curve.append(Point(max(shares.values()), math.inf if loss is None else loss))
     return curve

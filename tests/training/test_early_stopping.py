@@ -22,6 +22,7 @@ from llm.commands.pretrain import pretrain
 from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, validate
 from llm.errors import UserError
 from llm.files import append_json_lines, read_json_lines
+from llm.run_folder import write_summary
 from llm.training.early_stopping import (
     JUDGEMENTS,
     Curve,
@@ -43,23 +44,34 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 class Job:
     """A job that is not trained: it writes the metrics that a run would, and asks."""
 
-    def __init__(self, folder: Path, stopping: EarlyStoppingConfig, max_steps: int, epoch_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stopping: EarlyStoppingConfig,
+        max_steps: int,
+        epoch_steps: int,
+        tokenizer: str = "bytes-1",
+        text: str = "text",
+    ) -> None:
         config = PretrainConfig(early_stopping=stopping)
         config.training = TrainingConfig(max_steps=max_steps, max_epochs=4 * max_steps / epoch_steps)
         self.progress = 0.0
-        run = SimpleNamespace(run_dir=folder, config=config, counters=Counters())
+        data = [f"{tokenizer}-training", f"{tokenizer}-{text}"]
+        run = SimpleNamespace(run_dir=folder, config=config, counters=Counters(), data=data)
         run.progress = lambda: self.progress
         self.run = cast(Any, run)
         self.metrics, self.max_steps, self.epoch_steps = folder / "metrics.jsonl", max_steps, epoch_steps
         self.judge = EarlyStopping(self.run)
         self.points: list[tuple[float, float]] = []
         folder.mkdir(parents=True)
+        write_summary(folder, {"tokenizer": tokenizer, "validation_text": text})
 
-    def evaluate(self, steps: int, loss: float) -> str | None:
+    def evaluate(self, steps: int, loss: float, bits_per_byte: float = 1.0) -> str | None:
         """Record an evaluation after so many updates; the reason to stop, if there is one."""
         self.run.counters.steps, self.progress = steps, steps / self.max_steps
         position = {"step": steps - 1, "epoch": steps / self.epoch_steps, "seconds": 0.1 * steps}
         line = {**position, "val/loss": loss if math.isfinite(loss) else None}
+        line["val/bits_per_byte"] = bits_per_byte
         append_json_lines(self.metrics, [{**position, "train/loss": 1.0}, line])
         self.points.append((self.progress, loss))
         return self.judge.reason_to_stop()
@@ -239,9 +251,9 @@ def test_only_jobs_of_the_sweep_are_read_and_only_anew_when_they_change(
     own = Job(tmp_path / "10", stopping, 100, 10)
     read: list[str] = []
 
-    def watched(metrics: Path, training: TrainingConfig) -> Curve:
+    def watched(metrics: Path, training: TrainingConfig, compared: str) -> Curve:
         read.append(metrics.parent.name)
-        return read_curve(metrics, training)
+        return read_curve(metrics, training, compared)
 
     monkeypatch.setattr("llm.training.early_stopping.read_curve", watched)
     assert own.evaluate(40, 2.5) is None  # notes would have it stopped
@@ -416,6 +428,28 @@ def test_a_job_is_judged_once_at_each_evaluation(tmp_path: Path) -> None:
     with (own.run.run_dir / JUDGEMENTS).open("a") as file:
         file.write('{"step": 49, "rea\n[]\n{}\n')
     assert set(read_judgements(own.run.run_dir / JUDGEMENTS)) == {39, 49, 54}
+
+
+def test_losses_of_other_tokenizers_and_texts_are_not_compared(tmp_path: Path) -> None:
+    stopping = EarlyStoppingConfig("median", min_jobs=1)
+    for name, loss, bits, text in (("0", 2.0, 2.9, "text"), ("1", 1.0, 1.0, "easier")):
+        other = Job(tmp_path / name, stopping, 100, 10, "bytes-1", text)
+        for steps in (40, 50):
+            other.evaluate(steps, loss, bits)
+    better = Job(tmp_path / "2", stopping, 100, 10, "gpt2-2")
+    assert better.evaluate(40, 4.0, bits_per_byte=2.5) is None  # a higher loss per token, but fewer bits
+    worse = Job(tmp_path / "3", stopping, 100, 10, "gpt2-2")
+    better.evaluate(50, 4.0, bits_per_byte=2.5)
+    assert worse.evaluate(40, 1.5, bits_per_byte=3.0) == (
+        "median rule at step 39: best validation bits per byte 3.0000 is above 2.7000, "
+        "the median of 2 other jobs"
+    )
+    halving = EarlyStoppingConfig("halving", from_progress=0.5, reduction=2)
+    assert Job(tmp_path / "4", halving, 100, 10, "gpt2-2").evaluate(50, 1.5, bits_per_byte=3.0) == (
+        "halving rule at step 49: validation bits per byte 3.0000 at 1/2 of the run is above 2.5000, "
+        "the highest among the best 1 of 3 jobs"
+    )
+    assert Job(tmp_path / "5", stopping, 100, 10, text="hard").evaluate(40, 9.0) is None
 
 
 def test_who_stops_by_hand_a_job_that_stops_early_has_stopped_it(
