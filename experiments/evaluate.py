@@ -9,7 +9,7 @@ def run(config: EvaluateConfig, invocation: Invocation) -> float:
     """Evaluate; sweeps compare the loss in nats per token."""
     from llm.commands.evaluate import run_evaluation  # imports torch, which --help need not wait for
 
-    return run_evaluation(config, invocation.run_dir)
+    return run_evaluation(config, invocation.run_dir, invocation.in_sweep)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Invocation:
 
     run_dir: Path
     given: frozenset[str]  # the keys and groups that were set, not left at their defaults; see given.py
+    in_sweep: bool = False
 
 
 Work = Callable[[Any, Invocation], float | None]
@@ -110,7 +111,7 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
             ]
             given = given_keys(overrides, folders, values=resumes)
             before = modified(place.run_dir / SUMMARY)
-            result = work(settings, Invocation(as_typed(place.run_dir), given))
+            result = work(settings, Invocation(as_typed(place.run_dir), given, in_sweep=bool(place.sweep)))
             if place.sweep and modified(place.run_dir / SUMMARY) == before:  # by which a sweep knows its jobs
                 write_summary(place.run_dir, {"status": "finished", "result": result})
             return result

@@ -3,6 +3,9 @@
 import re
 import shlex
 from decimal import Decimal, InvalidOperation
+from functools import cache
+
+from llm.config import GenerateConfig, PretrainConfig, leaf_keys
 
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( +[\w./-]+)*", re.ASCII)  # means itself to Hydra
 
@@ -26,6 +29,18 @@ def quoted(text: str) -> str:
     return f"'{escaped}'".replace("${", r"\${")
 
 
+def unquoted(value: str) -> str:
+    """The text that a quoted string of Hydra's grammar stands for; anything else as it is."""
+    found = re.fullmatch(r"'(.*)'|\"(.*)\"", value, re.DOTALL)
+    return value if found is None else (found[1] or found[2] or "").replace("\\'", "'")
+
+
+def unquoted_where_plain(override: str) -> str:
+    """An override without the quotes of Hydra's grammar where they make no difference."""
+    key, _, value = override.partition("=")
+    return f"{key}={text}" if PLAIN.fullmatch(text := unquoted(value)) else override
+
+
 def as_argument(key: str, value: object) -> str:
     """The same as it is typed in a shell."""
     return shlex.quote(as_override(key, value))
@@ -42,7 +57,17 @@ def title_of(setting: dict[str, str]) -> str:
 
 
 def short_key(key: str) -> str:
-    return key.rpartition(".")[2]
+    """`lr` for `optimizer.lr`; all of it where several groups have such a key, as with `optimizer.name`."""
+    last = key.rpartition(".")[2]
+    return key if last in _names_of_several_groups() else last
+
+
+@cache
+def _names_of_several_groups() -> set[str]:
+    schemas = (
+        [key.rpartition(".")[2] for key in leaf_keys(each)] for each in (PretrainConfig, GenerateConfig)
+    )
+    return {name for names in schemas for name in names if names.count(name) > 1}
 
 
 def compact(value: str) -> str:

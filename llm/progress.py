@@ -131,17 +131,3 @@ def format_count(count: float) -> str:
         if count >= 0.9995 * scale:  # what rounds to 1000 of one unit is 1 of the next
             return f"{count / scale:.3g}{unit}"
     return f"{count:.3g}"
-
-
-def format_table(cells: list[list[str]], left: set[int]) -> str:
-    """Rows of cells as lines, the first row being the heading; columns in `left` are aligned left, the others
-    right."""
-    cells = [[shown(cell, keep="") for cell in row] for row in cells]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )

@@ -10,8 +10,9 @@ import pytest
 
 from llm.errors import UserError, shown
 from llm.files import read_json_lines
-from llm.progress import LineFormatter, format_table
+from llm.progress import LineFormatter
 from llm.records import count, figure, read_config_text, read_lines, read_overrides, read_record, read_samples
+from llm.tables import format_table
 
 # A red text, a link, a write to the clipboard, a bell, a carriage return, a control of C1, a reversal, a
 # space of no width, and half a surrogate pair, which cannot be printed.

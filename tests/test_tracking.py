@@ -469,7 +469,13 @@ def test_a_workspace_is_saved(server: WandbServer) -> None:
         ("tokens_seen", [name]) for name in CURVES
     ]
     text = json.dumps(panels)
-    for part in ("Parallel Coordinates Plot", "Parameter Importance", "optimizer", "val_loss", "samples"):
+    for part in (
+        "Parallel Coordinates Plot",
+        "Parameter Importance",
+        "optimizer",
+        "val_bits_per_byte",
+        "samples",
+    ):
         assert part in text
 
 

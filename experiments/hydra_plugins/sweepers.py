@@ -28,6 +28,7 @@ from sweeping.running import Runner, Sweep, reason_of
 from sweeping.stopping import exit_status, stoppable
 
 from llm.errors import UserError
+from llm.sweeps.comparing import TEXT_KEYS
 from llm.sweeps.jobs import read_jobs, read_record
 
 SET_BY_US = ("hydra.sweep.dir=", "hydra.mode=")
@@ -233,6 +234,11 @@ class OptunaSweeper(RecordedSweeper):
         if not searched:
             raise UserError(
                 "hydra/sweeper=optuna has nothing to search: give a key as interval(…) or choice(…)"
+            )
+        if decisive := [key for key in searched if key in TEXT_KEYS]:
+            raise UserError(
+                f"hydra/sweeper=optuna searches for the lowest loss on one text, which {', '.join(decisive)} "
+                f"would change: give one value, or a grid, which ranks each text by itself"
             )
         distributions = {key: as_distribution(each) for key, each in searched.items()}
         self.search = Search(distributions, self.seed, self.n_startup_trials)

@@ -7,7 +7,10 @@ import optuna
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from llm.errors import UserError
 from llm.overrides import split_override
+from llm.records import read_lines
+from llm.sweeps.comparing import LOSS, Measure, comparisons
 from llm.sweeps.jobs import Job
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -28,27 +31,38 @@ class Search:
         return self._as_overrides(study.ask(self.distributions).params)
 
     def suggest(self, jobs: list[Job], count: int) -> list[list[str]]:
-        """Overrides of the searched keys for that many more jobs, chosen together."""
+        """Overrides of the searched keys for that many more jobs, chosen together.
+
+        Raises:
+            UserError: the jobs so far were evaluated on different texts, so that none is the best.
+        """
+        compared = comparisons(jobs)
+        if len(compared) > 1:
+            raise UserError(
+                f"the jobs of this search were evaluated on {' and '.join(each.title for each in compared)}, "
+                f"which do not compare: search no key of the data, and set training.final_eval=full"
+            )
+        measure = compared[0].measure if compared else LOSS
         sampler = optuna.samplers.TPESampler(
             seed=self.seed + len(jobs), n_startup_trials=self.n_startup_trials
         )
         study = optuna.create_study(sampler=sampler)
         for job in jobs:
-            study.add_trial(self._as_trial(job))
+            study.add_trial(self._as_trial(job, measure))
         trials = [study.ask(self.distributions) for _ in range(count)]
         return [self._as_overrides(trial.params) for trial in trials]
 
-    def _as_trial(self, job: Job) -> optuna.trial.FrozenTrial:
-        """A job as Optuna knows it. One that failed is as bad as one stopped before its first evaluation."""
+    def _as_trial(self, job: Job, measure: Measure) -> optuna.trial.FrozenTrial:
+        """A job as Optuna knows it. One that failed is as bad as one stopped before its first evaluation; one
+        that was interrupted says nothing yet."""
         given = dict(split_override(override) for override in job.overrides)
         params = {key: _as_number(given[key], kind) for key, kind in self.distributions.items()}
-        if job.state == "finished":
-            return optuna.trial.create_trial(
-                value=job.summary["val_loss"], params=params, distributions=self.distributions
-            )
-        best = job.summary.get("best_val_loss")
+        if (final := job.final(measure.name)) is not None:
+            return optuna.trial.create_trial(value=final, params=params, distributions=self.distributions)
+        ended = job.state in ("finished", "stopped", "failed")
+        best = _best_so_far(job, measure) if ended else None
         return optuna.trial.create_trial(
-            state=optuna.trial.TrialState.PRUNED,
+            state=optuna.trial.TrialState.PRUNED if ended else optuna.trial.TrialState.FAIL,
             params=params,
             distributions=self.distributions,
             intermediate_values={} if best is None else {job.summary["steps"]: best},
@@ -60,6 +74,14 @@ class Search:
             if isinstance(bounds, FloatDistribution):
                 params[key] = min(max(float(f"{params[key]:.4g}"), bounds.low), bounds.high)
         return [f"{key}={value}" for key, value in params.items()]
+
+
+def _best_so_far(job: Job, measure: Measure) -> float | None:
+    """Of the evaluations on its way."""
+    if measure == LOSS:
+        return job.summary.get("best_val_loss")
+    lines = read_lines(job.folder / "metrics.jsonl")
+    return min((value for line in lines if (value := line.get(measure.line)) is not None), default=None)
 
 
 def as_distribution(override: Override) -> BaseDistribution:

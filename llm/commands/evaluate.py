@@ -16,7 +16,7 @@ from llm.config import EvaluateConfig, SamplingConfig, validate
 from llm.data.corpus import Corpus, find_files
 from llm.data.pieces import encode_pieces
 from llm.data.token_file import token_files
-from llm.data.tokenizer import bytes_of, bytes_of_tokens
+from llm.data.tokenizer import bytes_of, bytes_of_tokens, identity_of
 from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
@@ -25,6 +25,7 @@ from llm.generation.inference import load_for_inference
 from llm.generation.sampling import next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.progress import Progress, format_count
+from llm.run_folder import write_summary
 from llm.runtime import start_runtime
 from llm.training import plots
 from llm.training.evaluation import METRICS, evaluate
@@ -34,13 +35,16 @@ log = logging.getLogger(__name__)
 SHOWN_TOKENS = 20  # likeliest next tokens in the picture
 
 
-def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
+def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False) -> float:
     """Evaluate, print the figures and write them to `run_dir/evaluation.json`; returns the loss in nats per
     token.
 
     A split is cut into the same windows as in training's own evaluation, so that it reproduces a run's
     figures. In a file or a text, every token but the first is predicted from those before it in its window of
     `context_length` tokens. A text also gets a table of its tokens and a picture of what may come next.
+
+    Args:
+        in_sweep: leave a summary too, which the sweep's table shows.
 
     Raises:
         UserError: a value is out of range, the text is not available or too short, or the checkpoint cannot
@@ -84,6 +88,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path) -> float:
         )
         figures |= {"token_table": table, "sampling": asdict(config.sampling)}
     write_json(run_dir / "evaluation.json", figures)
+    if in_sweep:
+        write_summary(run_dir, {"status": "finished", "tokenizer": identity_of(tokenizer), **figures})
     log.info("%s%s: %s predicted tokens", what, extent, f"{count:,}")
     width = max(len(metric.title) for metric in METRICS.values())
     for name, metric in METRICS.items():

@@ -15,6 +15,7 @@ from llm.config import GenerateConfig, TrackingConfig, validate
 from llm.data.byte_level import END_OF_TEXT
 from llm.data.corpus import find_files, read_text, text_of
 from llm.data.token_file import token_files
+from llm.data.tokenizer import identity_of
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError, shown
 from llm.files import append_json_lines, cache_folder, remove
@@ -22,13 +23,13 @@ from llm.generation.copying import NgramIndex, load_ngram_index
 from llm.generation.inference import Loaded, load_for_inference
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
-from llm.progress import format_table
 from llm.records import read_config_text, read_config_texts, read_overrides
 from llm.run_folder import write_summary
 from llm.runtime import start_runtime
 from llm.sweeps.jobs import Job
 from llm.sweeps.report import study_report
-from llm.sweeps.study import MAIN_METRICS, METRICS, table_row, written
+from llm.sweeps.study import MAIN_METRICS, METRICS, notes_on, table_row, written
+from llm.tables import fitted, format_table, terminal_width
 from llm.tracking import Tracker, sync_command
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,11 @@ def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
         summary |= about | {"status": "finished"}
         return samples
     except BaseException as error:
-        summary["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, Exception):
+            is_users = isinstance(error, UserError)
+            summary["error"] = str(error) if is_users else f"{type(error).__name__}: {error}"
+        else:
+            summary["status"] = "interrupted"
         raise
     finally:
         write_summary(run_dir, summary)
@@ -79,11 +84,13 @@ def conclude_study(folder: Path, jobs: list[Job]) -> None:
     tracker.log_table("settings", [table_row(job) for job in jobs])
     tracker.log_picture("report", folder / "report.png")
     tracker.finish({"settings": len(jobs), "failed": len(failed)}, failed=bool(failed))
-    cells = [["job", "set", *(METRICS[metric][0].lower() for metric in MAIN_METRICS), ""]]
-    for job in jobs:
-        figures = [written(job, metric) for metric in MAIN_METRICS]
-        cells.append([job.name, job.title, *figures, job.error or ""])
-    print("\n" + format_table(cells, left={0, 1, len(cells[0]) - 1}))
+    cells = [["job", "set", *(METRICS[metric][0].lower() for metric in MAIN_METRICS)]]
+    cells += [[job.name, job.title, *(written(job, metric) for metric in MAIN_METRICS)] for job in jobs]
+    width = terminal_width()
+    spare = range(len(cells[0]) - 1, 2, -1)  # the last ones first; the perplexity stays
+    print("\n" + format_table(cells, {0, 1}, wrapped=1, spare=spare, width=width))
+    for text in [f"job {job.name}: {job.error}" for job in failed] + notes_on(jobs):
+        print(fitted(text, width))
     print(shown(f"\nreport      {page}"))
     if tracker.wandb_folder:
         print(shown(f"W&B         {sync_command(folder, 'wandb/*run-*', '*/wandb/*run-*')}"))
@@ -148,6 +155,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     about = {
         "checkpoint": loaded.name,
         "step": loaded.step,
+        "tokenizer": identity_of(loaded.tokenizer),
         "num_samples": len(samples),
         "new_tokens": new_tokens,
         "seconds": seconds,

@@ -12,11 +12,12 @@ from llm.config import RunsConfig, validate
 from llm.errors import UserError, shown
 from llm.files import as_typed, parse_json
 from llm.overrides import title_of
-from llm.progress import format_figure, format_seconds, format_table
+from llm.progress import format_figure, format_seconds
 from llm.records import Record, typed
 from llm.run_folder import CHECKPOINTS, SUMMARY, read_summary
 from llm.runs import OUTPUTS, begun, folders_with, has_begun, run_title, state_of
 from llm.sweeps.jobs import RECORD, SweepRecord, read_record, setting_of
+from llm.tables import format_table
 
 METRICS = "metrics.jsonl"
 TAIL_BYTES = 1 << 18  # of metrics.jsonl, in which the last evaluation is sought

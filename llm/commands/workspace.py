@@ -9,7 +9,7 @@ from llm.tracking import tracking_project
 
 CURVES = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens_per_second")
 VARIED = ("optimizer.lr", "seed", "model.emb_dim", "model.n_layers", "model.n_heads", "model.context_length")
-RESULT = "val_loss"  # at the end, in a run's summary
+RESULT = "val_bits_per_byte"  # at the end, in a run's summary; compares between tokenizers
 
 
 def save_workspace(config: WorkspaceConfig) -> str:

@@ -5,26 +5,34 @@ Nothing here needs the process that runs the sweep.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llm.config import leaf_keys, value_of
-from llm.errors import UserError, shown
+from llm.config import PretrainConfig, leaf_keys, value_of
+from llm.errors import UserError
 from llm.files import modified, parse_json, read_content, write_json
-from llm.overrides import as_command, short_key, split_override, title_of
-from llm.records import RECORD_BYTES, Record, list_of, read_config_text, read_overrides, text
-from llm.run_folder import SUMMARY, SWEEP, read_summary
+from llm.overrides import short_key, split_override, title_of, unquoted
+from llm.records import (
+    RECORD_BYTES,
+    Record,
+    list_of,
+    read_choices,
+    read_overrides,
+    read_setting,
+    text,
+    tokenizer_and_text,
+)
+from llm.run_folder import SUMMARY, SWEEP, read_summary, step_folders
 from llm.runs import LATEST, LISTED, OUTPUTS, folders_with, newest, newest_runs, state_of
 
 RECORD = SWEEP  # see write_record
 STOP = ".stop"  # there once a sweep whose jobs run side by side was asked to stop
 NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not change what a job does
 DONE = ("finished", "stopped")  # states with a result, whose jobs are not run again
-PLAIN_OPTION = re.compile(r"[\w-]+(/[\w-]+)*|\[[\w/, -]*\]", re.ASCII)  # no path to a file elsewhere
-RESOLVER = re.compile(r"\$\{[^}]*:")
 SCRIPT = re.compile("[a-z]+")
 
 
@@ -56,8 +64,35 @@ class Job:
             return None
         if state == "stopped":
             return f"stopped early: {self.summary['stopped_early']}"
-        usual = {"interrupted": "stopped by hand", "killed": "killed, or its machine went down"}
+        by = self.summary.get("stopped_by") or "hand"
+        usual = {"interrupted": f"stopped by {by}", "killed": "killed, or its machine went down"}
         return self.summary.get("error") or usual.get(state, "it did not finish")
+
+    def final(self, name: str) -> float | None:
+        """A figure of the evaluation at the end, by its name in the summary; None for a job that has not
+        finished, even if it was interrupted so late that its summary holds one."""
+        return self.summary.get(name) if self.summary.get("status") == "finished" else None
+
+    @cached_property
+    def evaluated_on(self) -> tuple[str, str] | None:
+        """The fingerprints of its tokenizer and of its validation text; None if it never came to record
+        them. Runs of before the summary said so have them in their checkpoints."""
+        tokenizer, validation_text = (self.summary.get(name) for name in ("tokenizer", "validation_text"))
+        if tokenizer and validation_text:
+            return tokenizer, validation_text
+        for folder in step_folders(self.folder)[:1]:
+            state = parse_json(read_content(folder / "training_state.json", RECORD_BYTES))
+            data = list_of(text)(state.get("data")) if isinstance(state, dict) else None
+            if data:
+                return tokenizer_and_text(data[-1])
+        return None
+
+    @property
+    def part(self) -> str | None:
+        """Which of the validation split's windows its final figures are of, in words; None for all."""
+        evaluated, there = (self.summary.get(name) for name in ("evaluated_windows", "validation_windows"))
+        partly = evaluated is not None and there is not None and evaluated < there
+        return f"{evaluated:,} of {there:,} windows" if partly else None
 
     def reread(self) -> "Job":
         """The same job with the summary that is in its folder now."""
@@ -98,15 +133,33 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
             found.append((folder, folder.name, read_overrides(folder)))
         else:
             raise UserError(f"{folder} holds neither a sweep nor a run{newest_sweeps()}{newest_runs()}")
-    if len(folders) == 1 and (folders[0] / RECORD).exists():
-        varied = read_record(folders[0])["varied"]
-        settings = [setting_of(overrides, varied) for _, _, overrides in found]
-    else:
-        settings = settings_of([overrides for _, _, overrides in found], [folder for folder, _, _ in found])
-    return [
-        Job(folder, name, overrides, setting, read_summary(folder))
-        for (folder, name, overrides), setting in zip(found, settings, strict=True)
+    is_sweep = len(folders) == 1 and (folders[0] / RECORD).exists()
+    varied = read_record(folders[0])["varied"] if is_sweep else []
+    summaries = [read_summary(folder) for folder, _, _ in found]
+    effective = [
+        [*overrides, *changes_of(summary)]
+        for (_, _, overrides), summary in zip(found, summaries, strict=True)
     ]
+    if varied and not any(map(changes_of, summaries)):
+        settings = [setting_of(overrides, varied) for overrides in effective]
+    else:
+        settings = settings_of(effective, [folder for folder, _, _ in found], varied)
+    return [
+        Job(folder, name, overrides, setting, summary)
+        for (folder, name, overrides), setting, summary in zip(found, settings, summaries, strict=True)
+    ]
+
+
+def changes_of(summary: Record) -> list[str]:
+    """What a run has unlike its command line, as overrides: what it was resumed with, the last ones last, and
+    the checkpoint that `init_from` meant."""
+    changes = [
+        f"{key}={as_text(now)}"
+        for resumed in summary.get("resumed") or []
+        for key, (_, now) in resumed["changed"].items()
+    ]
+    origin = summary.get("init_from")
+    return [*changes, f"init_from={origin}"] if origin else changes
 
 
 def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
@@ -119,49 +172,64 @@ def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
     return [(job, read_overrides(job)) for job in folders]
 
 
-def settings_of(jobs: list[list[str]], folders: list[Path] | None = None) -> list[dict[str, str]]:
-    """For each job's overrides, those whose value is not the same in all jobs. For a job that does not set
-    such a key, the value is that which it was trained with, read from its folder, if `folders` is given."""
-    given = [dict(split_override(each) for each in overrides) for overrides in jobs]
+def settings_of(
+    jobs: list[list[str]], folders: list[Path] | None = None, varied: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """For each job's overrides, those whose value is not the same in all jobs, and those of the keys that are
+    known to vary. For a job that does not set such a key, the value is that which it was trained with, read
+    from its folder, if `folders` is given; of a group, the option that was chosen."""
+    given = [_given(overrides) for overrides in jobs]
     every_key = dict.fromkeys(key for own in given for key in own)
     keys = [key for key in every_key if not key.startswith(NEVER_VARIED)]
     incomplete = {key for key in keys if any(key not in own for own in given)}
     for own, folder in zip(given, folders or [], strict=False):
         if absent := [key for key in incomplete if key not in own]:
             own |= _recorded_texts(folder, absent)
-    varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
-    return [{key: own[key] for key in varied if key in own} for own in given]
+    shown = [key for key in keys if key in varied or len({own.get(key) for own in given}) > 1]
+    return [{key: own[key] for key in shown if key in own} for own in given]
 
 
 def _recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
-    """What a run has for keys, as its newest checkpoint says, or else Hydra's record; without those that are
-    null."""
+    """What a run has for keys, as its newest checkpoint says, or else Hydra's record; the options of groups
+    are in that alone."""
     from llm.checkpoints.checkpoint import recorded_config  # imports torch, which most reports need not
 
-    config = recorded_config(run_dir)
-    if config is None:
-        found = {key: read_config_text(run_dir, key) for key in keys}
-    else:
-        found = {key: _as_text(value_of(config, key)) for key in keys}
-    return {key: value for key, value in found.items() if value is not None}
+    choices, leaves, config = read_choices(run_dir), leaf_keys(PretrainConfig), recorded_config(run_dir)
+    found = {}
+    for key in keys:
+        if key in choices:
+            of_weights = config and config.init_from and key.startswith(("model", "tokenizer"))
+            if not (of_weights or (config and config.rerun)):  # else nobody has chosen it
+                found[key] = choices[key]
+        elif config and key in leaves:
+            found[key] = as_text(value_of(config, key))
+        elif (recorded := read_setting(run_dir, key)) is not None:
+            found[key] = recorded
+    return found
 
 
-def _as_text(value: Any) -> str | None:
-    """A value as an override spells it."""
+def as_text(value: Any) -> str:
+    """A value of a config as an override spells it."""
     match value:
         case None:
-            return None
+            return "null"
         case bool():
             return str(value).lower()
         case list():
-            return f"[{','.join(str(each) for each in value)}]"
+            return f"[{','.join(map(as_text, value))}]"
     return str(value)
 
 
 def setting_of(overrides: list[str], varied: list[str]) -> dict[str, str]:
     """The values that a job's overrides give to the varied keys."""
-    given = dict(split_override(each) for each in overrides)
+    given = _given(overrides)
     return {key: given[key] for key in varied if key in given}
+
+
+def _given(overrides: list[str]) -> dict[str, str]:
+    """The last value of each key, without the quotes of Hydra's grammar."""
+    given = dict(split_override(override) for override in overrides)
+    return {key: unquoted(value) for key, value in given.items()}
 
 
 def order(value: str) -> tuple[bool, float, str]:
@@ -171,35 +239,6 @@ def order(value: str) -> tuple[bool, float, str]:
     except ValueError:
         number = math.nan
     return (True, 0.0, value) if math.isnan(number) else (False, number, value)
-
-
-# Commands to paste
-
-
-def command_again(script: str, schema: type, job: Job, *further: str) -> str | None:
-    """The command that runs a job again by itself, even if the experiment that it names is a sweep.
-
-    What its folder says may be a stranger's. So the command sets keys of the schema, and chooses options of
-    groups by plain names; Hydra's own settings are omitted, as they do not change what a job does. None if
-    there is more to it: another key, a resolver such as `${oc.env:…}`, a terminal's control codes.
-    """
-    keys, groups = {*leaf_keys(schema)}, {item.name for item in fields(schema)} | {"experiment", "scale"}
-    overrides: dict[str, str] = {}
-    for override in job.overrides:
-        key, value = split_override(override)
-        if key.startswith(("hydra.", "hydra/")) or key == "resume":
-            continue
-        is_plain = bool(PLAIN_OPTION.fullmatch(value)) if key in groups - keys else not RESOLVER.search(value)
-        if key not in keys | groups or not is_plain:
-            return None
-        overrides[key] = f"{key}={value}"
-    alone = ["hydra.mode=RUN"] if "experiment" in overrides else []
-    return printable(as_command(script, *overrides.values(), *further, *alone))
-
-
-def printable(command: str) -> str | None:
-    """A command, unless it holds characters that a terminal obeys when they are pasted."""
-    return command if shown(command, keep="") == command else None
 
 
 # The record

@@ -1,6 +1,7 @@
 """Sweeps and studies as pictures: curves, the loss against what was swept, heatmaps."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 from llm.errors import shown
 from llm.files import replacing
 from llm.overrides import compact, short_key, title_of
+from llm.sweeps.comparing import LOSS, Measure
 from llm.sweeps.jobs import Job, order
 from llm.sweeps.ranking import (
     Grid,
     HeatCell,
+    Ranking,
     grid_of,
     is_numeric,
     loss_cells,
@@ -22,11 +25,13 @@ from llm.sweeps.ranking import (
     plotted_keys,
     settings_of,
     values_of,
+    varied_keys,
     wants_log,
 )
 from llm.sweeps.results import Result
 from llm.sweeps.study import MAIN_METRICS, METRICS, axes_of, figure, metric_cells, subject_of
 
+MOST_TEXTS = 4  # one below the other
 FEW = 8  # settings that can be told apart by colour
 MOST_TICKS = 20  # along a side of a heatmap
 MOST_NAMES = 40  # one under the other
@@ -43,42 +48,75 @@ COLOURS = {
     },
 }
 BLUE, ORANGE = COLOURS["light"]["kinds"][:2]
+UNRANKED = "#b5bac1"
 
 
-def draw_sweep(results: list[Result], groups: list[list[Result]], path: Path) -> None:
-    """The curves, and beside them the loss against what was swept.
-
-    Args:
-        groups: the results by setting, the best first.
-    """
+def draw_sweep(rankings: list[Ranking], path: Path) -> None:
+    """The curves, and beside them the final figure against what was swept; for each text one below the other.
+    Of more than MOST_TEXTS, the first ones."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
 
-    finished = any(result.val_loss is not None for result in results)
-    keys = plotted_keys(settings_of(results)) if finished else []
-    grid = loss_grid(groups) if finished else None
-    panels = keys[:1] if grid else keys[:4]
-    across = 2 if len(panels) == 4 else 1
-    rows = max(1, len(panels) // across)
-    picture = Figure(figsize=(15 if panels else 9, 6.2 if rows < 3 else 8), dpi=130, layout="constrained")
-    places = picture.add_gridspec(rows, 3, width_ratios=[1.2, 0.5, 0.5])
-    _draw_curves(picture.add_subplot(places[:, 0] if panels else places[:, :]), results, groups)
-    for number, key in enumerate(panels):
-        row, column = divmod(number, across)
-        axes = picture.add_subplot(places[row, 1 + column] if across == 2 else places[row, 1:])
-        if grid:
-            draw_heatmap(axes, grid, loss_cells(groups))
-            axes.set_title("Mean final validation loss, darker is lower (by rank)", loc="left", fontsize=10)
-        else:
-            numeric = is_numeric(values_of(settings_of(results), key))
-            (_draw_values if numeric else _draw_names)(axes, results, key)
-            if across == 2:
-                axes.title.set_fontsize(8)
+    drawn = rankings[:MOST_TEXTS]
+    layouts = [_layout(ranking) for ranking in drawn]
+    heights = [6.2 if layout.rows < 3 else 8 for layout in layouts]
+    width = 15 if any(layout.keys for layout in layouts) else 9
+    picture = Figure(figsize=(width, sum(heights)), dpi=130, layout="constrained")
+    parts = picture.subfigures(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, ranking, layout in zip(parts, drawn, layouts, strict=True):
+        _draw_ranking(part, ranking, layout)
+        if len(rankings) > 1:
+            more = f"; {len(rankings) - len(drawn)} more are not drawn" * (ranking is drawn[-1])
+            part.suptitle(_label(ranking.of.title, 100) + more * (len(rankings) > len(drawn)))
     with replacing(path) as temporary:
         picture.savefig(temporary, format="png")
 
 
-def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -> None:
-    """Validation loss of all jobs, and the smoothed training loss where they are few."""
+@dataclass(frozen=True)
+class Layout:
+    """What is drawn beside the curves."""
+
+    grid: Grid | None
+    keys: list[str]  # a panel each; with a grid, one
+
+    @property
+    def across(self) -> int:
+        return 2 if len(self.keys) == 4 else 1
+
+    @property
+    def rows(self) -> int:
+        return max(1, len(self.keys) // self.across)
+
+
+def _layout(ranking: Ranking) -> Layout:
+    if all(result.final is None for result in ranking.results):
+        return Layout(None, [])
+    settings = settings_of(ranking.results)
+    varied = {*varied_keys(settings)}
+    grid, keys = loss_grid(ranking.groups), [key for key in plotted_keys(settings) if key in varied]
+    return Layout(grid, keys[:1] if grid else keys[:4])
+
+
+def _draw_ranking(picture: Any, ranking: Ranking, layout: Layout) -> None:
+    results, groups, measure = ranking.results, ranking.groups, ranking.of.measure
+    panels, across = layout.keys, layout.across
+    places = picture.add_gridspec(layout.rows, 3, width_ratios=[1.2, 0.5, 0.5])
+    _draw_curves(picture.add_subplot(places[:, 0] if panels else places[:, :]), results, groups, measure)
+    for number, key in enumerate(panels):
+        row, column = divmod(number, across)
+        axes = picture.add_subplot(places[row, 1 + column] if across == 2 else places[row, 1:])
+        if layout.grid:
+            draw_heatmap(axes, layout.grid, loss_cells(groups))
+            title = f"Mean final {measure.title}, darker is lower (by rank)"
+            axes.set_title(title, loc="left", fontsize=10)
+        else:
+            numeric = is_numeric(values_of(settings_of(results), key))
+            (_draw_values if numeric else _draw_names)(axes, results, key, measure)
+            if across == 2:
+                axes.title.set_fontsize(8)
+
+
+def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]], measure: Measure) -> None:
+    """The evaluations of all jobs, and the smoothed training loss of a few that share a tokenizer."""
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import EngFormatter
 
@@ -94,7 +132,7 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -
             alpha=1 if few_jobs else 0.7,
         )
     )
-    if few_jobs:
+    if with_training := few_jobs and measure == LOSS:
         curves += [result.training[[0, 1, 2, 4]] for result in best_last]
         for result in best_last:
             axes.plot(result.training[1], result.training[4], ":", lw=0.9, color=colours[result])
@@ -104,10 +142,11 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -
         low, high = _loss_range(curves, losses[np.isfinite(losses)])
         axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
         axes.set_xlim(0, 1.01 * max(tokens))
-    title = "Validation loss" + ", and dotted the smoothed training loss" * few_jobs
+    title = f"{measure.title.capitalize()} on eval_iter batches"
+    title += ", dotted the smoothed training loss" * with_training
     axes.set_title(title, loc="left", fontsize=10, y=1)  # not above the colour bar
     axes.set_xlabel("Tokens seen")
-    axes.set_ylabel("Loss (nats per token)")
+    axes.set_ylabel(_axis_title(measure))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -115,7 +154,7 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]]) -
         handles = [axes.plot([], [], lw=2, color=colour)[0] for colour in legend.values()]
         axes.legend(handles, [_label(name, 40) for name in legend], frameon=False, fontsize=8)
     else:
-        _draw_colour_bar(axes, [result.val_loss for result in results if result.val_loss is not None])
+        _draw_colour_bar(axes, [result.final for result in results if result.final is not None], measure)
 
 
 def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, float]:
@@ -135,14 +174,15 @@ def _job_colours(
     """A colour for each result: by its setting, with a legend, or of many settings by rank of the loss."""
     ramp = _ramp()
     if len(groups) > FEW:
-        ranked = sorted(results, key=lambda result: result.rank)
-        return {result: ramp(place / (len(ranked) - 1)) for place, result in enumerate(ranked)}, {}
+        ranked = sorted((each for each in results if each.final is not None), key=lambda each: each.rank)
+        shades = {each: ramp(place / max(1, len(ranked) - 1)) for place, each in enumerate(ranked)}
+        return {each: shades.get(each, UNRANKED) for each in results}, {}
     [*keys] = groups[0][0].setting
-    shades: list[Any] = COLOURS["light"]["kinds"]
+    kinds: list[Any] = COLOURS["light"]["kinds"]
     if len(keys) == 1 and is_numeric(values_of(settings_of(results), keys[0])):
         groups = sorted(groups, key=lambda group: order(group[0].setting.get(keys[0], "")))
-        shades = [ramp(place / max(1, len(groups) - 1)) for place in range(len(groups))]
-    shaded = [*zip(groups, shades, strict=False)]
+        kinds = [ramp(place / max(1, len(groups) - 1)) for place in range(len(groups))]
+    shaded = [*zip(groups, kinds, strict=False)]
     legend = {title_of(group[0].setting) or "the one setting": shade for group, shade in shaded}
     return {result: shade for group, shade in shaded for result in group}, legend
 
@@ -153,7 +193,7 @@ def _ramp() -> Any:
     return LinearSegmentedColormap.from_list("ramp", COLOURS["light"]["ramp"])
 
 
-def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
+def _draw_colour_bar(axes: Any, losses: list[float], measure: Measure) -> None:
     from matplotlib.cm import ScalarMappable
 
     bar = axes.figure.colorbar(
@@ -164,18 +204,22 @@ def _draw_colour_bar(axes: Any, losses: list[float]) -> None:
     )
     places = [0, 0.25, 0.5, 0.75, 1]
     bar.set_ticks(places, labels=[f"{value:.3f}" for value in np.quantile(losses, places)] if losses else [])
-    bar.set_label("Final validation loss; colour by rank", fontsize=8)
+    bar.set_label(f"Final {measure.title}; colour by rank, grey without one", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
-def _draw_values(axes: Any, results: list[Result], key: str) -> None:
-    """Final losses over a swept number, the mean at each value, and a ring about the lowest."""
+def _axis_title(measure: Measure) -> str:
+    return f"Loss ({measure.unit})" if measure == LOSS else measure.unit.capitalize()
+
+
+def _draw_values(axes: Any, results: list[Result], key: str, measure: Measure) -> None:
+    """Final figures over a swept number, the mean at each value, and a ring about the lowest."""
     from matplotlib.ticker import NullLocator
 
-    finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
+    finished = [result for result in results if result.final is not None and key in result.job.setting]
     values = values_of(settings_of(finished), key)
     place = {value: float(value) for value in values}
-    losses = [result.figures["val_loss"] for result in finished]
+    losses = [result.figures[measure.name] for result in finished]
     axes.plot(
         [place[result.job.setting[key]] for result in finished],
         losses,
@@ -190,8 +234,8 @@ def _draw_values(axes: Any, results: list[Result], key: str) -> None:
     if means:
         value, loss = min(means, key=lambda each: each[1])
         axes.plot([place[value]], [loss], "o", ms=11, mfc="none", mew=1.8, color=ORANGE)
-        title = f"Final loss, lowest mean {loss:.3f} at {short_key(key)}={compact(value)}"
-        axes.set_title(_label(title, 60), loc="left", fontsize=10)
+        title = f"Final {measure.title}, lowest mean {loss:.3f} at {short_key(key)}={compact(value)}"
+        axes.set_title(_label(title, 80), loc="left", fontsize=10)
     if wants_log(key, values):
         axes.set_xscale("log")
     if len(values) <= FEW:
@@ -200,19 +244,20 @@ def _draw_values(axes: Any, results: list[Result], key: str) -> None:
     if losses and min(losses) > 0 and max(losses) > 4 * min(losses):
         axes.set_yscale("log")
     axes.set_xlabel(_label(short_key(key)))
+    axes.set_ylabel(_axis_title(measure))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_names(axes: Any, results: list[Result], key: str) -> None:
-    """Final losses of each value of a swept key that is no number, and their mean; the lowest mean on top."""
+def _draw_names(axes: Any, results: list[Result], key: str, measure: Measure) -> None:
+    """Final figures of each value of a swept key that is no number, and their mean; the lowest on top."""
     means = sorted(means_over(results, key), key=lambda each: each[1], reverse=True)[-MOST_NAMES:]
     place = {value: number for number, (value, _) in enumerate(means)}
     drawn = [
-        result for result in results if result.val_loss is not None and result.job.setting.get(key) in place
+        result for result in results if result.final is not None and result.job.setting.get(key) in place
     ]
     axes.plot(
-        [result.figures["val_loss"] for result in drawn],
+        [result.figures[measure.name] for result in drawn],
         [place[result.job.setting[key]] for result in drawn],
         "o",
         color=BLUE,
@@ -222,8 +267,9 @@ def _draw_names(axes: Any, results: list[Result], key: str) -> None:
     )
     axes.plot([loss for _, loss in means], range(len(means)), "|", color=ORANGE, ms=16, mew=2)
     axes.set_yticks(range(len(means)), [_label(value) for value, _ in means], fontsize=8)
-    axes.set_title(f"Final loss at each {_label(short_key(key))}, and the mean", loc="left", fontsize=10)
-    axes.set_xlabel("Loss (nats per token)")
+    title = f"Final {measure.title} at each {_label(short_key(key))}, and the mean"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(_axis_title(measure))
     axes.margins(y=0.5 / max(1, len(means)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

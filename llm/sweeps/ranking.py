@@ -8,6 +8,7 @@ from statistics import mean
 
 from llm.overrides import compact, short_key
 from llm.records import figure_in
+from llm.sweeps.comparing import Comparison
 from llm.sweeps.jobs import order
 from llm.sweeps.results import Result, or_infinite
 
@@ -19,6 +20,18 @@ MEANS = 20  # numbers that were drawn at random are cut into so many parts, each
 # Which settings are best
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The settings of jobs that were evaluated on one text, the best first."""
+
+    of: Comparison
+    groups: list[list[Result]]  # the results of each setting
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for group in self.groups for result in group]
+
+
 def by_setting(results: list[Result]) -> list[list[Result]]:
     """The results that differ in their seed alone, together; the best mean loss first."""
     found: dict[str, list[Result]] = {}
@@ -28,8 +41,8 @@ def by_setting(results: list[Result]) -> list[list[Result]]:
 
 
 def mean_rank(group: list[Result]) -> tuple[float, float]:
-    """The mean final loss, then, of settings without one, the mean loss so far."""
-    final, last = (result.val_loss for result in group), (result.last_val_loss for result in group)
+    """The mean final figure, then, of settings without one, the mean so far."""
+    final, last = (result.final for result in group), (result.last for result in group)
     return or_infinite(mean_of(final)), or_infinite(mean_of(last))
 
 
@@ -58,6 +71,11 @@ def plotted_keys(settings: list[Setting]) -> list[str]:
     return [key for key in keys if key != "seed"] or keys
 
 
+def varied_keys(settings: list[Setting]) -> list[str]:
+    """Those of the swept keys that vary among these settings."""
+    return [key for key in swept_keys(settings) if len({setting.get(key) for setting in settings}) > 1]
+
+
 def values_of(settings: list[Setting], key: str) -> list[str]:
     """The values of a key, numbers first and in order."""
     return sorted({setting[key] for setting in settings if key in setting}, key=order)
@@ -77,7 +95,7 @@ def wants_log(key: str, values: list[str]) -> bool:
 def means_over(results: list[Result], key: str) -> list[tuple[str, float]]:
     """The mean final loss at each value of a key, in order; where numbers are too many for that, as when they
     were drawn at random, the mean of each of MEANS parts, at the number in its middle."""
-    finished = [result for result in results if result.val_loss is not None and key in result.job.setting]
+    finished = [result for result in results if result.final is not None and key in result.job.setting]
     finished.sort(key=lambda result: order(result.job.setting[key]))
     values = values_of(settings_of(finished), key)
     if is_numeric(values) and len(values) > 2 * MEANS:
@@ -86,7 +104,7 @@ def means_over(results: list[Result], key: str) -> list[tuple[str, float]]:
     else:
         parts = [[result for result in finished if result.job.setting[key] == value] for value in values]
     return [
-        (part[len(part) // 2].job.setting[key], mean(result.figures["val_loss"] for result in part))
+        (part[len(part) // 2].job.setting[key], mean(result.figures[result.measure.name] for result in part))
         for part in parts
     ]
 
@@ -132,7 +150,7 @@ def loss_grid(groups: list[list[Result]]) -> Grid | None:
     """Settings over the two keys that vary, the one with fewer values down; None for more keys or fewer, and
     where more than half of the places would be empty, as when values were drawn at random."""
     settings = [group[0].setting for group in groups]
-    keys = sorted(swept_keys(settings), key=lambda key: len(values_of(settings, key)))
+    keys = sorted(varied_keys(settings), key=lambda key: len(values_of(settings, key)))
     if len(keys) != 2 or len(settings) < math.prod(len(values_of(settings, key)) for key in keys) / 2:
         return None
     return grid_of(settings, keys[0], keys[1])
@@ -140,7 +158,7 @@ def loss_grid(groups: list[list[Result]]) -> Grid | None:
 
 def loss_cells(groups: list[list[Result]]) -> list[HeatCell]:
     """For each setting its mean final loss, the lower the darker."""
-    means = [mean_of(result.val_loss for result in group) for group in groups]
+    means = [mean_of(result.final for result in group) for group in groups]
     texts = ["–" if value is None else f"{value:.3f}" for value in means]
     return [*zip(shades_by_rank(means), texts, strict=True)]
 

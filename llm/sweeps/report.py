@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llm.files import as_typed, write_text
+from llm.sweeps.comparing import comparisons
 from llm.sweeps.jobs import Job
 from llm.sweeps.page import writable, write_page
 from llm.sweeps.pictures import draw_study, draw_sweep
-from llm.sweeps.ranking import by_setting, settings_of, swept_keys
+from llm.sweeps.ranking import Ranking, by_setting, settings_of, swept_keys
 from llm.sweeps.results import Result, read_results
 from llm.sweeps.study import METRICS, table_row
 from llm.sweeps.study_page import study_page
@@ -20,11 +21,16 @@ from llm.sweeps.sweep_page import sweep_page
 def sweep_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
     """Write `report.html`, `report.csv` and `report.png` of training runs that lie in `folders` into the
     folder `target`; returns the page."""
-    results = read_results(jobs)
-    groups = by_setting(results)
-    write_text(target / "report.csv", _as_csv(_sweep_rows(results)))
-    draw_sweep(results, groups, target / "report.png")
-    write_page(target / "report.html", "sweep", sweep_page(results, groups, folders))
+    compared = comparisons(jobs)
+    text_of = {job.name: number for number, each in enumerate(compared) for job in each.jobs}
+    results = read_results(jobs, [compared[text_of[job.name]].measure for job in jobs])
+    rankings = [
+        Ranking(each, by_setting([result for result in results if text_of[result.job.name] == number]))
+        for number, each in enumerate(compared)
+    ]
+    write_text(target / "report.csv", _as_csv(_sweep_rows(results, rankings)))
+    draw_sweep(rankings, target / "report.png")
+    write_page(target / "report.html", "sweep", sweep_page(results, rankings, folders))
     return target / "report.html"
 
 
@@ -36,15 +42,18 @@ def study_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
     return target / "report.html"
 
 
-def _sweep_rows(results: list[Result]) -> Iterable[list[Any]]:
+def _sweep_rows(results: list[Result], rankings: list[Ranking]) -> Iterable[list[Any]]:
     keys = swept_keys(settings_of(results))
     names = [*dict.fromkeys(name for result in results for name in result.figures if name not in keys)]
-    yield ["job", *keys, "state", *names, "error", "folder"]
+    text_of = {result: each.of.title for each in rankings for result in each.results}
+    text_head = ["text"] if len(rankings) > 1 else []
+    yield ["job", *keys, "state", *text_head, *names, "error", "folder"]
     for result in results:
         figures = [result.figures.get(name) for name in names]
         setting = [result.job.setting.get(key) for key in keys]
         folder = as_typed(result.job.folder)
-        yield [result.job.name, *setting, result.state, *figures, result.error, folder]
+        text = [text_of[result]] if text_head else []
+        yield [result.job.name, *setting, result.state, *text, *figures, result.error, folder]
 
 
 def _study_rows(jobs: list[Job]) -> Iterable[list[Any]]:

@@ -17,9 +17,11 @@ import orjson
 from llm.files import read_content
 from llm.progress import Progress
 from llm.records import LARGEST, figure
+from llm.sweeps.comparing import LOSS, Measure
 from llm.sweeps.jobs import Job
 
 POSITION = ("step", "tokens_seen", "seconds")  # of a line of metrics; the x axes
+FINAL = ("val_", "train_")  # figures of the evaluation at the end begin so
 SMOOTHED_SHARE = 50  # the moving average spans a fiftieth of a job's updates
 PARTS = 100_000  # into which all curves together are cut; two points of each are drawn
 MOST_PARTS, LEAST_PARTS = 1000, 50  # of one curve
@@ -36,16 +38,17 @@ class Result:
     error: str | None
     figures: dict[str, float]  # of summary.json, all that there are
     training: np.ndarray  # a row each of POSITION, the loss and the smoothed loss; the points that are drawn
-    evaluations: np.ndarray  # a row each of POSITION and the validation loss
+    evaluations: np.ndarray  # a row each of POSITION and the measure, on `eval_iter` batches
     steps: int
     tokens_seen: int
-    seconds: float
-    last_val_loss: float | None  # on a few batches, on the way
+    seconds: float  # of training
+    last: float | None  # of the evaluations
+    measure: Measure
 
     @property
-    def val_loss(self) -> float | None:
-        """Over the whole validation split, at the end."""
-        return self.figures.get("val_loss")
+    def final(self) -> float | None:
+        """The measure at the end of a finished job."""
+        return self.figures.get(self.measure.name)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -59,25 +62,29 @@ class Result:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What jobs are ordered by: the final loss, then, of those without, the loss so far."""
-        return or_infinite(self.val_loss), or_infinite(self.last_val_loss)
+        """What jobs of one text are ordered by: the final measure, then, of those without, the one so far."""
+        return or_infinite(self.final), or_infinite(self.last)
 
 
 def or_infinite(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def read_results(jobs: list[Job]) -> list[Result]:
+def read_results(jobs: list[Job], measures: list[Measure]) -> list[Result]:
+    """
+    Args:
+        measures: of each job.
+    """
     parts = max(LEAST_PARTS, min(MOST_PARTS, PARTS // len(jobs)))
     files = [job.folder / "metrics.jsonl" for job in jobs]
     size = sum(file.stat().st_size for file in files if file.is_file())
     progress = Progress("reading")
     results = []
     with ExitStack() as stack:
-        read: Iterable[Result] = map(read_result, jobs, repeat(parts))
+        read: Iterable[Result] = map(read_result, jobs, measures, repeat(parts))
         if size > MUCH:  # spawned, not forked, for torch may run in this process and has threads
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
-            read = pool.map(read_result, jobs, repeat(parts), chunksize=4)
+            read = pool.map(read_result, jobs, measures, repeat(parts), chunksize=4)
         for number, result in enumerate(read, 1):
             results.append(result)
             progress.update(number / len(jobs), f"job {number} of {len(jobs)}")
@@ -85,16 +92,21 @@ def read_results(jobs: list[Job]) -> list[Result]:
     return results
 
 
-def read_result(job: Job, parts: int) -> Result:
+def read_result(job: Job, measure: Measure, parts: int) -> Result:
     """What the files of a job say, with curves of at most `2 * parts + 2` points."""
-    training, evaluations = read_metrics(job.folder / "metrics.jsonl")
+    training, evaluations = read_metrics(job.folder / "metrics.jsonl", measure.line)
     span = max(1, training.shape[1] // SMOOTHED_SHARE)
     training = np.vstack([training, smoothed(training[-1], span)])
     step, tokens_seen, seconds = training[:3, -1].tolist() if training.size else (-1, 0, 0.0)
-    figures = {name: value for name, value in job.summary.items() if figure(value) is not None}
+    state = job.state
+    figures = {
+        name: value
+        for name, value in job.summary.items()
+        if figure(value) is not None and (state == "finished" or not name.startswith(FINAL))
+    }
     return Result(
         job,
-        job.state,
+        state,
         job.error,
         figures,
         training[:, thinned(training[3], parts)],
@@ -103,21 +115,23 @@ def read_result(job: Job, parts: int) -> Result:
         int(max(figures.get("steps", 0), step + 1)),
         int(max(figures.get("tokens_seen", 0), tokens_seen)),
         max(figures.get("seconds", 0.0), seconds),
-        next((loss for loss in evaluations[3, ::-1].tolist() if math.isfinite(loss)), None),
+        next((value for value in evaluations[3, ::-1].tolist() if math.isfinite(value)), None),
+        measure,
     )
 
 
-def read_metrics(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The updates and the evaluations of a `metrics.jsonl`, each as rows of POSITION and the loss.
+def read_metrics(file: Path, evaluated: str = LOSS.line) -> tuple[np.ndarray, np.ndarray]:
+    """The updates and the evaluations of a `metrics.jsonl`, each as rows of POSITION and the loss, or of
+    evaluations another figure.
 
     A loss that is null there is NaN here. A last line that was cut off is skipped, as is any that is damaged.
     """
-    found: dict[str, list[tuple[float | None, ...]]] = {"train/loss": [], "val/loss": []}
+    found: dict[str, list[tuple[float | None, ...]]] = {"train/loss": [], evaluated: []}
     pick = {loss: itemgetter(*POSITION, loss) for loss in found}
     for line in read_content(file).split(b"\n")[:-1]:
         try:
             metrics = orjson.loads(line)
-            loss = "train/loss" if "train/loss" in metrics else "val/loss"
+            loss = "train/loss" if "train/loss" in metrics else evaluated
             values = pick[loss](metrics)
         except (orjson.JSONDecodeError, LookupError, TypeError):
             continue

@@ -44,9 +44,33 @@ def table_row(job: Job) -> dict[str, Any]:
 
 
 def metric_cells(jobs: list[Job], metric: str) -> list[HeatCell]:
-    """For each job its cell in the heatmap of a metric, the higher the darker."""
-    shades = shades_by_size([figure(job, metric) for job in jobs])
-    return [*zip(shades, [written(job, metric) for job in jobs], strict=True)]
+    """For each job its cell in the heatmap of a metric, darker the higher it is among its tokenizer's."""
+    shades: dict[str, float | None] = {}
+    for tokenizer in {_tokenizer(job) for job in jobs}:
+        alike = [job for job in jobs if _tokenizer(job) == tokenizer]
+        values = shades_by_size([figure(job, metric) for job in alike])
+        shades |= {job.name: shade for job, shade in zip(alike, values, strict=True)}
+    return [(shades[job.name], written(job, metric)) for job in jobs]
+
+
+def notes_on(jobs: list[Job]) -> list[str]:
+    """What does not compare between the settings."""
+    notes = []
+    if len({job.summary.get("checkpoint") for job in jobs} - {None}) > 1:
+        notes.append(
+            "Perplexity, log-probability and entropy are under the model that drew the samples: they do not "
+            "say which checkpoint predicts a text better, as experiments/evaluate.py does."
+        )
+    if len({_tokenizer(job) for job in jobs} - {None}) > 1:
+        notes.append(
+            "The checkpoints have different tokenizers, and all figures count tokens: compare only settings "
+            "of one tokenizer. Cells are shaded among those."
+        )
+    return notes
+
+
+def _tokenizer(job: Job) -> str | None:
+    return job.summary.get("tokenizer")
 
 
 def axes_of(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
@@ -61,6 +85,8 @@ def axes_of(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
 
 
 def subject_of(jobs: list[Job]) -> str:
-    """The checkpoint and its step; nothing if no job got so far as to load it."""
-    summary = next((job.summary for job in jobs if job.summary.get("checkpoint")), None)
-    return f"{summary['checkpoint']}, step {summary.get('step', '?')}" if summary else ""
+    """The checkpoint and its step, or how many there are; nothing if no job got so far as to load one."""
+    loaded = {job.summary["checkpoint"]: job.summary for job in jobs if job.summary.get("checkpoint")}
+    if len(loaded) > 1:
+        return f"{len(loaded)} checkpoints"
+    return "".join(f"{checkpoint}, step {each.get('step', '?')}" for checkpoint, each in loaded.items())

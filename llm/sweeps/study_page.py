@@ -7,14 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llm.config import GenerateConfig
 from llm.files import as_typed
 from llm.overrides import compact, short_key
 from llm.progress import format_figure
 from llm.records import LARGEST, Record, read_samples
-from llm.sweeps.jobs import Job, command_again
-from llm.sweeps.ranking import grid_of, values_of
-from llm.sweeps.study import METRICS, axes_of, metric_cells, subject_of, written
+from llm.sweeps.commands import generate_again
+from llm.sweeps.jobs import Job
+from llm.sweeps.ranking import grid_of, swept_keys, values_of
+from llm.sweeps.study import METRICS, axes_of, metric_cells, notes_on, subject_of, written
 
 
 def study_page(jobs: list[Job], folders: list[Path]) -> dict[str, Any]:
@@ -28,6 +28,8 @@ def study_page(jobs: list[Job], folders: list[Path]) -> dict[str, Any]:
             for metric, (title, _, meaning) in METRICS.items()
         ],
         "grids": _grids(jobs),
+        "names": {key: short_key(key) for key in swept_keys([job.setting for job in jobs])},
+        "notes": notes_on(jobs),
         "jobs": shown,
     }
 
@@ -83,7 +85,7 @@ def _job(job: Job) -> dict[str, Any]:
             }
             for line in read_samples(job.folder / "samples.jsonl")
         ],
-        "again": command_again("generate", GenerateConfig, job, "study=true"),
+        **asdict(generate_again(job)),
     }
 
 

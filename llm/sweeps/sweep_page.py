@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from llm.config import PretrainConfig
 from llm.files import as_typed
-from llm.overrides import as_command, as_override, compact, short_key, title_of
+from llm.overrides import as_command, as_override, compact, short_key, title_of, unquoted_where_plain
 from llm.progress import format_count, format_seconds
 from llm.records import Record, read_samples
-from llm.sweeps.jobs import DONE, RECORD, command_again, printable
+from llm.sweeps.commands import printable, train_again
+from llm.sweeps.comparing import LOSS
+from llm.sweeps.jobs import DONE, RECORD
 from llm.sweeps.pictures import COLOURS, FEW
 from llm.sweeps.ranking import (
+    Ranking,
     is_numeric,
     loss_cells,
     loss_grid,
@@ -29,21 +31,21 @@ from llm.sweeps.ranking import (
     values_of,
     wants_log,
 )
-from llm.sweeps.results import SMOOTHED_SHARE, Result
+from llm.sweeps.results import FINAL, SMOOTHED_SHARE, Result
 
 SHOWN_VALUES = 12
 
 Axis = dict[str, float | str]  # the values of a key, each as it is plotted
 
 
-def sweep_page(results: list[Result], groups: list[list[Result]], folders: list[Path]) -> dict[str, Any]:
+def sweep_page(results: list[Result], rankings: list[Ranking], folders: list[Path]) -> dict[str, Any]:
     """
     Args:
-        groups: the results by setting, the best first.
+        results: of all jobs, in their order.
+        rankings: the same, by the text that they were evaluated on.
         folders: those that were asked for.
     """
     settings = settings_of(results)
-    grid = loss_grid(groups)
     axes = _axes(results)
     return {
         "kind": "Run" if folders == [results[0].job.folder] else "Sweep",
@@ -51,14 +53,16 @@ def sweep_page(results: list[Result], groups: list[list[Result]], folders: list[
         "about": _about(results),
         "varied": [[key, _listed(values_of(settings, key))] for key in swept_keys(settings)],
         "common": [[name, _listed(values)] for name, values in _common(results).items() if values],
-        "keys": [_key(results, key, axis) for key, axis in axes.items()],
+        "names": {key: short_key(key) for key in swept_keys(settings)},
+        "keys": [_key(rankings, key, axis) for key, axis in axes.items()],
+        "texts": _texts(rankings),
         "groups": [
-            {"title": title_of(group[0].setting) or "the one setting", "cell": cell}
-            for group, cell in zip(groups, loss_cells(groups), strict=True)
+            {"title": title_of(group[0].setting) or "the one setting", "cell": cell, "text": number}
+            for number, ranking in enumerate(rankings)
+            for group, cell in zip(ranking.groups, loss_cells(ranking.groups), strict=True)
         ],
-        "jobs": _jobs(results, groups, axes),
-        "grid": grid and asdict(grid),
-        "samples": _samples(results),
+        "jobs": _jobs(results, rankings, axes),
+        "samples": _samples(results, rankings),
         "resume": _resume_all(results, folders),
         "smoothed_share": SMOOTHED_SHARE,
         "few": FEW,
@@ -88,7 +92,7 @@ def _common(results: list[Result]) -> dict[str, list[str]]:
     sets = [set(other) for other in others]
     shared = [override for override in first if all(override in other for other in sets)]
     return {
-        "overrides": [shlex.join(shared) or "none"],
+        "overrides": [shlex.join(map(unquoted_where_plain, shared)) or "none"],
         "parameters": _facts(results, lambda summary: format_count(summary["parameters"] or math.nan)),
         "device": _facts(results, lambda summary: summary["device"] + ", " + summary["precision"]),
         "machine": _facts(results, lambda summary: summary["machine"]),
@@ -113,7 +117,7 @@ def _facts(results: list[Result], fact: Callable[[Record], str | None]) -> list[
 
 def _axes(results: list[Result]) -> dict[str, Axis]:
     """The keys that a loss may depend on, with the values of the jobs that came to a loss, if any did."""
-    shown = [result for result in results if result.rank < (math.inf, math.inf)] or results
+    shown = [result for result in results if result.final is not None] or results
     axes: dict[str, Axis] = {}
     for key in plotted_keys(settings_of(results)):
         values = values_of(settings_of(shown), key)
@@ -122,18 +126,40 @@ def _axes(results: list[Result]) -> dict[str, Axis]:
     return axes
 
 
-def _key(results: list[Result], key: str, axis: Axis) -> dict[str, Any]:
+def _texts(rankings: list[Ranking]) -> list[dict[str, Any]]:
+    """What jobs were evaluated on: what each text is called, and by what its jobs are ranked."""
+    texts, first = [], 0
+    for ranking in rankings:
+        grid = loss_grid(ranking.groups)
+        cells = grid and [[None if cell is None else first + cell for cell in row] for row in grid.cells]
+        texts.append(
+            {
+                "title": ranking.of.title,
+                "measure": asdict(ranking.of.measure),
+                "per_token": ranking.of.measure == LOSS,
+                "grid": grid and {**asdict(grid), "cells": cells},
+            }
+        )
+        first += len(ranking.groups)
+    return texts
+
+
+def _key(rankings: list[Ranking], key: str, axis: Axis) -> dict[str, Any]:
     return {
         "name": short_key(key),
         "values": [*dict.fromkeys(axis.values())],
         "numeric": is_numeric([*axis]),
         "log": is_numeric([*axis]) and wants_log(key, [*axis]),
-        "means": [[axis[value], loss] for value, loss in means_over(results, key)],
+        "means": [
+            [[axis[value], loss] for value, loss in means_over(ranking.results, key)] for ranking in rankings
+        ],
     }
 
 
-def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axis]) -> list[dict[str, Any]]:
+def _jobs(results: list[Result], rankings: list[Ranking], axes: dict[str, Axis]) -> list[dict[str, Any]]:
+    groups = [group for ranking in rankings for group in ranking.groups]
     group_of = {result: number for number, group in enumerate(groups) for result in group}
+    text_of = {result: number for number, ranking in enumerate(rankings) for result in ranking.results}
     return [
         {
             "name": result.job.name,
@@ -141,26 +167,32 @@ def _jobs(results: list[Result], groups: list[list[Result]], axes: dict[str, Axi
             "state": result.state,
             "reason": _reason(result),
             "group": group_of[result],
+            "text": text_of[result],
             "setting": {key: compact(value) for key, value in result.job.setting.items()},
             "figures": _figures(result),
             "values": [axis.get(result.job.setting.get(key, "")) for key, axis in axes.items()],
-            "loss": result.last_val_loss if result.val_loss is None else result.val_loss,
-            "final": result.val_loss is not None,
-            "training": _rounded(result.training),
+            "loss": result.final,
+            "last": result.last,
+            "training": _rounded(_drawn(result)),
             "validation": _rounded(result.evaluations),
-            "again": command_again("pretrain", PretrainConfig, result.job),
+            **asdict(train_again(result.job)),
             "resume": _resume(result),
         }
         for result in results
     ]
 
 
+def _drawn(result: Result) -> np.ndarray:
+    """The training curve, without its losses where they do not compare with other jobs'."""
+    position, losses = np.split(result.training, [3])
+    return np.vstack([position, losses if result.measure == LOSS else np.full_like(losses, math.nan)])
+
+
 def _figures(result: Result) -> dict[str, float | None]:
     """What the tables show: all metrics of the final evaluation, and how far the job is."""
-    final = {name: value for name, value in result.figures.items() if name.startswith(("val_", "train_"))}
     return {
-        **final,
-        "last_val_loss": result.last_val_loss,
+        **{name: value for name, value in result.figures.items() if name.startswith(FINAL)},
+        "last_evaluated": result.last,
         "steps": result.steps,
         "tokens_seen": result.tokens_seen,
         "seconds": result.seconds or None,
@@ -205,18 +237,20 @@ def _resume_all(results: list[Result], folders: list[Path]) -> list[str]:
 # Samples
 
 
-def _samples(results: list[Result]) -> list[dict[str, Any]]:
-    """The last sample of the best job and of the worst."""
-    finished = sorted(
-        (number for number, result in enumerate(results) if result.val_loss is not None),
-        key=lambda number: results[number].rank,
-    )
-    chosen = {"The best": finished[:1], "The worst": finished[1:][-1:]}
-    return [
-        {"place": place, "job": number, **_last_sample(results[number].job.folder)}
-        for place, numbers in chosen.items()
-        for number in numbers
-    ]
+def _samples(results: list[Result], rankings: list[Ranking]) -> list[dict[str, Any]]:
+    """The last sample of the best job and of the worst, of each text."""
+    number_of = {result: number for number, result in enumerate(results)}
+    samples = []
+    for ranking in rankings:
+        finished = [each for each in ranking.results if each.final is not None]
+        finished.sort(key=lambda each: each.rank)
+        on = f" on {ranking.of.title}" * bool(ranking.of.title)
+        for place, chosen in (("The best", finished[:1]), ("The worst", finished[1:][-1:])):
+            samples += [
+                {"place": place + on, "job": number_of[each], **_last_sample(each.job.folder)}
+                for each in chosen
+            ]
+    return samples
 
 
 def _last_sample(folder: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,26 +12,35 @@ from typing import Any, TextIO
 from llm.config import TrainingConfig
 from llm.errors import shown
 from llm.files import modified, parse_json
-from llm.progress import format_bar, format_count, format_figure, format_seconds, format_table
+from llm.progress import format_bar, format_count, format_figure, format_seconds
 from llm.records import Record, figure_in, read_config_text, typed
 from llm.run_folder import SUMMARY
-from llm.sweeps.jobs import RECORD, Job, begun, read_jobs, state_since
+from llm.sweeps.comparing import BITS_PER_BYTE, LOSS, Comparison, comparisons
+from llm.sweeps.jobs import DONE, RECORD, Job, read_jobs, state_since
+from llm.tables import fitted, format_table, table_rows, terminal_width
 from llm.training.schedules import spent
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4096  # read from the end of metrics.jsonl: some lines, the last of which says how far a job is
 WAITING_POLLED = 64  # jobs begin roughly in order, so not all that wait need looking at each time
+NOT_DONE = ("failed", "interrupted", "killed")  # states of jobs that ended without a result
 TABLE_ROWS = 40  # in the table at the end; a larger sweep shows its best
-FIGURES = {  # of summaries, with their titles in the table and how they are written
-    "train_loss": ("train loss", "{:.3f}"),
-    "val_loss": ("val loss", "{:.3f}"),
-    "result": ("result", "{:.3f}"),  # of evaluate.py
-    "val_bits_per_byte": ("bits/byte", "{:.3f}"),
+Written = Callable[[float], str]
+THREE_DIGITS: Written = "{:.3f}".format
+# Of summaries, with their titles in the table and how they are written. Figures `val_…` are of the evaluation
+# at the end; the training loss is of `eval_iter` batches then, and the time that of training alone.
+FIGURES: dict[str, tuple[str, Written]] = {
+    "val_loss": ("val loss", THREE_DIGITS),
+    "val_bits_per_byte": ("bits/byte", THREE_DIGITS),
+    "loss": ("loss", THREE_DIGITS),  # of evaluate.py, this and the next
+    "bits_per_byte": ("bits/byte", THREE_DIGITS),
+    "train_loss": ("train loss", THREE_DIGITS),
 }
-COSTS = {
-    "tokens_seen": ("tokens", "{:,}"),
-    "seconds": ("time", "{:.0f}s"),
+COSTS: dict[str, tuple[str, Written]] = {
+    "tokens_seen": ("tokens", format_count),
+    "seconds": ("train time", format_seconds),
 }
+SPARE = ("tokens_seen", "train_loss", "seconds", "val_bits_per_byte", "val_loss")  # where there is no room
 
 
 class SweepProgress:
@@ -82,11 +91,12 @@ class SweepProgress:
     def named(self, *states: str) -> list[Job]:
         return [self.jobs[name] for name, state in self.states.items() if state in states]
 
-    def best(self) -> Job | None:
-        return best_of(self.named("finished"))
+    def compared(self) -> list[Comparison]:
+        return comparisons(list(self.jobs.values()))
 
     def last_metrics(self, job: Job) -> Record:
-        """The figures of the last whole line that a job wrote, and of the last evaluation seen."""
+        """The figures of the last whole line that a job wrote, and of the last evaluation seen: on
+        `eval_iter` batches."""
         file, metrics = job.folder / "metrics.jsonl", self._metrics.setdefault(job.name, {})
         if file.is_file():
             with file.open("rb") as content:
@@ -112,20 +122,19 @@ class SweepProgress:
 
     def share(self) -> float:
         """How much of the sweep is done, 0 to 1; all jobs count equally."""
-        running = sum(self.job_share(job, self.last_metrics(job)) for job in self.named("running"))
-        ended = len(self.jobs) - len(self.named("running", "waiting"))
-        return (ended + running) / self.total
+        ended = len(self.named(*DONE, "failed", "killed"))
+        partly = self.named("running", "interrupted")
+        return (ended + sum(self.job_share(job, self.last_metrics(job)) for job in partly)) / self.total
 
     def heading(self) -> str:
-        """`4 of 12 jobs done · 2 running · 6 waiting · 1 failed · 4m10s left`."""
-        running = len(self.named("running"))
-        ended = len(self.jobs) - running - len(self.named("waiting"))
-        waiting = self.total - running - ended
-        parts = [f"{ended} of {self.total} jobs done"]
-        parts += [f"{count} {name}" for name, count in (("running", running), ("waiting", waiting)) if count]
-        for state in ("stopped", "failed"):
-            if count := len(self.named(state)):
-                parts.append(f"{count} {state}")
+        """`4 of 12 jobs done · 2 running · 5 waiting · 1 failed · 4m10s left`; those that a rule stopped are
+        done, those that were interrupted are not."""
+        counts = {state: len(self.named(state)) for state in ("running", "waiting", *NOT_DONE)}
+        counts["waiting"] += self.total - len(self.jobs)  # of a search, that are not chosen yet
+        parts = [f"{len(self.named(*DONE))} of {self.total} jobs done"]
+        if stopped := len(self.named("stopped")):
+            parts[0] += f" ({stopped} stopped early)"
+        parts += [f"{count} {state}" for state, count in counts.items() if count]
         share = self.share()
         advanced = share - self._share_at_start
         if advanced > 0 and share < 1:
@@ -134,8 +143,13 @@ class SweepProgress:
         return " · ".join(parts)
 
     def best_so_far(self) -> str:
-        best = self.best()
-        return f"best: job {best.name}, val loss {best.summary['val_loss']:.3f}" if best else ""
+        parts = []
+        for compared in self.compared():
+            if best := compared.best:
+                measure, place = compared.measure, f" on {compared.title}" * bool(compared.title)
+                figure = best.summary[measure.name]
+                parts.append(f"best{place}: job {best.name}, {measure.column} {figure:.3f}")
+        return " · ".join(parts)
 
 
 @contextmanager
@@ -179,12 +193,18 @@ def _print(line: str, file: TextIO | None = None) -> None:
     print(shown(line, keep=""), file=file, flush=True)
 
 
+def _training_seconds(job: Job) -> float | None:
+    """Without evaluation and saving; None for what trains nothing."""
+    return job.summary.get("seconds") if "tokens_seen" in job.summary else None
+
+
 def _ended_line(job: Job, state: str) -> str:
     what = f"job {job.name} · {job.title} · {state}"
-    if (loss := job.summary.get("val_loss")) is not None:
-        what += f", val loss {loss:.3f}"
-    if (seconds := job.summary.get("total_seconds")) is not None:
-        what += f", {format_seconds(seconds)}"
+    loss, bits = job.final(LOSS.name), job.final(BITS_PER_BYTE.name)
+    if loss is not None:
+        what += f", val loss {loss:.3f}" + ("" if bits is None else f" ({bits:.3f} bits/byte)")
+    if (seconds := _training_seconds(job)) is not None:
+        what += f", {format_seconds(seconds)} of training"
     return what
 
 
@@ -199,74 +219,104 @@ def _live_table(progress: SweepProgress) -> Iterator[None]:
 
 
 def live_table(progress: SweepProgress) -> Any:
-    """A bar and as many jobs as the screen holds: the last that ended, those that run, the next that wait."""
+    """A bar and as many jobs as the screen holds: the last that ended, those that run, the next that wait.
+
+    Each column is one measure, whatever the state: the losses of the last evaluation on `eval_iter` batches,
+    the loss of the evaluation at the end, the time of training without evaluation and saving.
+    """
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     progress.poll()
-    room = max(3, shutil.get_terminal_size().lines - 6)
+    width, lines = shutil.get_terminal_size()
+    above = [
+        fitted(f"sweep folder {progress.folder}", width),
+        fitted(f"{format_bar(progress.share())} {progress.heading()}", width),
+        fitted(progress.best_so_far(), width),
+    ]
+    room = max(3, lines - 4 - sum(-(-len(line) // width) for text in above for line in text.split("\n")))
     running = progress.named("running")[:room]
     waiting = progress.named("waiting")
-    ended = progress.named("finished", "stopped", "failed", "interrupted")
+    ended = progress.named(*DONE, *NOT_DONE)
     ended.sort(key=lambda job: modified(job.folder / SUMMARY))
     left = room - len(running) - min(1, len(waiting))  # at least one that waits is shown
     lately = ended[max(0, len(ended) - max(0, left)) :]
-    table = Table(box=None, pad_edge=False, expand=True)
-    for name in ("job", "set", "state"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "set" else None)
-    for name in ("done", "train loss", "val loss", "tokens", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    best = progress.best()
-    styles = {"running": "bold", "failed": "red", "stopped": "dim"}
-    for job in [*lately, *running, *waiting[: max(0, room - len(lately) - len(running))]]:
+    jobs = [*lately, *running, *waiting[: max(0, room - len(lately) - len(running))]]
+    compared = progress.compared()
+    best = [each.best for each in compared]
+    measure = BITS_PER_BYTE if BITS_PER_BYTE in [each.measure for each in compared] else LOSS
+    cells = [["job", "set", "state", "done", "train", "val", "final val", "tokens", "train time"]]
+    for job in jobs:
         state, metrics = progress.states[job.name], progress.last_metrics(job)
-        share = progress.job_share(job, metrics) if state == "running" else None
-        loss = job.summary.get("val_loss") if state != "running" else metrics.get("val/loss")
-        started = begun(job)
-        spent = time.time() - started if state == "running" and started else job.summary.get("total_seconds")
-        what = job.title + (f": {job.error}" if state == "failed" else "")
-        table.add_row(
-            Text(shown(job.name, keep="")),  # a plain text would be read as rich's markup
-            Text(shown(what, keep="")),
-            state + (" ★" if job is best else ""),
-            "" if share is None else f"{share:.0%}",
-            format_figure(metrics.get("train/loss"), "{:.3f}", ""),
-            format_figure(loss, "{:.3f}", ""),
-            format_count(tokens) if (tokens := metrics.get("tokens_seen")) else "",
-            "" if spent is None or state == "waiting" else format_seconds(spent),
-            style=styles.get(state, "dim" if state == "waiting" else None),
+        seconds = metrics.get("seconds") if state == "running" else _training_seconds(job)
+        cells.append(
+            [
+                job.name,
+                job.title + (f": {job.error}" if state == "failed" else ""),
+                state + (" ★" if job in best else ""),
+                f"{progress.job_share(job, metrics):.0%}" if state == "running" else "",
+                format_figure(metrics.get("eval/train_loss") if measure == LOSS else None, "{:.3f}", ""),
+                format_figure(metrics.get(measure.line), "{:.3f}", ""),
+                format_figure(job.final(measure.name), "{:.3f}", ""),
+                format_count(tokens) if (tokens := metrics.get("tokens_seen")) else "",
+                "" if seconds is None or state == "waiting" else format_seconds(seconds),
+            ]
         )
-    heading = Text(f"{format_bar(progress.share())} {progress.heading()}")
-    folder = Text(shown(f"sweep folder {progress.folder}", keep=""))
-    return Group(folder, heading, Text(shown(progress.best_so_far(), keep="")), table)
+    for most_lines in (2, 1):  # of a job
+        rows = table_rows(cells, {0, 1, 2}, 1, spare=(7, 4, 8, 6, 3, 5), width=width, most_lines=most_lines)
+        if sum(map(len, rows)) <= room + 1:
+            break
+    styles = {"running": "bold", "failed": "red", "stopped": "dim", "waiting": "dim"}
+    table = [
+        Text("\n".join(row), styles.get(progress.states[job.name], ""))
+        for job, row in zip(jobs, rows[1:], strict=True)
+    ]
+    note = f"{measure.unit}; train, val: on eval_iter batches; final val: at the end"
+    return Group(*map(Text, above), Text(rows[0][0]), *table, Text(fitted(note, width), "dim"))
 
 
-def best_of(jobs: list[Job]) -> Job | None:
-    """The job with the lowest loss over the whole validation split."""
-    measured = [job for job in jobs if job.summary.get("val_loss") is not None]
-    return min(measured, key=lambda job: job.summary["val_loss"], default=None)
-
-
-def sweep_table(jobs: list[Job]) -> str:
-    """A table of jobs with their settings, figures and errors, the best marked; of many jobs, the best ones.
+def sweep_table(jobs: list[Job], width: int | None = None) -> str:
+    """A table of jobs with their settings and figures, the best marked, of many jobs the best ones; then why
+    jobs have no figures. Where they were evaluated on different texts, a table for each text.
 
     Figures of the validation split that only some runs measure get a column each.
+
+    Args:
+        width: of the lines, in characters; None: that of the terminal.
     """
-    best = best_of(jobs)
+    width, compared = width or terminal_width(), comparisons(jobs)
+    parts = [_table_of(each, width) for each in compared]
+    if len(compared) > 1:
+        note = "What was evaluated on different texts, or parts of one, does not compare: each table has its "
+        parts.append(fitted(note + "own best. training.final_eval=full evaluates all of a text.", width))
+    if any(each.measure == BITS_PER_BYTE for each in compared):
+        parts.append(fitted("Losses of different tokenizers do not compare: ★ is by bits per byte.", width))
+    return "\n\n".join(parts)
+
+
+def _table_of(compared: Comparison, width: int) -> str:
+    jobs, measure, best = compared.jobs, compared.measure, compared.best
     shown = jobs
     if len(jobs) > TABLE_ROWS:
-        shown = sorted(
-            jobs, key=lambda job: (job.summary.get("val_loss") is None, job.summary.get("val_loss"))
-        )
-        shown = shown[:TABLE_ROWS]
+        ranked = [(job.final(measure.name), number) for number, job in enumerate(jobs)]
+        ranked.sort(key=lambda each: (each[0] is None, each[0]))
+        shown = [jobs[number] for _, number in ranked[:TABLE_ROWS]]
     measured = dict.fromkeys(key for job in shown for key, value in job.summary.items() if value is not None)
     others = [key for key in measured if key.startswith("val_") and key not in (*FIGURES, "val_perplexity")]
-    titles = FIGURES | {key: (key.replace("_", " "), "{:.3f}") for key in others} | COSTS
-    figures = {key: title for key, title in titles.items() if key in measured}
-    cells = [["job", "set", "state", *(title for title, _ in figures.values()), ""]]
+    titles = FIGURES | {key: (key.replace("_", " "), THREE_DIGITS) for key in others} | COSTS
+    figures = [key for key in titles if key in measured]
+    cells = [["job", "set", "state", *(titles[key][0] for key in figures)]]
     for job in shown:
-        written = [format_figure(job.summary.get(key), form) for key, (_, form) in figures.items()]
-        cells.append([job.name, job.title, job.state, *written, "best" if job is best else job.error or ""])
-    table = format_table(cells, left={0, 1, 2, len(cells[0]) - 1})
-    return table + (f"\n… and {len(jobs) - len(shown)} more" if len(jobs) > len(shown) else "")
+        values = [job.summary.get(key) if key in COSTS else job.final(key) for key in figures]
+        written = [
+            "–" if value is None else titles[key][1](value)
+            for key, value in zip(figures, values, strict=True)
+        ]
+        cells.append([job.name, job.title, job.state + " ★" * (job is best), *written])
+    spare = [3 + figures.index(key) for key in (*SPARE, *others) if key in figures and key != measure.name]
+    lines = [fitted(compared.title + ":", width)] if compared.title else []
+    lines.append(format_table(cells, {0, 1, 2}, wrapped=1, spare=spare, width=width))
+    if len(jobs) > len(shown):
+        lines.append(f"… and {len(jobs) - len(shown)} more")
+    lines += [fitted(f"job {job.name}: {error}", width) for job in shown if (error := job.error)]
+    return "\n".join(lines)

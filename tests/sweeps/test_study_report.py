@@ -82,7 +82,8 @@ def test_two_swept_keys_make_a_map_of_each_metric(tmp_path: Path) -> None:
         }
     ]
     assert page["jobs"][3]["again"] == (
-        "python experiments/generate.py checkpoint=run sampling.temperature=0.5 sampling.top_k=5 study=true"
+        "python experiments/generate.py checkpoint=run/last sampling.temperature=0.5 sampling.top_k=5 "
+        "study=true"
     )
     with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -234,5 +235,5 @@ def test_in_a_browser(tmp_path: Path) -> None:
     ]
     assert (found["rising"], found["falling"]) == (["0.0", "1.0", "–"], ["1.0", "0.0", "–"])
     assert found["commands"][1] == (
-        "Job 1: prompt=apython experiments/generate.py checkpoint=run prompt=a study=true"
+        "Job 1: prompt=apython experiments/generate.py checkpoint=run/last prompt=a study=true"
     )

@@ -26,8 +26,8 @@ const colourChoice = document.querySelector("[name=colour]");
 function fillColourChoice() {
   if (groups.length <= data.few) colourChoice.add(new Option("by setting", "setting"));
   if (groups.length > 1) keys.forEach((key, number) => colourChoice.add(new Option("by " + key.name, number)));
-  if (lossOrder.length) colourChoice.add(new Option("by loss", "loss"));
-  if (groups.length > data.few && lossOrder.length) colourChoice.value = "loss";
+  if (finished.length) colourChoice.add(new Option("by final " + measure().title, "loss"));
+  if (groups.length > data.few && finished.length) colourChoice.value = "loss";
 }
 
 function colourByKey(number) {
@@ -43,14 +43,17 @@ function colourByKey(number) {
 function colourBySetting() {
   if (keys.length == 1 && keys[0].numeric && groups.length > 1) return colourByKey(0);
   jobs.forEach(job => { job.colour = colours.kinds[job.group]; });
-  return { chips: groups.map(({ title }, number) => [title, colours.kinds[number]]) };
+  const chips = groups.map(({ title, text }, number) => [title, colours.kinds[number], text]);
+  return { chips: chips.filter(([, , text]) => text == textShown) };
 }
 
 function colourByLoss() {
   jobs.forEach(job => { job.colour = faint; });
   for (const number of lossOrder) jobs[number].colour = ramp(jobs[number].lossShare);
   const at = part => jobs[lossOrder[Math.round(part * (lossOrder.length - 1))]].loss.toFixed(3);
-  return { scale: "loss, by rank", labels: ["best " + at(0), "worst " + at(1) + " (median " + at(0.5) + ")"] };
+  if (!lossOrder.length) return {};
+  return { scale: "final " + measure().title + ", by rank",
+    labels: ["best " + at(0), "worst " + at(1) + " (median " + at(0.5) + ")"] };
 }
 
 function colourJobs() {

@@ -63,7 +63,7 @@ function addTable(parent, label, columns, press) {
 function settingColumns(settings) {
   const keys = [...new Set(settings.flatMap(Object.keys))].sort((a, b) => (a == "seed") - (b == "seed"));
   return keys.map(key => ({
-    name: key.split(".").at(-1),
+    name: data.names[key],
     cells: settings.map(setting => key in setting ? [setting[key], setting[key]] : [null, "–"]),
     text: settings.some(setting => key in setting && isNaN(setting[key])),
   }));
@@ -109,9 +109,10 @@ function addFacts(list, pairs) {
   }
 }
 
-function addCommand(parent, command) {
-  if (command) add(parent, "code", command);
-  else add(parent, "small", "its record holds more than a command to paste may: see .hydra/overrides.yaml");
+function addCommand(parent, { again, about }) {
+  if (again) add(parent, "code", again);
+  if (about || !again)
+    add(parent, "small", about || "its record holds more than a command to paste may: see .hydra/overrides.yaml");
 }
 
 function addSample(parent, { prompt, text }) {

@@ -46,7 +46,7 @@ function drawCurves(context, axes, width, height) {
   const titles = { step: "steps (updates)", tokens_seen: "tokens seen", seconds: "training time (" + unit + ")" };
   const { left, right, top, bottom, px, py } = frame(axes, width, height,
     { low: 0, high: most / scale || 1, title: titles[view.x] },
-    widened({ low, high, log: view.log, title: "loss (nats per token)" }, 0.02));
+    widened({ low, high, log: view.log, title: lossTitle("") }, 0.02));
   function trace(context, name, job, thick) {
     const curve = job[SERIES[name].curve], xs = curve[column], ys = curve[SERIES[name].row];
     const many = few ? 1 : jobs.length < 200 ? 0.7 : 0.4;

@@ -1,7 +1,7 @@
 // The columns of the tables: means over the jobs of each row, whatever has been measured of them
 
-const TITLES = { val_bits_per_byte: "bits/byte", last_val_loss: "last evaluated", tokens_seen: "tokens",
-  seconds: "time", tokens_per_second: "tokens/s" };  // other figures have their names, with spaces
+const TITLES = { val_bits_per_byte: "bits/byte", last_evaluated: "last evaluated", tokens_seen: "tokens",
+  seconds: "train time", tokens_per_second: "tokens/s" };  // other figures have their names, with spaces
 const REDUNDANT = "val_perplexity";  // follows from the loss
 const METRICS = [...new Set(jobs.flatMap(job => Object.keys(job.figures)))].filter(name =>
   name.startsWith("val_") && name != "val_loss" && name != REDUNDANT);
@@ -10,13 +10,15 @@ const jobsOfGroup = groups.map((_, group) => [...jobs.keys()].filter(number => j
 function groupColumns() {
   const firsts = jobsOfGroup.map(numbers => jobs[numbers[0]]);
   const finished = jobsOfGroup.map(numbers => figuresOf("val_loss", numbers).length);
-  const ranked = numbers => numbers.some(number => jobs[number].loss !== null);
+  const before = groups.map(group => groups.findIndex(other => other.text == group.text));  // the best of its text
+  const rank = group => finished[group] ? String(group - before[group] + 1) : "–";
   return [
-    { name: "rank", cells: jobsOfGroup.map((numbers, place) => [place, ranked(numbers) ? String(place + 1) : "–"]) },
+    { name: "rank", cells: groups.map((_, group) => [group, rank(group)]) },
+    ...textColumn(groups),
     ...settingColumns(firsts.map(({ setting: { seed, ...others } }) => others)),
     { name: "n", cells: jobsOfGroup.map(({ length }, group) =>
       [finished[group], finished[group] + (finished[group] < length ? " of " + length : "")]) },
-    ...lossColumns(jobsOfGroup, jobs.some(job => !job.final)),
+    ...lossColumns(jobsOfGroup, jobs.some(job => job.loss === null)),
     ...speedColumns(jobsOfGroup),
   ];
 }
@@ -25,6 +27,7 @@ function jobColumns() {
   const alone = jobs.map((_, number) => [number]);
   return [
     { name: "job", cells: jobs.map((job, number) => [number, job.name]) },
+    ...textColumn(jobs),
     ...settingColumns(jobs.map(job => job.setting)),
     { name: "state", cells: jobs.map(job => [job.state, job.state]), text: true },
     ...lossColumns(alone, true),
@@ -34,8 +37,14 @@ function jobColumns() {
   ];
 }
 
+// Which text the figures of a row are of, where there are several.
+function textColumn(rows) {
+  const names = rows.map(({ text }) => data.texts[text].title.split(" (")[0]);
+  return data.texts.length > 1 ? [{ name: "text", cells: names.map(name => [name, name]), text: true }] : [];
+}
+
 function lossColumns(rows, withLast) {
-  return ["val_loss", ...METRICS, "train_loss", ...(withLast ? ["last_val_loss"] : [])].map(name =>
+  return ["val_loss", ...METRICS, "train_loss", ...(withLast ? ["last_evaluated"] : [])].map(name =>
     figureColumn(name, rows, spread));
 }
 

@@ -13,7 +13,7 @@ function parallelPlace(axisNumber, job) {
 }
 
 function drawParallel(context, _, width, height) {
-  parallelAxes = [...keys.map(axisOfKey), axisOfLoss(lossOrder, "loss")].map(axis => scaled(widened(axis, 0.02)));
+  parallelAxes = [...keys.map(axisOfKey), axisOfLoss(lossOrder, measure().column)].map(axis => scaled(widened(axis, 0.02)));
   const side = 48, top = 34, bottom = height - 12;
   const gap = (width - 2 * side) / (parallelAxes.length - 1);
   const across = number => side + number * gap;
@@ -25,7 +25,7 @@ function drawParallel(context, _, width, height) {
     context.globalAlpha = thick ? 1 : kept ? (few ? 0.9 : 0.45) : 0.06;
     context.lineWidth = thick ? 3 : few ? 1.6 : 0.8;
     context.strokeStyle = jobs[number].colour;
-    context.setLineDash(jobs[number].final ? [] : [4, 4]);
+    context.setLineDash(jobs[number].loss === null ? [4, 4] : []);
     context.beginPath();
     places[number].forEach((at, axis) => at === null || context.lineTo(across(axis), down(at)));
     context.stroke();
@@ -93,7 +93,7 @@ function drawParallel(context, _, width, height) {
 }
 
 const isSelected = number =>
-  [...brushes].every(([axis, [from, to]]) => {
+  jobs[number].text == textShown && [...brushes].every(([axis, [from, to]]) => {
     const at = parallelPlace(axis, jobs[number]);
     return at !== null && at >= from && at <= to;
   });
@@ -102,7 +102,7 @@ function addParallel() {
   const figure = add(byId("values"), "figure", "", { class: keys.length > 1 ? "row" : "" });
   const caption = add(figure, "figcaption");
   add(caption, "b", "All together");
-  caption.append(" a line is a job, dashed where hollow above; drag along an axis to keep the jobs that pass there, " +
+  caption.append(" a line is a job, dashed where it has no final figure; drag along an axis to keep the jobs that pass there, " +
     "in all charts, and click it to release them");
   const host = addHost(add(figure, "div", "", { class: "wide" }),
     "Parallel coordinates. Up and down: another job, by rank. Escape: none.");
@@ -137,9 +137,8 @@ function addParallel() {
 function select() {  // the jobs that pass all brushes
   pinned = false;
   show([], null);
-  const kept = jobs.filter((_, number) => isSelected(number)).length;
   allAgain.hidden = !brushes.size;
-  allAgain.textContent = kept + " of " + jobs.length + " jobs are shown; show all";
+  allAgain.textContent = ranked.filter(isSelected).length + " of " + ranked.length + " jobs are shown; show all";
   redraw();
 }
 

@@ -2,15 +2,27 @@
 
 const { jobs, keys, groups } = data;
 const few = jobs.length <= 5 * data.few;
-const ranked = [...jobs.keys()].sort((a, b) => rankOf(jobs[a]) - rankOf(jobs[b]) || a - b);
-const lossOrder = ranked.filter(number => jobs[number].loss !== null).sort((a, b) => jobs[a].loss - jobs[b].loss);
-lossOrder.forEach((number, place) => { jobs[number].lossShare = share(place, lossOrder.length); });
+// Only jobs of one text are drawn and ranked together: those of the text that is shown.
+const finished = jobs.filter(job => job.loss !== null);
+let textShown = 0, ranked, lossOrder;
+const measure = () => data.texts[textShown].measure;
+showText(0);
+
+function showText(number) {
+  textShown = number;
+  ranked = [...jobs.keys()].filter(each => jobs[each].text == number)
+    .sort((a, b) => compareJobs(jobs[a], jobs[b]) || a - b);
+  lossOrder = ranked.filter(each => jobs[each].loss !== null);
+  lossOrder.forEach((each, place) => { jobs[each].lossShare = share(place, lossOrder.length); });
+}
+
 let chosen = [], pinned = false, pointed = null;  // jobs that stand out, and the step that is read
 const marks = { jobs: [], groups: [], cells: [] };  // rows of the tables and buttons of the heatmap, by number
 const HINT = "Point at a job to read it, click to keep it. On a chart, the arrow keys go from job to job and along it.";
 
-function rankOf(job) {
-  return job.loss === null ? Infinity : job.loss + (job.final ? 0 : 1e6);
+function compareJobs(one, other) {  // those without a final figure come last, by their last evaluations
+  const value = job => job.loss ?? job.last ?? Infinity;
+  return (one.loss === null) - (other.loss === null) || value(one) - value(other);
 }
 
 // Let jobs stand out, and read them near a step.
@@ -38,15 +50,16 @@ function described() {
   if (!chosen.length) return null;
   const job = jobs[chosen[0]], loss = value => value === null || value === undefined ? "–" : value.toFixed(3);
   if (chosen.length > 1)
-    return [groups[job.group].title, " · " + chosen.length + " jobs: losses " +
+    return [groups[job.group].title, " · " + chosen.length + " jobs: final " + measure().title + " " +
       chosen.map(each => loss(jobs[each].loss)).join(", ")];
-  const told = job.loss === null ? "" : (job.final ? ", final loss " : ", last evaluated ") + loss(job.loss);
+  const told = job.loss !== null ? ", final " + measure().title + " " + loss(job.loss)
+    : job.last !== null ? ", last evaluated " + loss(job.last) : "";
   if (pointed === null) return [nameOf(job), " · " + job.state + told];
   const read = (curve, row) => curve[row][nearestPlace(curve[0], pointed)];
   const curve = job.training[0].length ? job.training : job.validation;
   return [nameOf(job), " · " + job.state + told + " · near step " + pointed + " (" +
-    shortNumber(read(curve, 1)) + " tokens, " + shortNumber(read(curve, 2)) + " s): validation " +
-    loss(read(job.validation, 3)) + ", training " + loss(read(job.training, 3)) + ", smoothed " +
+    shortNumber(read(curve, 1)) + " tokens, " + shortNumber(read(curve, 2)) + " s): evaluated " +
+    loss(read(job.validation, 3)) + ", training loss " + loss(read(job.training, 3)) + ", smoothed " +
     loss(read(job.training, 4))];
 }
 
@@ -56,6 +69,7 @@ function nameOf(job) {
 
 // The button of some jobs was pressed: they stand out until it is pressed again.
 function press(numbers) {
+  if (jobs[numbers[0]].text != textShown) chooseText(jobs[numbers[0]].text);
   pinned = !(pinned && String(numbers) == String(chosen));
   show(pinned ? numbers : [], null, true);
 }

@@ -31,6 +31,7 @@ function nameOf(job) {
 document.title = "Sampling study " + data.folders;
 byId("subject").textContent = data.subject;
 byId("about").textContent = data.folders + " · " + data.about;
+for (const note of data.notes) add(byId("problems"), "p", note);
 for (const job of jobs.filter(job => job.error))
   add(byId("problems"), "p", "Job " + job.name + " (" + job.title + ") failed: " + job.error, { class: "failed" });
 byId("maps").style.setProperty("--map", 7 + 3.5 * data.grids[0].columns.length + "rem");  // wide enough for all
@@ -50,6 +51,6 @@ addTable(byId("settings"), "all settings", [
 for (const job of jobs) {
   const item = add(byId("commands"), "li");
   add(item, "p", nameOf(job));
-  addCommand(item, job.again);
+  addCommand(item, job);
 }
 show(0);

@@ -22,24 +22,50 @@ function addProblems(parent) {
 }
 
 function addBest(parent) {
-  const losses = figuresOf("val_loss", jobsOfGroup[0]);
-  if (!losses.length) {
-    parent.append("No job has a final validation loss yet.");
-    return;
-  }
-  parent.append("Lowest validation loss: ");
-  add(parent, "b", spread(losses));
-  if (groups.length > 1) parent.append(" with "), add(parent, "b", groups[0].title);
-  if (losses.length > 1) parent.append(", n = " + losses.length);
+  data.texts.forEach(({ measure, title }, text) => {
+    const best = groups.findIndex(group => group.text == text), line = add(parent, "div");
+    const found = figuresOf(measure.name, jobsOfGroup[best]);
+    const on = title && " on " + title;
+    if (!found.length) {
+      line.append("No job has a final " + measure.title + on + " yet.");
+      return;
+    }
+    line.append("Lowest " + measure.title + on + ": ");
+    add(line, "b", spread(found));
+    if (groups.length > 1) line.append(" with "), add(line, "b", groups[best].title);
+    if (found.length > 1) line.append(", n = " + found.length);
+  });
 }
 
-function addLossMap(parent) {
-  const figure = add(parent, "figure");
+function addNotes(parent) {
+  if (data.texts.length > 1)
+    add(parent, "p", "The jobs were evaluated on " + data.texts.length + " different texts, or parts of one, which do " +
+      "not compare: jobs are ranked and drawn text by text. training.final_eval=full evaluates all of a text.",
+      { class: "note" });
+  if (data.texts.some(text => !text.per_token))
+    add(parent, "p", "The jobs have different tokenizers. Losses of different tokenizers do not compare: jobs are " +
+      "ranked and drawn by bits per byte, and their training losses, which are per token, are not drawn.", { class: "note" });
+}
+
+function addLossMap(parent, { grid, measure, title }, text) {
+  const figure = add(parent, "figure", "", { "data-text": text });
   const caption = add(figure, "figcaption");
-  add(caption, "b", "Mean validation loss over two keys");
-  caption.append(" the bluer, the lower (by rank); a cell shows its jobs in the charts");
+  add(caption, "b", "Mean final " + measure.title + " over two keys");
+  caption.append((title && " on " + title) + " the bluer, the lower (by rank); a cell shows its jobs in the charts");
   const titles = groups.map(group => group.title);
-  marks.cells = addHeatmap(figure, data.grid, groups.map(group => group.cell), titles, pressGroup);
+  Object.assign(marks.cells, addHeatmap(figure, grid, groups.map(group => group.cell), titles, pressGroup));
+}
+
+// Show the jobs of another text in all charts.
+function chooseText(text) {
+  showText(text);
+  byId("text").value = text;
+  for (const name of ["smooth", "raw"])  // of losses that do not compare
+    document.querySelector("[name=" + name + "]").parentElement.hidden = !data.texts[text].per_token;
+  document.querySelectorAll("[data-text]").forEach(each => { each.hidden = each.dataset.text != text; });
+  brushes.clear();
+  select();
+  recolour();
 }
 
 function pressGroup(group) {
@@ -50,7 +76,7 @@ function addSamples(parent) {
   for (const sample of data.samples) {
     const article = add(parent, "article"), job = jobs[sample.job];
     const heading = add(article, "h3", sample.place + ", " + nameOf(job) + " ");
-    add(heading, "small", "validation loss " + job.loss.toFixed(3));
+    add(heading, "small", data.texts[job.text].measure.title + " " + job.loss.toFixed(3));
     addSample(article, sample);
   }
   if (!data.samples.length) add(parent, "p", "No job has finished yet.");
@@ -60,7 +86,7 @@ function addCommands(parent) {
   for (const job of jobs) {
     const item = add(parent, "li"), about = add(item, "p", "Job " + job.name + ": " + job.title + " ");
     add(about, "small", "(" + job.state + ")");
-    addCommand(item, job.again);
+    addCommand(item, job);
     if (job.resume) add(item, "code", job.resume);
     if (job.state == "finished") add(item, "small", "it is finished: add a higher limit, as training.max_steps=…");
   }
@@ -77,6 +103,10 @@ byId("kind").textContent = data.kind;
 byId("folders").textContent = data.folders;
 byId("about").textContent = data.about;
 addBest(byId("best"));
+addNotes(byId("notes"));
+data.texts.forEach(({ title }, text) => byId("text").add(new Option(title, text)));
+byId("text").parentElement.hidden = data.texts.length == 1;
+byId("text").addEventListener("change", event => chooseText(Number(event.target.value)));
 addProblems(byId("problems"));
 addFacts(byId("varied"), data.varied);
 if (!data.varied.length) byId("varied").replaceWith(jobs.length > 1 ? "Nothing." : "Nothing: it is one run.");
@@ -91,13 +121,13 @@ document.querySelectorAll(".readout").forEach(readout => { readout.textContent =
 
 fillColourChoice();
 addChart(byId("curves"), innerWidth < 600 ? 340 : 460, drawCurves);
-if (keys.length && lossOrder.length && jobs.length > 1) {
+if (keys.length && finished.length && jobs.length > 1) {
   marks.groups = addTable(byId("ranked"), "settings, ranked", groupColumns(), pressGroup);
   keys.forEach((_, number) => addValues(number));
-  if (data.grid) addLossMap(byId("values"));
+  data.texts.forEach((text, number) => text.grid && addLossMap(byId("values"), text, number));
   addParallel();
 } else byId("by-value").hidden = true;
-recolour();
+chooseText(0);
 document.querySelectorAll(".controls input").forEach(input => {
   if (input.type == "checkbox") input.checked = view[input.name];
   input.addEventListener("change", () => {

@@ -6,8 +6,12 @@ function axisOfKey(key) {
     : { texts: key.values, title: key.name };
 }
 
+function lossTitle(which) {
+  return which + (data.texts[textShown].per_token ? "loss (" + measure().unit + ")" : measure().title);
+}
+
 function axisOfLoss(numbers, title) {
-  const losses = numbers.map(number => jobs[number].loss);
+  const losses = numbers.length ? numbers.map(number => jobs[number].loss) : [1, 2];  // none to draw
   const low = Math.min(...losses), high = Math.max(...losses);
   return { low, high, log: low > 0 && high > 4 * low, title };
 }
@@ -17,23 +21,23 @@ function addValues(keyNumber) {
   const figure = add(byId("values"), "figure");
   const caption = add(figure, "figcaption");
   add(caption, "b", key.name);
-  const means = key.means;  // [value, loss]
-  const lowest = means.length && means.reduce((a, b) => b[1] < a[1] ? b : a);
-  if (lowest) caption.append(" lowest mean " + lowest[1].toFixed(3) + " at " + cut(tickText(key, lowest[0])));
+  const told = add(caption, "span");
   const host = addHost(figure, "Final loss over " + key.name + ". Up and down: another job, by rank. Escape: none.");
   addChart(host, 280, (context, axes, width, height) => {
+    const means = key.means[textShown];  // [value, final figure]
+    const lowest = means.length && means.reduce((a, b) => b[1] < a[1] ? b : a);
+    told.textContent = lowest ? " lowest mean " + lowest[1].toFixed(3) + " at " + cut(tickText(key, lowest[0])) : "";
     const there = lossOrder.filter(number => isSelected(number) && jobs[number].values[keyNumber] !== null);
     const all = lossOrder.filter(number => jobs[number].values[keyNumber] !== null);
     const { px, py } = frame(axes, width, height,
-      widened(axisOfKey(key), 0.06), widened(axisOfLoss(all, "final loss (nats per token)"), 0.06));
+      widened(axisOfKey(key), 0.06), widened(axisOfLoss(all, lossTitle("final ")), 0.06));
     const at = number => [px(jobs[number].values[keyNumber]), py(jobs[number].loss)];
     function dot(context, number, radius, alpha) {
       context.globalAlpha = alpha;
-      context.strokeStyle = context.fillStyle = jobs[number].colour;
-      context.lineWidth = 1.4;
+      context.fillStyle = jobs[number].colour;
       context.beginPath();
       context.arc(...at(number), radius, 0, 7);
-      if (jobs[number].final) context.fill(); else context.stroke();
+      context.fill();
       context.globalAlpha = 1;
     }
     [...there].reverse().forEach(number => dot(context, number, few ? 4 : 2.5, few ? 0.9 : 0.5));
