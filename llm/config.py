@@ -127,6 +127,9 @@ class DataConfig:
         "shuffled: by (seed, epoch, position), resumable; book: torch's DataLoader on the global generator",
         choices=("shuffled", "book"),
     )
+    shift_windows: bool = key(
+        False, "shuffled: whether each epoch after the first cuts its windows at another offset"
+    )
     cache_dir: str | None = key(None, "folder for token files and downloads; null: the user's cache folder")
 
 
@@ -285,17 +288,27 @@ def modern_small() -> ModelConfig:
     )
 
 
+def shifted_windows() -> DataConfig:
+    """The default data."""
+    return DataConfig(shift_windows=True)
+
+
 def learnt_from_the_text() -> TokenizerConfig:
     """The default tokenizer."""
     return TokenizerConfig("bpe", vocab_size=4096)
 
 
+def muon_for_minutes() -> OptimizerConfig:
+    """The default optimizer: of short memory, as suits a run of some thousand updates."""
+    return OptimizerConfig("muon", lr=0.015, betas=[0.5, 0.99], momentum=0.9)
+
+
 @dataclass
 class PretrainConfig:
     model: ModelConfig = field(default_factory=modern_small)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=shifted_windows)
     tokenizer: TokenizerConfig = field(default_factory=learnt_from_the_text)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=muon_for_minutes)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -402,7 +415,7 @@ class BenchmarkConfig:
     measure: str = key("training", "what is timed", choices=("training", "generation"))
     model: ModelConfig = field(default_factory=modern_small)
     tokenizer: TokenizerConfig = field(default_factory=learnt_from_the_text)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=muon_for_minutes)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationBenchmarkConfig = field(default_factory=GenerationBenchmarkConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -18,26 +18,30 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
 class Windows(Dataset[Batch]):
     """Windows of `context_length` tokens, each `stride` after the one before; the book's GPTDatasetV1.
 
-    Item i is (inputs, targets), both (context_length,), the targets one token later.
+    Item i is (inputs, targets), both (context_length,), the targets one token later. With an offset, all
+    windows begin so many tokens later, and the last ones begin at the front again.
     """
 
-    def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
+    def __init__(self, tokens: np.ndarray, context_length: int, stride: int, offset: int = 0) -> None:
         self.tokens = tokens
         self.context_length = context_length
         self.stride = stride
+        self.offset = offset
 
     def __len__(self) -> int:
         return max(0, -(-(len(self.tokens) - self.context_length) // self.stride))
 
     def __getitem__(self, index: int) -> Batch:
-        start = index * self.stride
+        start = (self.offset + index * self.stride) % (len(self.tokens) - self.context_length)
         window = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
         return window[:-1], window[1:]
 
     def batch(self, indices: Tensor) -> Batch:
         """Windows by index (batch,) as one batch: two tensors (batch, context_length)."""
-        offsets = indices.numpy()[:, None] * self.stride + np.arange(self.context_length + 1)
-        windows = torch.from_numpy(self.tokens[offsets].astype(np.int64))
+        starts = (self.offset + indices.numpy() * self.stride) % (len(self.tokens) - self.context_length)
+        windows = torch.from_numpy(
+            self.tokens[starts[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
+        )
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -53,6 +57,7 @@ class TrainingBatches:
         self.windows = windows
         self.batch_size = config.batch_size
         self.book_order = config.order == "book"
+        self.shift = config.shift_windows
         self.seed = seed
         self.epoch = 0
         self.position = 0  # batches of this epoch already used; the next epoch begins with its first batch
@@ -81,7 +86,9 @@ class TrainingBatches:
 
     def _start_epoch(self) -> Iterator[Batch]:
         if not self.book_order:
-            return shuffled_batches(self.windows, self.batch_size, (self.seed, self.epoch), self.position)
+            return shuffled_batches(
+                self._windows_of_epoch(), self.batch_size, (self.seed, self.epoch), self.position
+            )
         now = torch.get_rng_state()
         if self._epoch_generator_state is None:
             self._epoch_generator_state = now
@@ -92,6 +99,16 @@ class TrainingBatches:
             next(batches)
         torch.set_rng_state(now)
         return batches
+
+    def _windows_of_epoch(self) -> Windows:
+        """The windows. If they are shifted, each epoch after the first cuts them elsewhere: a token is then
+        met with another context, and no window can be learnt by heart."""
+        if not (self.shift and self.epoch):
+            return self.windows
+        windows = self.windows
+        stream = (self.seed, self.epoch, 2)  # one more number than the order's, and another than evaluations'
+        offset = int(np.random.default_rng(stream).integers(windows.stride))
+        return Windows(windows.tokens, windows.context_length, windows.stride, offset)
 
     def state(self) -> tuple[dict[str, int], Tensor | None]:
         """The position of the next batch; in the book's order, the generator's state when its epoch began."""

@@ -111,6 +111,34 @@ def test_an_epoch_has_each_window_once_and_resumes_anywhere(order: str) -> None:
         assert rest == seen[position:]
 
 
+@pytest.mark.parametrize("stride", [4, 3])
+def test_later_epochs_cut_shifted_windows_elsewhere(stride: int) -> None:
+    """From arange, a window is whole if its tokens and its targets are consecutive."""
+    tokens, starts = np.arange(203, dtype=np.uint16), []
+    config = DataConfig(batch_size=1, shift_windows=True)
+    batches = TrainingBatches(Windows(tokens, 4, stride), config, seed=7)
+    for _ in range(12):
+        epoch = []
+        for _ in range(len(batches)):
+            inputs, targets = next(batches)
+            start = inputs[0, 0].item()
+            assert inputs.tolist() == [list(range(start, start + 4))]
+            assert targets.tolist() == [list(range(start + 1, start + 5))]
+            epoch.append(start)
+        starts.append(epoch)
+    assert sorted(starts[0]) == list(range(0, 199, stride))
+    assert {start % stride for start in starts[0]} == {0}
+    # Each epoch has one offset, but for windows that begin at the front again; and all offsets come up.
+    offsets = [max(set(rests := [start % stride for start in epoch]), key=rests.count) for epoch in starts]
+    assert set(offsets) == set(range(stride))
+    for epoch, offset in zip(starts, offsets, strict=True):
+        expected = [(offset + index * stride) % 199 for index in range(len(batches))]
+        assert sorted(epoch) == sorted(expected)
+    resumed = TrainingBatches(Windows(tokens, 4, stride), config, seed=7)
+    resumed.load_state({"epoch": 5, "position": 3}, None)
+    assert next(resumed)[0][0, 0] == starts[5][3]
+
+
 def test_ordered_batches_cover_all() -> None:
     windows = Windows(np.arange(30, dtype=np.uint16), context_length=4, stride=4)
     starts = [start for inputs, _ in ordered_batches(windows, 4) for start in inputs[:, 0].tolist()]
