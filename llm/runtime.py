@@ -137,5 +137,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # torch may be told to do without, by ATEN_CPU_CAPABILITY=avx2
+        return has_instructions and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return False
