@@ -66,8 +66,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         [group] = self.param_groups
         for stack in self.stacks:
-            own = [_lying(self._direction(matrix, group["momentum"])) for matrix in self._own(stack)]
-            steps = self._everybodys([*orthogonalised(torch.stack(own))] if own else [], stack, self.dtype)
+            directions = self._directions(self._own(stack), group["momentum"])
+            steps = [*orthogonalised(torch.stack(directions).to(self.dtype))] if directions else []
+            steps = self._everybodys(steps, stack, self.dtype)
             size = 0.2 * max(stack[0].shape) ** 0.5
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(stack, steps, alpha=-group["lr"] * size)
@@ -95,15 +96,15 @@ class Muon(torch.optim.Optimizer):
         """Those of a stack of matrices that this process makes the steps of."""
         return stack[self.runtime.rank :: self.runtime.processes]
 
-    def _direction(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Nesterov's momentum: the average of the gradients, ahead by one more step of averaging."""
-        gradient = matrix.grad
-        assert gradient is not None
-        kept = self.state[matrix]
-        if "momentum_buffer" not in kept:
-            kept["momentum_buffer"] = torch.zeros_like(matrix)
-        average = kept["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum).to(self.dtype)
+    def _directions(self, matrices: list[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov's momenta, which lie: averages of the gradients, ahead by one more step of averaging."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix in matrices:
+            if matrix not in self.state:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return [_lying(each) for each in torch._foreach_lerp(gradients, averages, momentum)]
 
     def _everybodys(self, own: list[Tensor], stack: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """A tensor for each matrix of a stack and of its shape, given this process's own, which lie."""
