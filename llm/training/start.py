@@ -20,7 +20,7 @@ from llm.checkpoints.checkpoint import (
 )
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights
-from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, with_given
+from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, own_defaults, with_given
 from llm.data.corpus import source_prompt
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
@@ -260,8 +260,9 @@ def with_weights(
 
 
 def keys_unlike_default(config: PretrainConfig) -> set[str]:
-    """What counts as given in a config made in Python, where nobody knows what was left at its default."""
-    return set(differences(PretrainConfig(), config))
+    """What counts as given in a config made in Python, where nobody knows what was left at its default: that
+    of the run, or in a group that was made anew, that of the key."""
+    return {*differences(PretrainConfig(), config)} & {*differences(own_defaults(PretrainConfig), config)}
 
 
 def rewind(start: Start) -> None:

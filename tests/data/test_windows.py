@@ -121,7 +121,7 @@ def test_later_epochs_cut_shifted_windows_elsewhere(stride: int) -> None:
         epoch = []
         for _ in range(len(batches)):
             inputs, targets = next(batches)
-            start = inputs[0, 0].item()
+            start = int(inputs[0, 0])
             assert inputs.tolist() == [list(range(start, start + 4))]
             assert targets.tolist() == [list(range(start + 1, start + 5))]
             epoch.append(start)

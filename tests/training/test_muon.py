@@ -56,22 +56,26 @@ def test_it_steps_as_torchs_own(
         assert (after - expected).norm() < tolerance * moved
 
 
-def test_singular_values_come_near_1_and_singular_vectors_stay() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("columns", [12, 20, 40])  # in fp32, long matrices go another way
+def test_singular_values_come_near_1_and_singular_vectors_stay(dtype: torch.dtype, columns: int) -> None:
     torch.manual_seed(3)
-    batch = torch.randn(3, 12, 40, dtype=torch.float64)
+    batch = torch.randn(3, 12, columns, dtype=dtype)
     u, values, vh = torch.linalg.svd(batch, full_matrices=False)
     values = values / values.norm(dim=1, keepdim=True)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    torch.testing.assert_close(orthogonalised(batch), u @ torch.diag_embed(values) @ vh)
-    assert ((values > 0.6) & (values < 1.3)).all()
+    found, expected = orthogonalised(batch), u @ torch.diag_embed(values) @ vh
+    torch.testing.assert_close(found, expected, atol=1e-4 if dtype == torch.float32 else 1e-9, rtol=0)
+    assert values.median() > 0.7
+    assert values.max() < 1.3
 
 
 def test_its_operations_are_those_that_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        orthogonalised(torch.randn(1, 16, 64))
+        orthogonalised(torch.randn(1, 16, 64, dtype=torch.bfloat16))
     assert counter.get_total_flops() == orthogonalising_flops(torch.empty(64, 16))
 
 

@@ -88,7 +88,7 @@ def test_a_resumed_run_tells_what_is_left_and_that_its_rate_rises(
     tokens = 8 * config.data.batch_size * config.model.context_length
     assert f"budget     what is left of training.max_steps=16: about {tokens} tokens" in caplog.text
     assert (
-        "lr         rises from 0 to 0.01: schedule.name=wsd now ends at training.max_steps=16" in caplog.text
+        "lr         rises from 0 to 0.015: schedule.name=wsd now ends at training.max_steps=16" in caplog.text
     )
 
 
