@@ -77,7 +77,7 @@ def test_what_may_change_is_shown_and_recorded(tmp_path: Path, caplog: pytest.Lo
     again = changed(config, resume=str(tmp_path / "run"), training__max_steps=14, optimizer__lr=0.03125)
     summary = pretrain(again)
     assert "changed    optimizer.lr=0.03125 (it was 0.015)" in caplog.text
-    change = {"training.max_steps": [12, 14], "optimizer.lr": [0.01, 0.03125]}
+    change = {"training.max_steps": [12, 14], "optimizer.lr": [0.015, 0.03125]}
     assert [(each["steps"], each["changed"]) for each in summary.resumed] == [(12, change)]
     with pytest.raises(UserError, match=r"training\.max_steps=14 is spent; to continue, raise it"):
         pretrain(again)
