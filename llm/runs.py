@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llm.errors import UserError
 from llm.files import as_typed, is_held, modified
-from llm.overrides import split_override, title_of
+from llm.overrides import split_override, title_of, unquoted
 from llm.records import Record, read_overrides
 from llm.run_folder import (
     CHECKPOINT_NAME,
@@ -115,14 +115,8 @@ def run_title(run_dir: Path, summary: Record) -> str:
             key: "null" if value is None else str(value) for key, (_, value) in resumed["changed"].items()
         }
     ours = ("hydra.", "hydra/", "tracking", "resume")
-    plain = {key: _unquoted(value) for key, value in given.items() if not key.startswith(ours)}
+    plain = {key: unquoted(value) for key, value in given.items() if not key.startswith(ours)}
     return title_of(plain) or "default"
-
-
-def _unquoted(value: str) -> str:
-    """A text without Hydra's quotes, if it is a word."""
-    word = value[1:-1]
-    return word if value == f"'{word}'" and word and not set(word) & set(" '\\") else value
 
 
 def newest_runs(root: Path = OUTPUTS, saved: bool = False) -> str:
