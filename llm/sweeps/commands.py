@@ -128,7 +128,8 @@ def command_again(script: str, schema: type, job: Job, *further: str) -> str | N
     Args:
         further: overrides of ours, which replace the job's.
     """
-    keys, groups = {*leaf_keys(schema)}, {item.name for item in fields(schema)} | {"experiment", "scale", "rate"}
+    keys, groups = {*leaf_keys(schema)}, {item.name for item in fields(schema)}
+    groups |= {"experiment", "scale", "rate"}
     overrides: dict[str, str] = {}
     for override in job.overrides:
         key, value = split_override(override)
