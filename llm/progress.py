@@ -125,6 +125,11 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def format_windows(count: int, total: int) -> str:
+    """Windows of a split, as `all 1,475 windows` or `369 of 1,475 windows`."""
+    return f"all {total:,} windows" if count == total else f"{count:,} of {total:,} windows"
+
+
 def format_count(count: float) -> str:
     """A large count as `812`, `45.2k`, `16.1M` or `1.25G`."""
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

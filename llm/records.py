@@ -4,7 +4,8 @@ A record may be half written, damaged, or made by a stranger. So each value is r
 count, a text. What is of another kind counts as absent. Texts stay as they are: no interpolation is resolved.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def read_record(file: Path) -> Record:
 def read_lines(file: Path) -> list[Record]:
     """The lines of `metrics.jsonl` or `samples.jsonl`, but those that are damaged."""
     return [typed(line) for line in read_json_lines(file)]
+
+
+def lines_from_end(file: Path, size: int) -> Iterator[Record]:
+    """The whole lines in the last `size` bytes of such a file, the last first; none if it is not there."""
+    try:
+        with file.open("rb") as content:
+            start = max(0, content.seek(0, os.SEEK_END) - size)
+            content.seek(start)
+            lines = content.read().split(b"\n")[:-1]
+    except OSError:
+        return
+    for line in reversed(lines[1:] if start else lines):  # the first may be cut
+        yield typed(parse_json(line))
 
 
 def read_samples(file: Path) -> list[Record]:

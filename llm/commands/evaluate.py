@@ -24,7 +24,7 @@ from llm.files import write_json
 from llm.generation.inference import load_for_inference
 from llm.generation.sampling import next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
-from llm.progress import Progress, format_count
+from llm.progress import Progress, format_count, format_windows
 from llm.run_folder import write_summary
 from llm.runtime import start_runtime
 from llm.training import plots
@@ -63,7 +63,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
         splits = cut_windows(trained, tokenizer, token_files(trained.data, tokenizer))
         windows = splits[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
-        extent = f" (all {len(windows):,} windows)"  # a run's own validation may have been on some of them
+        # A run's own validation may have been on some of them.
+        extent = f" ({format_windows(len(windows), len(windows))})"
         count = len(windows) * context
     else:
         what, extent = "text" if config.path is None else config.path, ""

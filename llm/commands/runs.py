@@ -1,7 +1,5 @@
 """What `experiments/runs.py` does: list runs. It reads small files alone, and does without torch."""
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,14 +8,14 @@ from pathlib import Path
 
 from llm.config import RunsConfig, validate
 from llm.errors import UserError, shown
-from llm.files import as_typed, parse_json
+from llm.files import as_typed
 from llm.overrides import title_of
 from llm.progress import format_figure, format_seconds
-from llm.records import Record, typed
+from llm.records import Record, lines_from_end
 from llm.run_folder import CHECKPOINTS, SUMMARY, read_summary
 from llm.runs import OUTPUTS, begun, folders_with, has_begun, run_title, state_of
 from llm.sweeps.jobs import RECORD, SweepRecord, read_record, setting_of
-from llm.tables import format_table
+from llm.tables import format_table, terminal_width
 
 METRICS = "metrics.jsonl"
 TAIL_BYTES = 1 << 18  # of metrics.jsonl, in which the last evaluation is sought
@@ -50,7 +48,7 @@ def list_runs(config: RunsConfig) -> None:
     if not rows:
         print(shown(f"there is no run under {root}/{f' that is {config.state}' if config.state else ''}"))
         return
-    print(_grouped(rows, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _flat(rows))
+    print(_grouped(rows, terminal_width()) if sys.stdout.isatty() else _flat(rows))
     if count > len(rows):
         print(f"… and {count - len(rows)} more: limit=null lists all")
     if any(ALONG_THE_WAY in cells[2] for _, cells in rows):
@@ -93,7 +91,7 @@ def _figures(run: Path, summary: Record, state: str) -> list[str]:
     updates, seconds = summary.get("steps"), summary.get("seconds")
     bits, mark = summary.get("val_bits_per_byte"), ""
     if state != "finished":
-        for line in _last_metrics(run / METRICS):
+        for line in lines_from_end(run / METRICS, TAIL_BYTES):
             if "train/loss" in line and state in ("running", "killed", "damaged"):
                 updates, seconds, state = line.get("step", -1) + 1, line.get("seconds"), ""
             if (bits := line.get("val/bits_per_byte")) is not None:
@@ -104,18 +102,6 @@ def _figures(run: Path, summary: Record, state: str) -> list[str]:
         mark + format_figure(bits, "{:.3f}"),
         "–" if seconds is None else format_seconds(seconds),
     ]
-
-
-def _last_metrics(file: Path) -> Iterator[Record]:
-    """The lines at the end of metrics.jsonl, the last first."""
-    if not file.is_file():
-        return
-    with suppress(OSError), file.open("rb") as content:
-        size = content.seek(0, os.SEEK_END)
-        content.seek(max(0, size - TAIL_BYTES))
-        lines = content.read().split(b"\n")[:-1]
-    for line in reversed(lines):
-        yield typed(parse_json(line))
 
 
 def _flat(rows: list[tuple[Path, list[str]]]) -> str:

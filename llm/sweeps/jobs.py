@@ -16,6 +16,7 @@ from llm.config import PretrainConfig, leaf_keys, value_of
 from llm.errors import UserError
 from llm.files import modified, parse_json, read_content, write_json
 from llm.overrides import short_key, split_override, title_of, unquoted
+from llm.progress import format_windows
 from llm.records import (
     RECORD_BYTES,
     Record,
@@ -91,8 +92,9 @@ class Job:
     def part(self) -> str | None:
         """Which of the validation split's windows its final figures are of, in words; None for all."""
         evaluated, there = (self.summary.get(name) for name in ("evaluated_windows", "validation_windows"))
-        partly = evaluated is not None and there is not None and evaluated < there
-        return f"{evaluated:,} of {there:,} windows" if partly else None
+        if evaluated is None or there is None or evaluated >= there:
+            return None
+        return format_windows(evaluated, there)
 
     def reread(self) -> "Job":
         """The same job with the summary that is in its folder now."""

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 from llm.config import TrainingConfig
 from llm.errors import shown
-from llm.files import modified, parse_json
+from llm.files import modified
 from llm.progress import format_bar, format_count, format_figure, format_seconds
-from llm.records import Record, figure_in, read_config_text, typed
+from llm.records import Record, figure_in, lines_from_end, read_config_text
 from llm.run_folder import SUMMARY
 from llm.sweeps.comparing import BITS_PER_BYTE, LOSS, Comparison, comparisons
 from llm.sweeps.jobs import DONE, RECORD, Job, read_jobs, state_since
@@ -97,12 +97,9 @@ class SweepProgress:
     def last_metrics(self, job: Job) -> Record:
         """The figures of the last whole line that a job wrote, and of the last evaluation seen: on
         `eval_iter` batches."""
-        file, metrics = job.folder / "metrics.jsonl", self._metrics.setdefault(job.name, {})
-        if file.is_file():
-            with file.open("rb") as content:
-                content.seek(max(0, content.seek(0, 2) - TAIL_BYTES))
-                for line in content.read().split(b"\n")[1:-1]:
-                    metrics |= typed(parse_json(line))
+        metrics = self._metrics.setdefault(job.name, {})
+        for line in reversed([*lines_from_end(job.folder / "metrics.jsonl", TAIL_BYTES)]):
+            metrics |= line
         return metrics
 
     def job_share(self, job: Job, metrics: Record) -> float:

@@ -8,7 +8,7 @@ from llm.config import PretrainConfig
 from llm.device import device_name, precision_in_words
 from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
-from llm.progress import format_count, format_figure, format_seconds, format_value
+from llm.progress import format_count, format_figure, format_seconds, format_value, format_windows
 from llm.run_folder import step_folders, steps_of
 from llm.tracking import sync_command
 from llm.training.budget import Budget, estimate_budget, expected_speed
@@ -103,7 +103,7 @@ def _amount(budget: Budget) -> tuple[str, float, str]:
 
 def _final_validation(run: Run, budget: Budget) -> str:
     """On what the run is evaluated at its end, and how long that takes."""
-    on = windows_in_words(budget.windows, len(run.validation_windows))
+    on = format_windows(budget.windows, len(run.validation_windows))
     return f"validation on {on}: about {format_seconds(budget.validation_seconds)}"
 
 
@@ -114,11 +114,6 @@ def _other_choice(run: Run, budget: Budget) -> str:
     if full and budget.validation_seconds > LARGEST_SHARE * budget.seconds_left:
         return "; shorter: training.final_eval=tenth"
     return ""
-
-
-def windows_in_words(count: int, total: int) -> str:
-    """As "all 1,475 windows" or "369 of 1,475 windows"."""
-    return f"all {total:,} windows" if count == total else f"{count:,} of {total:,} windows"
 
 
 def _rates(run: Run, before: PretrainConfig) -> tuple[float, float] | None:
@@ -177,7 +172,7 @@ def sizes(config: PretrainConfig) -> str:
 
 def _validated_on(summary: Summary) -> str:
     count, total = summary.evaluated_windows, summary.validation_windows
-    return windows_in_words(count, total) if count and total else "–"
+    return format_windows(count, total) if count and total else "–"
 
 
 def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None:

@@ -37,7 +37,7 @@ from llm.run_folder import (
     steps_of,
     write_summary,
 )
-from llm.runs import BEST, LATEST, find_run, named_checkpoint, path_of
+from llm.runs import BEST, find_run, named_checkpoint, path_of
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,11 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         )
         name = config.tokenizer.name if {"tokenizer", "tokenizer.name"} & asked else None
         tokenizer = TokenizerConfig(tokenizer_of(weights, name))
-        if config.init_from in (LATEST, BEST):  # which soon mean this run itself
-            config = replace(config, init_from=weights.origin)
         if weights.trained:
             tokenizer.vocab_size = weights.trained.tokenizer.vocab_size
         if name:  # perhaps another name for the same
             config = replace(config, tokenizer=replace(config.tokenizer, name=tokenizer.name))
-        if weights.folder:  # a run's newest checkpoint, now; later there may be a newer one
+        if weights.folder:  # the checkpoint that is meant now: a run's newest, and latest, soon are others
             config = replace(config, init_from=weights.origin)
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, weights=weights)
