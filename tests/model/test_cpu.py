@@ -51,14 +51,14 @@ def test_attention_with_dropout() -> None:
 
     def ours(*heads: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return cpu.CausalAttention.apply(*heads, 0.25)
+        return cpu.CausalAttention.apply(*heads, 0.5)
 
     def plain(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         torch.manual_seed(1)
-        kept = cpu.kept_by_dropout(torch.Size([3, 4, 20, 20]), 0.25)
+        factors = cpu.dropout_factors(torch.Size([3, 4, 20, 20]), 0.5)
         future = torch.ones(20, 20, dtype=torch.bool).triu(1)
         scores = (queries @ keys.transpose(2, 3) / 8**0.5).masked_fill(future, -torch.inf)
-        return (scores.softmax(-1) * kept / 0.75) @ values
+        return (scores.softmax(-1) * factors) @ values
 
     compare(ours, plain, *heads)
 
@@ -66,13 +66,14 @@ def test_attention_with_dropout() -> None:
 @pytest.mark.parametrize("drop_rate", [0.1, 0.5, 0.999])
 def test_dropout_keeps_the_share_it_says_independently(drop_rate: float) -> None:
     torch.manual_seed(0)
-    kept = cpu.kept_by_dropout(torch.Size([1001, 999]), drop_rate).float()
+    factors = cpu.dropout_factors(torch.Size([1001, 999]), drop_rate)
+    kept = (factors > 0).float()
     chance = 5 * (drop_rate * (1 - drop_rate) / kept.numel()) ** 0.5  # five standard deviations
     assert kept.mean().item() == pytest.approx(1 - drop_rate, abs=chance + 2**-17)
     both = (kept.flatten()[1:] * kept.flatten()[:-1]).mean().item()  # neighbours come from one draw
     assert both == pytest.approx((1 - drop_rate) ** 2, abs=2 * chance + 2**-16)
-    values = cpu.dropped(torch.ones(1001, 999), kept.to(torch.uint8), drop_rate)
-    assert values.unique().tolist() == pytest.approx([0.0, 1 / (1 - drop_rate)])
+    factor = torch.tensor(1 / (1 - drop_rate), dtype=torch.bfloat16).item()
+    assert factors.unique().tolist() == [0.0, factor]
 
 
 def test_norm_rotation_and_activation() -> None:
