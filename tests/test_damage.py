@@ -380,7 +380,7 @@ CASES = [(folder, reader) for folder, readers in READERS.items() for reader in r
 
 
 @settings(
-    max_examples=EXAMPLES or 15,
+    max_examples=EXAMPLES or 8,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
