@@ -437,6 +437,16 @@ class ReportConfig:
 
 
 @dataclass
+class CompareConfig:
+    a: Any = key(
+        "latest",
+        "a setting: a sweep's folder, a run's (a job of a sweep stands for its setting, with all seeds), a "
+        "list of these, or latest: the newest sweep",
+    )
+    b: Any = key(None, "the other setting; null: a holds both")
+
+
+@dataclass
 class RunsConfig:
     path: str = key("outputs", "folder below which runs are listed")
     state: str | None = key(None, "list only runs in this state", choices=RUN_STATES)

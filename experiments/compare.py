@@ -1,0 +1,15 @@
+"""Say whether one setting is better than another: `python experiments/compare.py --help`."""
+
+from launch import Invocation, launch
+
+from llm.config import CompareConfig
+
+
+def run(config: CompareConfig, invocation: Invocation) -> None:
+    from llm.commands.compare import compare  # imports torch and scipy, which --help need not wait for
+
+    compare(config, invocation.run_dir)
+
+
+if __name__ == "__main__":
+    launch("compare", CompareConfig, run)
