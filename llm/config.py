@@ -440,8 +440,8 @@ class ReportConfig:
 class CompareConfig:
     a: Any = key(
         "latest",
-        "a setting: a sweep's folder, a run's (a job of a sweep stands for its setting, with all seeds), a "
-        "list of these, or latest: the newest sweep",
+        "a setting: a sweep's folder; a run's, which as a job of a sweep stands for its setting with all "
+        "seeds; a list of runs and sweeps; or latest: the newest sweep",
     )
     b: Any = key(None, "the other setting; null: a holds both")
 

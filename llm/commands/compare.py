@@ -105,18 +105,22 @@ def sides(config: CompareConfig) -> tuple[Side, Side]:
 
 
 def _jobs_of(given: Any) -> list[Path]:
-    """The folders of runs that a or b means: a run, which as a job of a sweep stands for its setting with all
-    seeds; a sweep; or several of these."""
-    found: list[Path] = []
-    for name in given if isinstance(given, list) else [given]:
-        folder = find_sweep(str(name), "pretrain")
-        if not (folder / RECORD).exists() and (folder.parent / RECORD).exists():
-            siblings = read_jobs([folder.parent])
-            own = [_without_seed(job) for job in siblings if job.folder.name == folder.name]
-            found += [job.folder for job in siblings if [_without_seed(job)] == own]
-        else:
-            found += [job.folder for job in read_jobs([folder])]
-    return [*dict.fromkeys(found)]
+    """The folders of runs that a or b means: a sweep; a run, which as a job of a sweep stands for its setting
+    with all seeds; or a list of sweeps and runs, where a run is that run alone.
+
+    Raises:
+        UserError: there is none, or none has begun.
+    """
+    folders = [find_sweep(str(name), "pretrain") for name in (given if isinstance(given, list) else [given])]
+    jobs = [job for folder in folders for job in read_jobs([folder])]
+    if not isinstance(given, list) and (folders[0].parent / RECORD).exists():
+        siblings = read_jobs([folders[0].parent])
+        own = [_without_seed(job) for job in siblings if job.folder.name == folders[0].name]
+        jobs = [job for job in siblings if [_without_seed(job)] == own]
+    found = dict.fromkeys(job.folder for job in jobs if job.state != "waiting")
+    if not found:
+        raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
+    return [*found]
 
 
 def _without_seed(job: Job) -> dict[str, str]:
