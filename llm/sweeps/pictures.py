@@ -21,6 +21,7 @@ from llm.sweeps.ranking import (
     is_numeric,
     loss_cells,
     loss_grid,
+    mean_of,
     means_over,
     plotted_keys,
     settings_of,
@@ -105,12 +106,13 @@ def _draw_ranking(picture: Any, ranking: Ranking, layout: Layout) -> None:
         row, column = divmod(number, across)
         axes = picture.add_subplot(places[row, 1 + column] if across == 2 else places[row, 1:])
         if layout.grid:
-            draw_heatmap(axes, layout.grid, loss_cells(groups))
+            draw_heatmap(axes, layout.grid, loss_cells(ranking))
             title = f"Mean final {measure.title}, darker is lower (by rank)"
             axes.set_title(title, loc="left", fontsize=10)
         else:
             numeric = is_numeric(values_of(settings_of(results), key))
             (_draw_values if numeric else _draw_names)(axes, results, key, measure)
+            _draw_noise(axes, ranking, numeric)
             if across == 2:
                 axes.title.set_fontsize(8)
 
@@ -136,6 +138,9 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]], m
         curves += [result.training[[0, 1, 2, 4]] for result in best_last]
         for result in best_last:
             axes.plot(result.training[1], result.training[4], ":", lw=0.9, color=colours[result])
+    for group in groups if few_jobs else []:
+        if band := _between_seeds(group):
+            axes.fill_between(*band, color=colours[group[0]], alpha=0.15, lw=0)
     losses = np.concatenate([rows[3] for rows in curves])
     tokens = np.concatenate([rows[1] for rows in curves])
     if np.isfinite(losses).any():
@@ -155,6 +160,16 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]], m
         axes.legend(handles, [_label(name, 40) for name in legend], frameon=False, fontsize=8)
     else:
         _draw_colour_bar(axes, [result.final for result in results if result.final is not None], measure)
+
+
+def _between_seeds(group: list[Result]) -> tuple[np.ndarray, ...] | None:
+    """Tokens seen, and the lowest and highest evaluation of a setting's seeds there; None for one seed, and
+    if they were not evaluated at the same places."""
+    curves = [result.evaluations for result in group if result.evaluations.size]
+    if len(curves) < 2 or any(not np.array_equal(rows[1], curves[0][1]) for rows in curves):
+        return None
+    losses = np.stack([rows[3] for rows in curves])
+    return curves[0][1], losses.min(axis=0), losses.max(axis=0)
 
 
 def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, float]:
@@ -206,6 +221,15 @@ def _draw_colour_bar(axes: Any, losses: list[float], measure: Measure) -> None:
     bar.set_ticks(places, labels=[f"{value:.3f}" for value in np.quantile(losses, places)] if losses else [])
     bar.set_label(f"Final {measure.title}; colour by rank, grey without one", fontsize=8)
     bar.ax.tick_params(labelsize=8)
+
+
+def _draw_noise(axes: Any, ranking: Ranking, upright: bool) -> None:
+    """What seeds alone change, a standard deviation to either side of the lowest mean, as a band."""
+    means = [mean_of(result.final for result in group) for group in ranking.groups]
+    there = [value for value in means if value is not None]
+    if ranking.noise and there:
+        span = min(there) - ranking.noise, min(there) + ranking.noise
+        (axes.axhspan if upright else axes.axvspan)(*span, color=UNRANKED, alpha=0.35, lw=0, zorder=0)
 
 
 def _axis_title(measure: Measure) -> str:

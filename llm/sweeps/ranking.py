@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import mean
 
 from llm.overrides import compact, short_key
@@ -11,6 +12,7 @@ from llm.records import figure_in
 from llm.sweeps.comparing import Comparison
 from llm.sweeps.jobs import order
 from llm.sweeps.results import Result, or_infinite
+from llm.sweeps.verdict import noise, possibly_best
 
 Setting = dict[str, str]  # the keys that vary between jobs, with a job's values
 
@@ -31,6 +33,17 @@ class Ranking:
     def results(self) -> list[Result]:
         return [result for group in self.groups for result in group]
 
+    @cached_property
+    def possibly_best(self) -> list[bool | None]:
+        """Whether each setting may be the best, see `llm.sweeps.verdict`; None where there is one seed."""
+        return possibly_best([figures_by_seed(group) for group in self.groups])
+
+    @cached_property
+    def noise(self) -> float | None:
+        """What seeds alone change: the standard deviation, over the settings that may be the best."""
+        kept = [group for group, may in zip(self.groups, self.possibly_best, strict=True) if may]
+        return noise([figures_by_seed(group) for group in kept or self.groups])
+
 
 def by_setting(results: list[Result]) -> list[list[Result]]:
     """The results that differ in their seed alone, together; the best mean loss first."""
@@ -38,6 +51,15 @@ def by_setting(results: list[Result]) -> list[list[Result]]:
     for result in results:
         found.setdefault(json.dumps(result.setting, sort_keys=True), []).append(result)
     return sorted(found.values(), key=mean_rank)
+
+
+def figures_by_seed(group: list[Result]) -> dict[int, float]:
+    """The final figures of a setting; of a seed that was run several times, the mean."""
+    found: dict[int, list[float]] = {}
+    for result in group:
+        if result.final is not None:
+            found.setdefault(result.job.summary.get("seed", 0), []).append(result.final)
+    return {seed: mean(values) for seed, values in found.items()}
 
 
 def mean_rank(group: list[Result]) -> tuple[float, float]:
@@ -156,10 +178,13 @@ def loss_grid(groups: list[list[Result]]) -> Grid | None:
     return grid_of(settings, keys[0], keys[1])
 
 
-def loss_cells(groups: list[list[Result]]) -> list[HeatCell]:
-    """For each setting its mean final loss, the lower the darker."""
-    means = [mean_of(result.final for result in group) for group in groups]
-    texts = ["–" if value is None else f"{value:.3f}" for value in means]
+def loss_cells(ranking: Ranking) -> list[HeatCell]:
+    """For each setting its mean final loss, the lower the darker, with a star if it may be the best."""
+    means = [mean_of(result.final for result in group) for group in ranking.groups]
+    texts = [
+        "–" if value is None else f"{value:.3f}" + " ★" * bool(may)
+        for value, may in zip(means, ranking.possibly_best, strict=True)
+    ]
     return [*zip(shades_by_rank(means), texts, strict=True)]
 
 

@@ -47,13 +47,21 @@ def _sweep_rows(results: list[Result], rankings: list[Ranking]) -> Iterable[list
     names = [*dict.fromkeys(name for result in results for name in result.figures if name not in keys)]
     text_of = {result: each.of.title for each in rankings for result in each.results}
     text_head = ["text"] if len(rankings) > 1 else []
-    yield ["job", *keys, "state", *text_head, *names, "error", "folder"]
+    may = {
+        result: answer
+        for each in rankings
+        for group, answer in zip(each.groups, each.possibly_best, strict=True)
+        for result in group
+    }
+    may_head = ["possibly_best"] if any(answer is not None for answer in may.values()) else []
+    yield ["job", *keys, "state", *text_head, *names, *may_head, "error", "folder"]
     for result in results:
         figures = [result.figures.get(name) for name in names]
         setting = [result.job.setting.get(key) for key in keys]
         folder = as_typed(result.job.folder)
         text = [text_of[result]] if text_head else []
-        yield [result.job.name, *setting, result.state, *text, *figures, result.error, folder]
+        answer = [None if may[result] is None else str(may[result]).lower()] if may_head else []
+        yield [result.job.name, *setting, result.state, *text, *figures, *answer, result.error, folder]
 
 
 def _study_rows(jobs: list[Job]) -> Iterable[list[Any]]:

@@ -57,9 +57,16 @@ def sweep_page(results: list[Result], rankings: list[Ranking], folders: list[Pat
         "keys": [_key(rankings, key, axis) for key, axis in axes.items()],
         "texts": _texts(rankings),
         "groups": [
-            {"title": title_of(group[0].setting) or "the one setting", "cell": cell, "text": number}
+            {
+                "title": title_of(group[0].setting) or "the one setting",
+                "cell": cell,
+                "text": number,
+                "possibly_best": may,
+            }
             for number, ranking in enumerate(rankings)
-            for group, cell in zip(ranking.groups, loss_cells(ranking.groups), strict=True)
+            for group, cell, may in zip(
+                ranking.groups, loss_cells(ranking), ranking.possibly_best, strict=True
+            )
         ],
         "jobs": _jobs(results, rankings, axes),
         "samples": _samples(results, rankings),
@@ -138,6 +145,7 @@ def _texts(rankings: list[Ranking]) -> list[dict[str, Any]]:
                 "measure": asdict(ranking.of.measure),
                 "per_token": ranking.of.measure == LOSS,
                 "grid": grid and {**asdict(grid), "cells": cells},
+                "noise": ranking.noise,
             }
         )
         first += len(ranking.groups)

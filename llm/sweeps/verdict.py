@@ -5,13 +5,12 @@ batches in the same order, so what that adds to both cancels out in their differ
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import mean
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 LEVEL = 0.05  # how often equal settings are declared different
 POWER = 0.8  # how surely a difference as large as the one seen is to be found
@@ -43,10 +42,10 @@ class Difference:
         "Statistical power analysis for the behavioral sciences")."""
         for count in range(self.seeds + 1, MOST_SEEDS + 1):
             freedom = count - 1 if self.paired else 2 * (count - 1)
-            limit = stats.t.ppf(1 - LEVEL / 2, freedom)
+            limit = special.stdtrit(freedom, 1 - LEVEL / 2)
             # Past some 37, what is beyond the limit is all of it, and scipy's series may not converge.
             shift = min(37.0, abs(self.mean) / self.spread * math.sqrt(count)) if self.spread else 37.0
-            if stats.nct.sf(limit, freedom, shift) >= POWER:
+            if special.nctdtr(freedom, shift, limit) <= 1 - POWER:
                 return count
         return None
 
@@ -73,33 +72,31 @@ def difference(a: Figures, b: Figures) -> Difference | None:
         middle = mean(b.values()) - mean(a.values())
     else:
         return None
-    reach = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
+    reach = float(special.stdtrit(freedom, 1 - LEVEL / 2)) * error
     # With no noise at all, runs are the same to the bit, or they are different.
-    p = 2 * float(stats.t.sf(abs(middle) / error, freedom)) if error else float(not middle)
+    p = 2 * float(special.stdtr(freedom, -abs(middle) / error)) if error else float(not middle)
     spread = error * math.sqrt(count)
     return Difference(middle, middle - reach, middle + reach, p, spread, count, len(common) >= 2)
 
 
-def told_apart(settings: Sequence[Figures]) -> set[tuple[int, int]]:
-    """Which pairs of settings differ by more than the noise of seeds, by their numbers, the lower first.
-
-    All pairs are compared, for whichever setting comes out best was chosen by its noise as well; and the
-    level is Holm's (1979, "A simple sequentially rejective multiple test procedure"), at which the chance
-    that any two equal settings are declared different stays below LEVEL.
+def possibly_best(settings: Sequence[Figures]) -> list[bool | None]:
+    """Which settings cannot be told from the best, lower figures being better; None where there are too few
+    seeds to say. The setting that is truly best is among them in all but LEVEL of sweeps, however many
+    settings there are and whichever comes out first by its noise (Gupta 1965, "On some multiple decision
+    rules"): one is ruled out only if the first is better in a one-sided t-test at LEVEL, divided by the
+    number of the others (Bonferroni's bound), so that each may have a noise of its own.
     """
-    found = [
-        (each.p, pair)
-        for pair in combinations(range(len(settings)), 2)
-        if (each := difference(settings[pair[0]], settings[pair[1]]))
-    ]
-    return set(_rejected(sorted(found)))
-
-
-def _rejected(found: list[tuple[float, tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    for place, (p, pair) in enumerate(found):
-        if p >= LEVEL / (len(found) - place):
-            return
-        yield pair
+    several = [number for number, each in enumerate(settings) if len(each) > 1]
+    kept: list[bool | None] = [None] * len(settings)
+    if len(several) < 2:
+        return kept
+    first = min(several, key=lambda number: mean(settings[number].values()))
+    kept[first] = True
+    for number in several:
+        if number != first and (found := difference(settings[first], settings[number])):
+            one_sided = found.p / 2 if found.mean > 0 else 1 - found.p / 2
+            kept[number] = one_sided >= LEVEL / (len(several) - 1)
+    return kept
 
 
 def noise(settings: Sequence[Figures]) -> float | None:

@@ -25,7 +25,7 @@ def sweep(tmp_path: Path) -> Sweep:
     """A sweep of runs with these figures: by the value of `optimizer.lr`, then by seed."""
 
     def make(name: str, figures: dict[str, dict[int, float]], **summary: object) -> str:
-        jobs = []
+        jobs: list[list[str]] = []
         for lr, by_seed in figures.items():
             for seed, bits in by_seed.items():
                 folder = tmp_path / name / str(len(jobs))

@@ -96,10 +96,14 @@ def sweep(tmp_path: Path) -> Path:
 def test_settings_are_ranked_over_their_seeds(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = report(sweep)
     assert [(group["title"], group["cell"]) for group in page["groups"]] == [
-        ("lr=1e-2", [1, "2.150"]),
+        ("lr=1e-2", [1, "2.150 ★"]),
         ("lr=1e-1", [0.5, "2.500"]),
         ("lr=1e-3", [0, "3.100"]),
     ]
+    # lr=1e-3 is worse by 1.0 and 0.9: a mean of 0.95, a standard error of 0.05. t is 19, one-sided p 0.0167.
+    assert [group["possibly_best"] for group in page["groups"]] == [True, None, False]
+    assert [row["possibly_best"] for row in csv_of(sweep)] == ["false", "false", "true", "true", ""]
+    assert page["texts"][0]["noise"] == pytest.approx(0.3 / 2**0.5)  # of 2.0 and 2.3
     assert [job["group"] for job in page["jobs"]] == [2, 2, 0, 0, 1]
     assert [job["name"] for job in page["jobs"]] == list("01234")
     assert page["jobs"][3]["setting"] == {"optimizer.lr": "1e-2", "seed": "1"}
@@ -254,7 +258,7 @@ def test_two_keys_make_a_heatmap(tmp_path: Path) -> None:
     assert (grid["along"], grid["columns"]) == ("lr", ["0.01", "0.1", "1"])
     assert [[None if n is None else cells[n] for n in row] for row in grid["cells"]] == [
         [[0.25, "7.500"], [0.75, "3.500"], None],
-        [[0.5, "5.500"], [1, "1.500"], [0, "9.500"]],
+        [[0.5, "5.500"], [1, "1.500 ★"], [0, "9.500"]],
     ]
     [lr, layers] = page["keys"]
     assert (lr["name"], lr["values"], lr["numeric"], lr["log"]) == ("lr", [0.01, 0.1, 1], True, True)
@@ -295,7 +299,9 @@ def test_only_the_seed_varies(tmp_path: Path) -> None:
     for number in range(3):
         write_job(tmp_path, number, {"seed": str(number)}, 2 + number / 10, steps=3)
     page = report(tmp_path)
-    assert page["groups"] == [{"title": "the one setting", "cell": [1, "2.100"], "text": 0}]
+    assert page["groups"] == [
+        {"title": "the one setting", "cell": [1, "2.100"], "text": 0, "possibly_best": None}
+    ]
     assert [key["name"] for key in page["keys"]] == ["seed"]
 
 
@@ -309,7 +315,12 @@ def test_one_run_and_several_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (run / "report.png").exists()
     page = report([Path("a"), Path("b")], to="both")
     assert [row["job"] for row in csv_of(Path("both"))] == ["a/0", "b/0", "b/1"]
-    assert page["groups"][0] == {"title": "lr=0.2", "cell": [1, "1.500"], "text": 0}
+    assert page["groups"][0] == {
+        "title": "lr=0.2",
+        "cell": [1, "1.500"],
+        "text": 0,
+        "possibly_best": None,
+    }
     with pytest.raises(UserError, match="nowhere holds neither a sweep nor a run"):
         report(Path("nowhere"))
 
@@ -433,6 +444,7 @@ const column = (name, number, kind = "") =>
 found.best = byId("best").textContent;
 found.ranked = table("#ranked table");
 found.jobs = table("#jobs table");
+found.dots = [...document.querySelectorAll(".dots [title]")].map(each => each.title);
 const pixels = () => document.querySelector("#curves canvas:nth-child(2)").toDataURL();
 found.before = column("jobs", 4);
 const head = document.querySelector("#jobs th:nth-child(5)");
@@ -499,17 +511,18 @@ def test_charts_and_tables_in_a_browser(sweep: Path) -> None:
     assert found["best"] == "Lowest validation loss: 2.150 ± 0.212 with lr=1e-2, n = 2"
     # every metric has its column but the perplexity, which follows from the loss; |2.0 - 2.3| / √2 = 0.212
     # is the sample standard deviation, and of one seed there is none
-    heads = "rank,lr,n,val loss,bits/byte,val next word,train loss,last evaluated,train time,tokens/s"
+    heads = "rank,lr,n,may be best,seeds,val loss,bits/byte,val next word,train loss,last evaluated,"
+    heads += "train time,tokens/s"
     last = "3.532 ± 0.000"
     assert found["ranked"] == [
         heads.split(","),
-        ["1", "1e-2", "2", "2.150 ± 0.212", "3.102 ± 0.306", "0.250", "1.500", last, "5s", "512"],
-        ["2", "1e-1", "1", "2.500", "3.607", "–", "–", "3.532", "5s", "512"],
-        ["3", "1e-3", "2", "3.100 ± 0.141", "4.472 ± 0.204", "–", "–", last, "5s", "512"],
-        ["–", HOSTILE[:40] + "…", "0 of 1", *6 * ["–"], "512"],
+        ["1", "1e-2", "2", "yes", "", "2.150 ± 0.212", "3.102 ± 0.306", "0.250", "1.500", last, "5s", "512"],
+        ["2", "1e-1", "1", "–", "", "2.500", "3.607", "–", "–", "3.532", "5s", "512"],
+        ["3", "1e-3", "2", "no", "", "3.100 ± 0.141", "4.472 ± 0.204", "–", "–", last, "5s", "512"],
+        ["–", HOSTILE[:40] + "…", "0 of 1", "–", "", *6 * ["–"], "512"],
     ]
     assert [row[0] for row in found["jobs"]] == ["job", *"012345"]
-    assert found["jobs"][0][7:] == [*heads.split(",")[6:8], "steps", "tokens", "train time", "tokens/s"]
+    assert found["jobs"][0][7:] == [*heads.split(",")[8:10], "steps", "tokens", "train time", "tokens/s"]
     assert found["jobs"][3][1:] == (
         ["1e-2", "0", "finished", "2.000", "2.885", "0.250", "1.500", "3.532", "40", "2,560", "5s", "512"]
     )
@@ -527,6 +540,8 @@ def test_charts_and_tables_in_a_browser(sweep: Path) -> None:
     assert found["brushed"] == "2 of 6 jobs are shown; show all"  # the losses 2.3 and 2.5
     assert found["released"] == [True, 6]
     assert found["width"] == 360
+    figures = ("2.0000", 0), ("2.3000", 1), ("2.5000", 0), ("3.0000", 0), ("3.2000", 1)
+    assert found["dots"] == [f"{loss} with seed {seed}" for loss, seed in figures]
 
 
 @needs_browser

@@ -40,6 +40,7 @@ function addTable(parent, label, columns, press) {
       const shown = column.cells[number][1];
       if (press && column == columns[0])
         add(add(row, "td"), "button", shown).addEventListener("click", () => press(number));
+      else if (shown instanceof Node) add(row, "td", "", aligned(column)).append(shown);
       else addCut(row, "td", shown, aligned(column));
     }
     return row;

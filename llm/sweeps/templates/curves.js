@@ -85,7 +85,23 @@ function drawCurves(context, axes, width, height) {
     work();
     context.restore();
   }
+  // Between the lowest and the highest evaluation of a setting's seeds, where all were evaluated at the same places.
+  function fillBetweenSeeds(numbers) {
+    const curves = numbers.filter(isSelected).map(number => jobs[number].validation).filter(curve => curve[0].length);
+    if (curves.length < 2 || curves.some(curve => String(curve[0]) != String(curves[0][0]))) return;
+    if (curves.some(curve => curve[3].some(value => value === null || view.log && value <= 0))) return;
+    const places = [...curves[0][0].keys()];
+    const across = place => px(curves.reduce((sum, curve) => sum + curve[column][place], 0) / curves.length / scale);
+    const edge = pick => place => [across(place), py(pick(...curves.map(curve => curve[3][place])))];
+    context.globalAlpha = 0.15;
+    context.fillStyle = jobs[numbers[0]].colour;
+    context.beginPath();
+    for (const point of [...places.map(edge(Math.max)), ...places.reverse().map(edge(Math.min))]) context.lineTo(...point);
+    context.fill();
+    context.globalAlpha = 1;
+  }
   clippedTo(context, () => {
+    if (view.validation && few) jobsOfGroup.forEach(fillBetweenSeeds);
     for (const name of shown) for (const number of visible) trace(context, name, jobs[number], false);
   });
   return {

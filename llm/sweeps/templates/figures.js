@@ -18,9 +18,46 @@ function groupColumns() {
     ...settingColumns(firsts.map(({ setting: { seed, ...others } }) => others)),
     { name: "n", cells: jobsOfGroup.map(({ length }, group) =>
       [finished[group], finished[group] + (finished[group] < length ? " of " + length : "")]) },
+    ...verdictColumns(),
     ...lossColumns(jobsOfGroup, jobs.some(job => job.loss === null)),
     ...speedColumns(jobsOfGroup),
   ];
+}
+
+// Whether a setting may be the best, and a dot for each of its seeds, where any has several.
+function verdictColumns() {
+  if (groups.every(group => group.possibly_best === null)) return [];
+  const answers = groups.map(group => ({ true: [0, "yes"], false: [2, "no"] })[group.possibly_best] ?? [1, "–"]);
+  return [
+    { name: "may be best", cells: answers },
+    { name: "seeds", cells: groups.map((_, group) => [group, dotsOf(group)]), text: true },
+  ];
+}
+
+// A strip from the lowest final figure of the text to that of the usual setting, with the noise of seeds about the
+// lowest mean as a band. What lies beyond is a ring at its end.
+function dotsOf(group) {
+  const { measure, noise } = data.texts[groups[group].text];
+  const rivals = [...groups.keys()].filter(other => groups[other].text == groups[group].text);
+  const found = rivals.map(other => figuresOf(measure.name, jobsOfGroup[other])).filter(values => values.length);
+  if (!found.length) return "–";
+  const best = mean(found[0]), usual = mean(found[found.length >> 1]);
+  const low = Math.min(...found.flat(), best - noise), high = Math.max(...found[0], usual + noise, best + 4 * noise);
+  const place = value => 100 * Math.min(1, (value - low) / (high - low || 1)) + "%";
+  const strip = document.createElement("div");
+  strip.className = "dots";
+  if (noise) {
+    const band = add(strip, "i", "", { class: "band" });
+    band.style.left = place(best - noise);
+    band.style.right = "calc(100% - " + place(best + noise) + ")";
+  }
+  for (const number of jobsOfGroup[group]) {
+    const value = jobs[number].figures[measure.name] ?? null, { seed } = jobs[number].setting;
+    if (value === null) continue;
+    const title = value.toFixed(4) + (seed === undefined ? "" : " with seed " + seed);
+    add(strip, "i", "", { title, class: value > high ? "beyond" : "dot" }).style.left = place(value);
+  }
+  return strip;
 }
 
 function jobColumns() {

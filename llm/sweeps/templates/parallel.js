@@ -68,6 +68,8 @@ function drawParallel(context, _, width, height) {
       }
     });
   }
+  const last = across(parallelAxes.length - 1);
+  drawNoise(context, last - 7, last + 7, value => down(parallelAxes.at(-1).at(value)));
   [...ranked].reverse().forEach(number => trace(context, number, false));
   return {
     across, down,

@@ -51,7 +51,7 @@ function addLossMap(parent, { grid, measure, title }, text) {
   const figure = add(parent, "figure", "", { "data-text": text });
   const caption = add(figure, "figcaption");
   add(caption, "b", "Mean final " + measure.title + " over two keys");
-  caption.append((title && " on " + title) + " the bluer, the lower (by rank); a cell shows its jobs in the charts");
+  caption.append((title && " on " + title) + " the bluer, the lower (by rank); ★ may be the best; a cell shows its jobs in the charts");
   const titles = groups.map(group => group.title);
   Object.assign(marks.cells, addHeatmap(figure, grid, groups.map(group => group.cell), titles, pressGroup));
 }
@@ -121,6 +121,7 @@ document.querySelectorAll(".readout").forEach(readout => { readout.textContent =
 
 fillColourChoice();
 addChart(byId("curves"), innerWidth < 600 ? 340 : 460, drawCurves);
+byId("verdict").hidden = groups.every(group => group.possibly_best === null);
 if (keys.length && finished.length && jobs.length > 1) {
   marks.groups = addTable(byId("ranked"), "settings, ranked", groupColumns(), pressGroup);
   keys.forEach((_, number) => addValues(number));

@@ -16,6 +16,18 @@ function axisOfLoss(numbers, title) {
   return { low, high, log: low > 0 && high > 4 * low, title };
 }
 
+// What seeds alone change: a standard deviation to either side of the lowest mean.
+function drawNoise(context, left, right, py) {
+  const { noise } = data.texts[textShown];
+  const lowest = figuresOf(measure().name, jobsOfGroup[groups.findIndex(group => group.text == textShown)]);
+  if (!noise || !lowest.length) return;
+  const [top, bottom] = [mean(lowest) + noise, mean(lowest) - noise].map(py);
+  context.globalAlpha = 0.25;
+  context.fillStyle = faint;
+  context.fillRect(left, top, right - left, bottom - top);
+  context.globalAlpha = 1;
+}
+
 function addValues(keyNumber) {
   const key = keys[keyNumber];
   const figure = add(byId("values"), "figure");
@@ -29,7 +41,7 @@ function addValues(keyNumber) {
     told.textContent = lowest ? " lowest mean " + lowest[1].toFixed(3) + " at " + cut(tickText(key, lowest[0])) : "";
     const there = lossOrder.filter(number => isSelected(number) && jobs[number].values[keyNumber] !== null);
     const all = lossOrder.filter(number => jobs[number].values[keyNumber] !== null);
-    const { px, py } = frame(axes, width, height,
+    const { left, right, px, py } = frame(axes, width, height,
       widened(axisOfKey(key), 0.06), widened(axisOfLoss(all, lossTitle("final ")), 0.06));
     const at = number => [px(jobs[number].values[keyNumber]), py(jobs[number].loss)];
     function dot(context, number, radius, alpha) {
@@ -40,6 +52,7 @@ function addValues(keyNumber) {
       context.fill();
       context.globalAlpha = 1;
     }
+    drawNoise(context, left, right, py);
     [...there].reverse().forEach(number => dot(context, number, few ? 4 : 2.5, few ? 0.9 : 0.5));
     context.strokeStyle = ink;
     context.lineWidth = 1.6;
