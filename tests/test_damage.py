@@ -75,6 +75,7 @@ READERS = {
         ("report",),
         ("report", f"sweep=[{SWEEP},{RUN}]"),
         ("report", f"sweep={SWEEP}/0"),
+        ("compare", f"a={SWEEP}/0", f"b={RUN}"),
         ("pretrain", "-m", f"sweep.resume={SWEEP}"),
         ("pretrain", f"resume={SWEEP}/1"),
     ],
