@@ -29,8 +29,36 @@ TINY = (
     "model.drop_rate=0.1",
 )
 
+ON_GPUS = "gpu"  # the mark expression with which the tests of GPUs run, and nothing else does
+
 Begin = Callable[..., ScriptProcess]
 Script = Callable[..., Result]
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist starts its processes
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest -m gpu` runs the tests of GPUs, one after the other: one of them takes all of a GPU's memory.
+    All other tests are of CPUs, and see no GPU."""
+    if config.option.markexpr == ON_GPUS:
+        config.option.numprocesses = 0
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `pytest -m gpu`, all but tests/gpu/: importing the other tests takes longer than running many."""
+    others = collection_path.name.startswith("test_") and collection_path.parent.name != "gpu"
+    return True if others and config.option.markexpr == ON_GPUS else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if marker := item.get_closest_marker("gpu"):
+        import torch  # not above: its threads are limited first
+
+        kind, count = marker.kwargs.get("kind", "cuda"), marker.kwargs.get("count", 1)
+        found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+        if item.config.option.markexpr != ON_GPUS or found < count:
+            pytest.skip(f"runs under pytest -m gpu, with {count} of {kind}; there are {found}")
 
 
 @pytest.fixture(scope="session", autouse=True)
