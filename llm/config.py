@@ -270,14 +270,20 @@ class RuntimeConfig:
     )
     precision: str = key(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32; int8: weights only, to generate on a CPU",
-        choices=("auto", "fp32", "bf16", "int8"),
+        "auto: bf16 where the device computes in it, else fp32; tf32: on NVIDIA, products of fp32 in 10 "
+        "bits; int8: weights only, to generate on a CPU",
+        choices=("auto", "fp32", "tf32", "bf16", "int8"),
     )
     threads: int | None = key(None, "CPU threads per process; null: torch's choice", at_least=1)
     processes: int = key(1, "processes that share each batch, one per GPU", at_least=1)
     compile: bool = key(
         False,
         "for GPUs: compile the blocks (training) or the decode step, as a CUDA graph; slow to start",
+    )
+    deterministic: bool = key(
+        False,
+        "for training on CUDA: only kernels that give the same numbers each time, so that runs repeat and "
+        "resume bit for bit; CPUs do so anyway",
     )
 
 
@@ -524,7 +530,12 @@ def validate(config: Any, prefix: str = "") -> None:
         case EvaluateConfig(text=str(), path=str()):
             raise UserError("text and path are both set: give the text itself, or the files that hold it")
         case PretrainConfig(runtime=RuntimeConfig(precision="int8")):
-            raise UserError("runtime.precision=int8 is for generation: train in auto, bf16 or fp32")
+            raise UserError("runtime.precision=int8 is for generation: train in auto, bf16, tf32 or fp32")
+        case (
+            GenerateConfig(runtime=RuntimeConfig(deterministic=True))
+            | EvaluateConfig(runtime=RuntimeConfig(deterministic=True))
+        ):
+            raise UserError("runtime.deterministic=true is for training: remove it")
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:
             raise UserError("data.order=book draws from one generator, so it needs runtime.processes=1")
 

@@ -61,8 +61,8 @@ def precision_in_words(asked: str, runtime: Runtime) -> str:
         asked: the config's `runtime.precision`.
     """
     kind, fast = runtime.device.type, computes_in_bf16(runtime.device)
-    if runtime.precision == "fp32" and fast:
-        return f"fp32, as runtime.precision={asked} says (bf16 is faster here)"
+    if runtime.precision in ("fp32", "tf32") and fast:
+        return f"{runtime.precision}, as runtime.precision={asked} says (bf16 is faster here)"
     why = {
         "cuda": "this GPU has no bf16 arithmetic",
         "mps": "bf16 is not used on Apple's GPUs",
@@ -73,6 +73,15 @@ def precision_in_words(asked: str, runtime: Runtime) -> str:
     if runtime.precision == "bf16" and not fast and kind != "mps":
         return f"bf16, emulated: {why} (runtime.precision=fp32 is faster)"
     return runtime.precision
+
+
+def exactness_in_words(runtime: Runtime, deterministic: bool) -> str:
+    """What is to be said of a run's `runtime.deterministic`, if it is on."""
+    if not deterministic:
+        return ""
+    if runtime.device.type == "cuda":
+        return "deterministic kernels"
+    return "runtime.deterministic=true changes nothing, as CPUs repeat their numbers anyway"
 
 
 def memory_bytes() -> int:
@@ -99,8 +108,11 @@ def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:
-    """Peak memory so far: allocated on the GPU under CUDA, else resident in the whole process."""
+    """Peak memory so far: allocated on the GPU under CUDA, what torch holds of the GPU's under MPS, which
+    knows no peak, else resident in the whole process."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
+    if runtime.device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

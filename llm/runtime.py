@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class Runtime:
     """Where a process computes, in which precision, and which of how many it is."""
 
     device: torch.device
-    precision: str  # fp32, bf16, or int8: weights in int8, products in bf16, for inference
+    precision: str  # fp32, tf32, bf16, or int8: weights in int8, products in bf16, for inference
     rank: int = 0
     processes: int = 1
     compile: bool = False  # see `RuntimeConfig`
@@ -31,11 +32,11 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+        return torch.float32 if self.precision in ("fp32", "tf32") else torch.bfloat16
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in bf16 over fp32 weights, or nothing at all in fp32."""
-        if self.precision == "fp32":
+        """Matrix products in bf16 over fp32 weights, or nothing at all in fp32 and tf32."""
+        if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -79,7 +80,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     """Choose the device and the precision.
 
     Raises:
-        UserError: the device asked for is not there, or cannot do the precision asked for.
+        UserError: the device asked for is not there, or cannot do the precision or the exactness asked for.
     """
     local_rank, local_processes = rank, config.processes
     if launched_processes():  # perhaps on several machines
@@ -106,18 +107,59 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         raise UserError(
             f"runtime.processes={config.processes}: Apple has one GPU; use 1, or runtime.device=cpu"
         )
+    if config.deterministic and kind == "mps":
+        raise UserError("runtime.deterministic=true: torch has such kernels for CUDA, not for MPS; remove it")
     if kind == "cpu":
         _keep_freed_memory()
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device(kind, local_rank)
         torch.cuda.set_device(device)
+        # cuBLAS reads this once, before the first product, and torch insists on it for deterministic ones.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        use_deterministic_kernels(config.deterministic)
     precision = config.precision
     if precision == "int8" and kind != "cpu":
         raise UserError(f"runtime.precision=int8 is for the CPU, and this is {kind}: use auto, bf16 or fp32")
+    if precision == "tf32" and not computes_in_tf32(device):
+        raise UserError(
+            f"runtime.precision=tf32 is for NVIDIA's GPUs from Ampere on, and this is "
+            f"{torch.cuda.get_device_name(device) if kind == 'cuda' else kind}: use auto, bf16 or fp32"
+        )
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(device) else "fp32"
+    set_product_precision(precision)
     return Runtime(device, precision, rank, config.processes, config.compile)
+
+
+def set_product_precision(precision: str) -> None:
+    """Let CUDA compute products of fp32 as they are, or in tf32: rounded to 10 bits, and added up in fp32.
+
+    torch has newer names for this, as `torch.backends.cuda.matmul.fp32_precision`. Where those alone are set,
+    asking by the older ones, as its compiler does, is an error; this call sets both.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def use_deterministic_kernels(wanted: bool) -> None:
+    """Whether CUDA may use only kernels that give the same numbers each time. What has none is then an error;
+    attention's backward pass has one for this mode alone (a warning in place of the error would not do)."""
+    if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(wanted)
+        # We read no memory that is not written, and to fill it takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def any_kernels() -> Iterator[None]:
+    """Kernels of all kinds, whatever `runtime.deterministic` says. Drawing a token adds up probabilities, for
+    which CUDA has no deterministic one; in fp64, the order changes the 16th digit of a sum."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    use_deterministic_kernels(False)
+    try:
+        yield
+    finally:
+        use_deterministic_kernels(deterministic)
 
 
 def _keep_freed_memory() -> None:
@@ -130,6 +172,12 @@ def _keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def computes_in_tf32(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU with TF32, as all from Ampere on."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def computes_in_bf16(device: torch.device) -> bool:

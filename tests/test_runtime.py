@@ -1,14 +1,16 @@
-"""Processes that share a run, without a run."""
+"""The precision of products, the choice of kernels, and processes that share a run, without a run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import run_python
 
 from llm.config import RuntimeConfig
 from llm.errors import UserError
 from llm.processes import processes
-from llm.runtime import Runtime
+from llm.runtime import Runtime, any_kernels, set_product_precision, start_runtime, use_deterministic_kernels
 
 TWO = RuntimeConfig(device="cpu", precision="fp32", processes=2)
 
@@ -36,3 +38,39 @@ def test_a_script_that_each_process_would_run_again_is_told_so(
     )
     result = run_python(tmp_path, environment, str(script))
     assert "UserError: runtime.processes: another process could not begin" in result.stderr
+
+
+@pytest.fixture
+def _flags() -> Iterator[None]:
+    yield
+    set_product_precision("fp32")
+    use_deterministic_kernels(False)
+
+
+def test_tf32_needs_a_gpu_that_has_it() -> None:
+    with pytest.raises(UserError, match=r"^runtime.precision=tf32 is for NVIDIA's GPUs .*this is cpu: use"):
+        start_runtime(RuntimeConfig(device="cpu", precision="tf32"))
+
+
+@pytest.mark.usefixtures("_flags")
+def test_fp32_is_strict_whatever_was_set_before() -> None:
+    set_product_precision("tf32")
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.get_float32_matmul_precision() == "high"  # an error if the two disagree
+    start_runtime(RuntimeConfig(device="cpu", precision="fp32"))
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert Runtime(torch.device("cpu"), "tf32").dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_flags")
+def test_drawing_tokens_is_free_of_the_choice_of_kernels() -> None:
+    start_runtime(RuntimeConfig(device="cpu", deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled()  # CPUs need no such choice, and pay for it
+    use_deterministic_kernels(True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention would not obey
+    with any_kernels():
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled()

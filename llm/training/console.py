@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from llm.config import PretrainConfig
-from llm.device import device_name, precision_in_words
+from llm.device import device_name, exactness_in_words, precision_in_words
 from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value, format_windows
@@ -42,13 +42,14 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         format_count(len(run.validation_windows.tokens)),
         config.data.path or config.data.source,
     )
-    log.info(
-        "device     %s; %s; matrix products at %sFLOP/s%s",
+    device = [
         device_name(runtime.device),
         precision_in_words(config.runtime.precision, runtime),
-        format_count(matmul_flops),
-        f"; {runtime.processes} processes" if runtime.processes > 1 else "",
-    )
+        exactness_in_words(runtime, config.runtime.deterministic),
+        f"matrix products at {format_count(matmul_flops)}FLOP/s",
+        f"{runtime.processes} processes" if runtime.processes > 1 else "",
+    ]
+    log.info("device     %s", "; ".join(filter(None, device)))
     log.info(
         "update     %d windows of %d tokens%s: %s tokens",
         config.data.batch_size,

@@ -11,6 +11,7 @@ from llm.generation.texts import generate_texts
 from llm.progress import Progress
 from llm.records import read_samples
 from llm.run_folder import read_summary
+from llm.runtime import any_kernels
 from llm.tracking import Tracker
 from llm.training import console
 from llm.training.early_stopping import EarlyStopping
@@ -125,9 +126,9 @@ class Recorder:
         run, config, sampling = self.run, self.run.config.samples, self.run.config.sampling
         # Compiling the decode step takes longer than generating one sample without.
         model = for_inference(run.model, replace(run.runtime, compile=False))
-        [sample] = generate_texts(
-            model, run.tokenizer, [run.sample_prompt], sampling, config.max_new_tokens, seed=run.config.seed
-        )
+        limit, seed = config.max_new_tokens, run.config.seed
+        with any_kernels():
+            [sample] = generate_texts(model, run.tokenizer, [run.sample_prompt], sampling, limit, seed=seed)
         self.tracker.log_sample({"step": run.counters.step, **sample.line(), "sampling": asdict(sampling)})
         log.info("\nSample after %d updates:\n%s\n", run.counters.steps, sample.text.rstrip())
 
