@@ -89,6 +89,11 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def gpu_memory_bytes(device: torch.device) -> int:
+    """The memory of a CUDA GPU, used or not."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     """Floating-point operations per second of a large square matrix product in the run's precision."""
     # Large enough that the time to launch it and to wait for it does not matter.

@@ -9,8 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llm.errors import UserError
-from llm.files import as_typed, held, is_held, read_content, remove, write_json
+from llm.files import as_typed, held, is_held, read_content, remove, write_json, write_text
 from llm.overrides import as_argument
 from llm.records import Record, read_record
 
@@ -161,3 +163,18 @@ def checkpoint_folder(path: Path) -> Path:
     except (OSError, ValueError):
         name = ""
     return Path(os.path.realpath(path.with_name(name) if CHECKPOINT_NAME.fullmatch(name) else path))
+
+
+def correct_record(run_dir: Path, values: dict[str, int]) -> None:
+    """Let the config that Hydra recorded, if it did, hold what a run that begins has chosen of it.
+
+    Args:
+        values: by keys of groups, as `data.batch_size`.
+    """
+    file = run_dir / ".hydra" / "config.yaml"
+    if values and file.exists():
+        config = yaml.safe_load(file.read_text("utf-8"))
+        for key, value in values.items():
+            group, _, name = key.partition(".")
+            config[group][name] = value
+        write_text(file, yaml.safe_dump(config, allow_unicode=True, sort_keys=False))

@@ -57,6 +57,11 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         f" × {training.accumulate} micro-batches" if training.accumulate > 1 else "",
         format_count(budget.update_tokens),
     )
+    if run.chosen:
+        log.info(
+            "           for this GPU, as nobody gave them: %s",
+            " ".join(f"{key}={value}" for key, value in run.chosen.items()),
+        )
     limit, value = budget.limit, getattr(training, budget.limit)
     log.info(
         "budget     %straining.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
     """What each process of a run does, from beginning to end. The main one fills in the summary."""
-    config, run_dir = start.config, start.run_dir
-    with device_errors_in_one_line(lambda: console.sizes(config)):
+    run_dir = start.run_dir
+    with device_errors_in_one_line(lambda: console.sizes(start.config)):
         run = build_run(start, runtime)
         if weights := start.take_weights():
             if start.checkpoint:

@@ -10,7 +10,7 @@ from llm.generation.inference import for_inference
 from llm.generation.texts import generate_texts
 from llm.progress import Progress
 from llm.records import read_samples
-from llm.run_folder import read_summary
+from llm.run_folder import correct_record, read_summary
 from llm.runtime import any_kernels
 from llm.tracking import Tracker
 from llm.training import console
@@ -57,6 +57,7 @@ class Recorder:
         was_stopped = bool(read_summary(run.run_dir).get("stopped_early"))
         self.tracker = Tracker(run.run_dir, run.config.tracking, asdict(run.config), "pretrain", start.run_id)
         rewind(start)  # W&B has started: from here on, little can keep the run from continuing
+        correct_record(run.run_dir, run.chosen)
         self.tracker.replay()
         self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
         self.progress = Progress("training", run.progress())

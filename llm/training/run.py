@@ -24,6 +24,7 @@ from llm.training.reruns import recorded_clock
 from llm.training.schedules import lr_factor, spent
 from llm.training.start import Start
 from llm.training.summary import Counters
+from llm.training.update_size import chosen_for_device, with_chosen
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Run:
     # them: one limited by the clock then ends after the same update, with the same rates on the way.
     recorded_clock: list[tuple[float, float]] = field(default_factory=list)
     resumed: list[dict[str, Any]] = field(default_factory=list)  # see Summary
+    chosen: dict[str, int] = field(default_factory=dict)  # keys and values of the config, for this GPU
 
     def epochs(self, more: int = 0) -> float:
         """Passes over the training split that are done, fractions included, once so many more of its batches
@@ -113,7 +115,8 @@ class Run:
 
 
 def build_run(start: Start, runtime: Runtime) -> Run:
-    """Put a run together. What a user can have got wrong is found here, before the first update.
+    """Put a run together. What a user can have got wrong is found here, before the first update; and what
+    nobody has decided is chosen for a GPU, and from here on is part of the config.
 
     Raises:
         UserError: the text or the prompt of the samples does not exist or does not suit the run, see
@@ -125,6 +128,8 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         raise MemoryError  # now: a system that is out of memory kills a process without a word
     tokenizer, splits = find_tokenizer(start.tokenizer, config.data)
     files = token_files(config.data, tokenizer, splits)
+    chosen = chosen_for_device(config, start.undecided, runtime, len(files[0].ids))
+    config = start.config = with_chosen(config, chosen)
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
     # The sample comes last, and a prompt that cannot be used would be found when the budget is spent.
     prompt = config.samples.prompt
@@ -148,6 +153,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         batches=TrainingBatches(training_windows, config.data, config.seed),
         sample_prompt=prompt,
         recorded_clock=recorded_clock(start.rerun_of) if start.rerun_of else [],
+        chosen=chosen,
     )
     if not runtime.is_main:
         torch.manual_seed(config.seed + runtime.rank)  # else dropout would be the same in every process

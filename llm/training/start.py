@@ -38,6 +38,7 @@ from llm.run_folder import (
     write_summary,
 )
 from llm.runs import BEST, find_run, named_checkpoint, path_of
+from llm.training.update_size import DEVICE_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Start:
     was_finished: bool = False
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # since the checkpoint: (was, is)
     rerun_of: Path | None = None
+    undecided: frozenset[str] = frozenset()  # those of DEVICE_KEYS that nobody gave, and no run recorded
     weights: Weights | None = None  # of init_from, which decide the config; until the model has taken them
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
     if config.rerun:
         rerun_of = find_run(config.rerun)
         return Start(repeated_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
+    undecided = frozenset(DEVICE_KEYS) - set(given)
     if config.samples.prompt is None:  # recorded, so that it stays when the text comes from elsewhere
         config = replace(config, samples=replace(config.samples, prompt=source_prompt(config.data)))
     if config.init_from:
@@ -124,14 +127,14 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         if weights.folder:  # the checkpoint that is meant now: a run's newest, and latest, soon are others
             config = replace(config, init_from=weights.origin)
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
-        return Start(config, run_dir, identity, weights=weights)
+        return Start(config, run_dir, identity, undecided=undecided, weights=weights)
     ours = config.tokenizer
     if "tokenizer.vocab_size" in given and ours.vocab_size and ours.name != LEARNT:
         raise UserError(
             f"tokenizer.vocab_size={ours.vocab_size}: tokenizer.name={ours.name} has a size of its own; "
             f"remove it, or learn a tokenizer of that size with tokenizer=bpe"
         )
-    return Start(config, run_dir, identity)
+    return Start(config, run_dir, identity, undecided=undecided)
 
 
 def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
@@ -190,8 +193,9 @@ def _begin_again(config: PretrainConfig, name: str, run_dir: Path, given: Collec
         )
     log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
     wanted = replace(with_given(recorded, config, given), resume=None)
-    # The record has the sizes and the tokenizer of given weights; those are to be the same again.
-    return find_start(wanted, run_dir, {*given, "model", "tokenizer.name"})
+    # The record has the sizes and the tokenizer of given weights; those are to be the same again. And it has
+    # what was chosen for the device.
+    return find_start(wanted, run_dir, {*given, "model", "tokenizer.name", *DEVICE_KEYS})
 
 
 def repeated_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
