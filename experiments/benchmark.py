@@ -1,4 +1,4 @@
-"""Measure the speed of training or generation: `python experiments/benchmark.py --help`."""
+"""Measure training or generation, or check a device: `python experiments/benchmark.py --help`."""
 
 from launch import Invocation, launch
 
@@ -11,6 +11,10 @@ def run(config: BenchmarkConfig, invocation: Invocation) -> None:
         from llm.commands.benchmark_generation import benchmark_generation
 
         benchmark_generation(config, invocation.run_dir)
+    elif config.measure == "device":
+        from llm.commands.benchmark_device import benchmark_device
+
+        benchmark_device(config, invocation.run_dir)
     else:
         from llm.commands.benchmark_training import benchmark_training
 

@@ -418,7 +418,11 @@ class GenerationBenchmarkConfig:
 
 @dataclass
 class BenchmarkConfig:
-    measure: str = key("training", "what is timed", choices=("training", "generation"))
+    measure: str = key(
+        "training",
+        "what is timed; device: whether the device computes right, and how fast",
+        choices=("training", "generation", "device"),
+    )
     model: ModelConfig = field(default_factory=modern_small)
     tokenizer: TokenizerConfig = field(default_factory=learnt_from_the_text)
     optimizer: OptimizerConfig = field(default_factory=muon_for_minutes)
@@ -534,6 +538,7 @@ def validate(config: Any, prefix: str = "") -> None:
         case (
             GenerateConfig(runtime=RuntimeConfig(deterministic=True))
             | EvaluateConfig(runtime=RuntimeConfig(deterministic=True))
+            | BenchmarkConfig(measure="generation" | "device", runtime=RuntimeConfig(deterministic=True))
         ):
             raise UserError("runtime.deterministic=true is for training: remove it")
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:

@@ -174,6 +174,12 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def precisions_of(device: torch.device) -> list[str]:
+    """The precisions that the device has arithmetic of its own for, the strictest first."""
+    has = {"fp32": True, "tf32": computes_in_tf32(device), "bf16": computes_in_bf16(device)}
+    return [precision for precision in has if has[precision]]
+
+
 def computes_in_tf32(device: torch.device) -> bool:
     """Whether the device is an NVIDIA GPU with TF32, as all from Ampere on."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None

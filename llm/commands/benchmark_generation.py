@@ -67,10 +67,10 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     for precision in [*precisions, *(["int8"] if runtime.device.type == "cpu" else [])]:
         for compiled in [False] + [True] * runtime.compile:
             ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
-            variants[f"{precision}, here{', compiled' * compiled}"] = _ours(config, ready)
+            variants[f"{precision}, here{', compiled' * compiled}"] = text_generator(config, ready)
         if gpt2 is not model:
             ready = for_inference(gpt2, replace(runtime, precision=precision))
-            variants[f"{precision}, {GPT2_PARTS}"] = _ours(config, ready)
+            variants[f"{precision}, {GPT2_PARTS}"] = text_generator(config, ready)
     if times_transformers(config.model):
         for precision in precisions:
             variants[f"{precision}, transformers {version('transformers')}"] = _transformers(
@@ -167,7 +167,7 @@ def _version() -> str:
     return version("transformers") if importlib.util.find_spec("transformers") else ""
 
 
-def _ours(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], None]:
+def text_generator(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], None]:
     tokenizer = load_tokenizer("bytes")  # a letter is one token, with an id that any vocabulary has
     prompt = "a" * config.generation.prompt_tokens
 

@@ -20,12 +20,18 @@ from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
 from llm.model.gpt import GPTModel, training_flops_per_token
 from llm.progress import Progress
-from llm.runtime import Runtime, computes_in_bf16, start_runtime
+from llm.runtime import (
+    Runtime,
+    precisions_of,
+    set_product_precision,
+    start_runtime,
+    use_deterministic_kernels,
+)
 from llm.training.optimizers import Optimizers, build_optimizers
 
 log = logging.getLogger(__name__)
 
-GPT2_PARTS = "GPT-2's parts"  # the name of a variant
+GPT2_PARTS, DETERMINISTIC = "GPT-2's parts", "deterministic"  # names of variants
 
 
 def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
@@ -33,18 +39,21 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     table and write `run_dir/benchmark.json`.
 
     The first variant is the book's: fp32, all logits at once. The others vary precision and loss, and with
-    `runtime.compile` one compiles the blocks. Beside a model of GPT-2's parts, transformers' GPT-2 of this
+    `runtime.compile` one compiles the blocks, with `runtime.deterministic` one takes only kernels that repeat
+    their numbers, as all of a CPU's do. Beside a model of GPT-2's parts, transformers' GPT-2 of this
     size is timed too, with AdamW, if transformers is installed; beside another model, ours.
     """
     validate(config)
-    runtime = start_runtime(config.runtime)
-    precisions = ["fp32", "bf16"] if computes_in_bf16(runtime.device) else ["fp32"]
+    runtime = start_runtime(replace(config.runtime, deterministic=False))
+    precisions = precisions_of(runtime.device)
+    exact = config.runtime.deterministic and runtime.device.type == "cuda"
     variants: dict[str, Callable[[], None]] = {}
     flops: dict[str, int] = {}  # per token
     for precision in precisions:
         each = replace(runtime, precision=precision)
         ours = [("plain loss", _plain_loss), ("chunked loss", GPTModel.__call__)]
         ours += [("compiled", GPTModel.__call__)] * runtime.compile
+        ours += [(DETERMINISTIC, GPTModel.__call__)] * exact
         ours += [(GPT2_PARTS, GPTModel.__call__)] * (config.model != with_gpt2_parts(config.model))
         for name, loss in ours:
             torch.manual_seed(config.seed)
@@ -54,13 +63,14 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
                     block.compile()
             flops[f"{precision}, {name}"] = training_flops_per_token(model)
             optimizers = build_optimizers(model, config.optimizer, each)
-            variants[f"{precision}, {name}"] = _updater(config, each, model, optimizers, loss)
+            update = updater(config, each, model, optimizers, loss)
+            variants[f"{precision}, {name}"] = deterministically(update) if name == DETERMINISTIC else update
         if times_transformers(config.model):
             theirs = transformers_gpt2(config.model)
             adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"), each)
             name = f"{precision}, transformers {version('transformers')}"
             flops[name] = training_flops_per_token(model)  # it is the same model
-            variants[name] = _updater(config, each, theirs, adamw, _transformers_loss)
+            variants[name] = updater(config, each, theirs, adamw, _transformers_loss)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     progress = Progress("benchmark")
     for step in range(config.steps + 1):
@@ -73,9 +83,10 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     progress.clear()
     tokens = config.batch_size * config.model.context_length
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rates = {
-        precision: measure_matmul_flops(replace(runtime, precision=precision)) for precision in precisions
-    }
+    rates = {}
+    for precision in precisions:
+        set_product_precision(precision)
+        rates[precision] = measure_matmul_flops(replace(runtime, precision=precision))
     baseline = next(iter(medians.values()))
     log.info(
         "%s · %d × %d tokens per update · medians of %d updates\n",
@@ -144,7 +155,7 @@ def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Ten
     return model(input_ids=inputs, labels=targets, use_cache=False).loss
 
 
-def _updater(
+def updater(
     config: BenchmarkConfig,
     runtime: Runtime,
     model: nn.Module,
@@ -157,6 +168,7 @@ def _updater(
     tokens = torch.randint(config.model.vocab_size, shape, device=runtime.device)
 
     def update() -> None:
+        set_product_precision(runtime.precision)  # other variants have theirs
         with runtime.autocast():
             loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
         optimizers.step()
@@ -164,3 +176,14 @@ def _updater(
         next(model.parameters())[0, 0].item()  # GPU kernels are only queued: reading a value waits for them
 
     return update
+
+
+def deterministically(update: Callable[[], None]) -> Callable[[], None]:
+    """The same update, by kernels that give the same numbers each time."""
+
+    def update_so() -> None:
+        use_deterministic_kernels(True)
+        update()
+        use_deterministic_kernels(False)
+
+    return update_so

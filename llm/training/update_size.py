@@ -113,10 +113,16 @@ def _batch(
     windows = max(
         config.data.batch_size * config.training.accumulate, _power_of_two(tokens / model.context_length)
     )
-    free = USED_SHARE * (memory_bytes - PARAMETER_BYTES * parameters)
-    fitting = _power_of_two(free / (model.context_length * activation_bytes(model, number_bytes)))
+    fitting = windows_that_fit(model, memory_bytes, number_bytes)
     rows = min(max(1, windows // processes), fitting)  # of a process
     return rows * processes, max(1, round(windows / (rows * processes)))
+
+
+def windows_that_fit(model: ModelConfig, memory_bytes: float, number_bytes: int) -> int:
+    """Windows of a micro-batch that a GPU has memory for, by this page's estimate: a power of two, and at
+    least 1 even if that is too many."""
+    free = USED_SHARE * (memory_bytes - PARAMETER_BYTES * parameters_of(model))
+    return _power_of_two(free / (model.context_length * activation_bytes(model, number_bytes)))
 
 
 def _power_of_two(number: float) -> int:

@@ -1,12 +1,16 @@
 """benchmark.py as a user runs it. No time is asserted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Script
+from parts import CPU
 
-from llm.config import ModelConfig
+from llm.commands import benchmark_device, device_checks
+from llm.commands.device_checks import CHECKS, Check
+from llm.config import ModelConfig, OptimizerConfig
 from llm.model.gpt import GPTModel, training_flops_per_token
 
 TINY = ("model=tiny", "model.vocab_size=300", "hydra.run.dir=run")
@@ -53,3 +57,67 @@ def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     assert too_long.stderr.startswith(
         "error: generation.prompt_tokens=4 and generation.new_tokens=500 do not"
     )
+
+
+def refused(*_: object) -> float:
+    raise NotImplementedError("no such operator\nhere")
+
+
+def test_a_device_that_computes_wrong_is_told(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(name: str, found: object) -> Check:
+        return Check(name, found, {"fp32": 1e-5}, "for a reason")  # type: ignore[arg-type]
+
+    right = limited("products", device_checks.products)
+    wrong = limited("sums", lambda runtime: 0.25)
+    undefined = limited("roots", lambda runtime: float("nan"))
+    absent = limited("of another device", lambda runtime: None)
+    sizes = ("measure=device", "batch_size=1", "steps=1", "runtime.precision=fp32")
+    monkeypatch.setattr(benchmark_device, "COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(benchmark_device, "CHECKS", [right, wrong, undefined, absent, limited("x", refused)])
+    result = script("benchmark", *TINY, *sizes)
+    assert result.returncode == 1
+    [error] = result.stderr.splitlines()
+    assert error.startswith("error: 3 of 4 checks failed on ")
+    assert error.endswith(": sums, fp32; roots, fp32; x, fp32")
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "sums, fp32 2.5e-01 1.0e-05 FAILED" in lines
+    assert "sums, fp32: not by rounding (for a reason)" in lines
+    assert "x, fp32: NotImplementedError: no such operator" in lines
+    assert not any("another device" in line for line in lines)
+    assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("error: ")) <= 80
+    content = json.loads((tmp_path / "run" / "benchmark.json").read_text())
+    assert [row["ok"] for row in content["rows"]] == [True, False, False, False]
+    assert content["rows"][2]["deviation"] is None  # which JSON has no other word for
+    monkeypatch.setattr(benchmark_device, "CHECKS", [right])
+    result = script("benchmark", *TINY, *sizes)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "default, adamw" in result.stdout
+    assert result.stdout.splitlines()[-1] == "all 1 checks are ok"
+
+
+SLOW = ("updates", "repeated")
+QUICK = [check for check in CHECKS if not any(word in check.name for word in SLOW)]
+
+
+@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.name)
+def test_a_cpu_passes_the_checks_and_coarser_numbers_do_not(check: Check) -> None:
+    if (found := check.deviation(CPU)) is None:
+        pytest.skip("a CPU has no such kernel")
+    assert found <= check.limits["fp32"]
+    if {"tf32", "bf16"} <= check.limits.keys():  # a matter of rounding
+        coarser = check.deviation(replace(CPU, precision="bf16"))
+        assert coarser is not None
+        assert check.limits["fp32"] < coarser <= check.limits["bf16"]
+
+
+def test_a_training_whose_rate_is_wrong_by_a_hundredth_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    [limit] = [check.limits["fp32"] for check in CHECKS if check.name.endswith("updates, AdamW")]
+    monkeypatch.setattr(device_checks, "UPDATES", 4)
+    monkeypatch.setattr(device_checks, "_reference_losses", device_checks._reference_losses.__wrapped__)
+    assert device_checks.training("adamw", CPU) <= limit
+    wanted = device_checks._reference_losses("adamw")
+    monkeypatch.setattr(device_checks, "_reference_losses", lambda optimizer: wanted)
+    monkeypatch.setattr(device_checks, "OptimizerConfig", lambda name, lr: OptimizerConfig(name, 1.01 * lr))
+    assert device_checks.training("adamw", CPU) > limit
