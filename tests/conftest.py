@@ -41,6 +41,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     All other tests are of CPUs, and see no GPU."""
     if config.option.markexpr == ON_GPUS:
         config.option.numprocesses = 0
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see start_runtime; read once
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

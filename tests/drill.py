@@ -62,6 +62,7 @@ class Drill:
 
     folder: Path
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    arguments: tuple[str, ...] = ()  # of every run, besides those of its seed
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,8 @@ class Drill:
         return ScriptProcess(self.folder, self.environment, "pretrain", *arguments)
 
     def begin(self, variant: int, name: str) -> ScriptProcess:
-        return self.start(*COMMON, "data.path=text.txt", *VARIANTS[variant], f"hydra.run.dir={name}")
+        settings = (*COMMON, *VARIANTS[variant], *self.arguments)
+        return self.start(*settings, "data.path=text.txt", f"hydra.run.dir={name}")
 
     def reference(self, variant: int) -> Path:
         """A run of these settings without faults."""
