@@ -129,9 +129,9 @@ def training(optimizer: str, runtime: Runtime) -> float:
 def dropout(runtime: Runtime) -> float:
     """The mean of ones, after dropout and after attention with dropout; both keep it."""
     ones = torch.ones(1 << 20, device=runtime.device, dtype=runtime.dtype)
-    queries = _numbers(16, 4, 128, 64).to(ones)
+    alike = torch.zeros(16, 4, 128, 64).to(ones)  # each token attends to all before it, as little to each
     attended = F.scaled_dot_product_attention(
-        queries, queries, torch.ones_like(queries), dropout_p=0.1, is_causal=True
+        alike, alike, torch.ones_like(alike), dropout_p=0.1, is_causal=True
     )
     return max(abs(tensor.float().mean().item() - 1) for tensor in (F.dropout(ones, 0.1), attended))
 
@@ -226,9 +226,7 @@ CHECKS: list[Check] = [
     Check(
         f"{UPDATES} updates, Muon", partial(training, "muon"), MUON, f"{STEPS}; its products may be in bf16"
     ),
-    Check(
-        "dropout's mean", dropout, {"fp32": 1e-2, "bf16": 2e-2}, "chance gives 2e-3, and bf16 rounds 1 / 0.9"
-    ),
+    Check("dropout's mean", dropout, {"fp32": 5e-3, "bf16": 1e-2}, "chance gives 1e-3; bf16 rounds 1 / 0.9"),
     *(
         Check(f"greedy text, {parts}", partial(greedy_text, parts), EXACT, "no two logits are close")
         for parts in MODELS
