@@ -8,6 +8,7 @@ import torch
 from scripts import run_python
 
 from llm.config import RuntimeConfig
+from llm.device import exactness_in_words
 from llm.errors import UserError
 from llm.processes import processes
 from llm.runtime import Runtime, any_kernels, set_product_precision, start_runtime, use_deterministic_kernels
@@ -62,6 +63,14 @@ def test_fp32_is_strict_whatever_was_set_before() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.matmul.allow_tf32
     assert Runtime(torch.device("cpu"), "tf32").dtype == torch.float32
+
+
+def test_a_cpu_says_that_it_repeats_its_numbers_anyway() -> None:
+    cpu = Runtime(torch.device("cpu"), "fp32")
+    assert exactness_in_words(cpu, deterministic=False) == ""
+    assert exactness_in_words(cpu, deterministic=True).startswith(
+        "runtime.deterministic=true changes nothing"
+    )
 
 
 @pytest.mark.usefixtures("_flags")

@@ -45,9 +45,9 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
     device = [
         device_name(runtime.device),
         precision_in_words(config.runtime.precision, runtime),
-        exactness_in_words(runtime, config.runtime.deterministic),
         f"matrix products at {format_count(matmul_flops)}FLOP/s",
         f"{runtime.processes} processes" if runtime.processes > 1 else "",
+        exactness_in_words(runtime, config.runtime.deterministic),
     ]
     log.info("device     %s", "; ".join(filter(None, device)))
     log.info(
