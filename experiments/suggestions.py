@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from hydra.conf import HydraConf
-from sweeping.recorded import CONF, COUNTS
+from sweeping.recorded import CONF, NUMBERS
 
 from llm.config import leaf_keys
 
@@ -23,7 +23,7 @@ def did_you_mean(key: str, schema: Any) -> str:
     takes = {each for each in groups if each.partition("/")[0] in {*nodes, "experiment"}}
     ours = [*leaf_keys(schema), *sorted(nodes | takes), "sweep.resume"]
     hydras = [f"hydra.{each}" for each in leaf_keys(HydraConf) if f"hydra/{each}" not in GROUPS]
-    hydras += [*COUNTS, *GROUPS]
+    hydras += [*NUMBERS, *GROUPS]
     key = key.lower()
     lacking = _lacking_a_group(key, ours) or _lacking_a_group(key, hydras)
     return _question(lacking or _alike_keys(key, ours) or _alike_keys(key, hydras))

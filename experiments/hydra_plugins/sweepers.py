@@ -27,7 +27,7 @@ from sweeping.recorded import check_jobs
 from sweeping.running import Runner, Sweep, reason_of
 from sweeping.stopping import exit_status, stoppable
 
-from llm.errors import UserError
+from llm.errors import UserError, shown
 from llm.sweeps.comparing import TEXT_KEYS
 from llm.sweeps.jobs import read_jobs, read_record
 
@@ -39,6 +39,7 @@ class RecordedSweeper(Sweeper):
 
     total: int  # jobs that there will be; known once they are planned
     at_once: int  # jobs that the launcher is given at once, at most
+    closing = ""  # what is said at the end, besides what every sweep says
 
     def __init__(self, params: Mapping[str, Any] | None = None, resume: bool = False) -> None:
         """
@@ -64,6 +65,10 @@ class RecordedSweeper(Sweeper):
         Returns:
             The overrides of each job that is known from the start.
         """
+
+    def varied(self, overrides: dict[str, Override]) -> list[str]:
+        """The keys whose values set jobs apart."""
+        return [key.lstrip("+") for key, each in overrides.items() if each.is_sweep_override()]
 
     @abstractmethod
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
@@ -93,7 +98,7 @@ class RecordedSweeper(Sweeper):
                     script=self.config.hydra.job.config_name,
                     arguments=[each for each in hydra_overrides if not each.startswith(SET_BY_US)]
                     + arguments,
-                    varied=[key.lstrip("+") for key, each in overrides.items() if each.is_sweep_override()],
+                    varied=self.varied(overrides),
                     jobs=jobs,
                 )
             self.total = max(self.total, len(sweep.jobs))
@@ -104,6 +109,8 @@ class RecordedSweeper(Sweeper):
                 status = exit_status(error)
             if conclude(folder) and not status:
                 status = 1
+            if self.closing:
+                print(shown(self.closing))
         if status:
             sys.exit(status)
 

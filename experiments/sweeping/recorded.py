@@ -18,11 +18,11 @@ from llm.errors import UserError
 from llm.sweeps.jobs import RECORD
 
 CONF = Path(__file__).parents[2] / "conf"
-CHOICES = {"hydra/sweeper": ("grid", "optuna"), "hydra/launcher": ("basic", "joblib")}
-COUNTS = (
+CHOICES = {"hydra/sweeper": ("grid", "optuna", "race"), "hydra/launcher": ("basic", "joblib")}
+NUMBERS = (
     *(
         f"hydra.sweeper.{name}"
-        for name in ("max_batch_size", "n_trials", "n_jobs", "n_startup_trials", "seed")
+        for name in ("max_batch_size", "n_trials", "n_jobs", "n_startup_trials", "seed", "max_seeds", "level")
     ),
     "hydra.launcher.n_jobs",
 )
@@ -51,7 +51,7 @@ def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str]
         parsed = _parsed(text, folder)
         key, value = parsed.key_or_group, parsed.value()
         if key.startswith("hydra"):
-            if value in CHOICES.get(key, ()) or (key in COUNTS and type(value) is int):
+            if value in CHOICES.get(key, ()) or (key in NUMBERS and type(value) in (int, float)):
                 fitting.append(f"{key}={value}")
             else:
                 ignored.append(key)

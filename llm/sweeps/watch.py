@@ -67,6 +67,7 @@ class SweepProgress:
         if (written := modified(self.folder / RECORD)) != self._record_read:
             self._record_read = written
             self.jobs |= {job.name: job for job in read_jobs([self.folder]) if job.name not in self.jobs}
+            self.total = max(self.total, len(self.jobs))  # a race has no number of jobs that is known ahead
             for name, job in self.jobs.items():
                 self.states.setdefault(name, state_since(job, self.since))
 

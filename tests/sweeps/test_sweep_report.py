@@ -540,8 +540,8 @@ def test_charts_and_tables_in_a_browser(sweep: Path) -> None:
     assert found["brushed"] == "2 of 6 jobs are shown; show all"  # the losses 2.3 and 2.5
     assert found["released"] == [True, 6]
     assert found["width"] == 360
-    figures = ("2.0000", 0), ("2.3000", 1), ("2.5000", 0), ("3.0000", 0), ("3.2000", 1)
-    assert found["dots"] == [f"{loss} with seed {seed}" for loss, seed in figures]
+    dots = ("2.0000", 0), ("2.3000", 1), ("2.5000", 0), ("3.0000", 0), ("3.2000", 1)
+    assert found["dots"] == [f"{loss} with seed {seed}" for loss, seed in dots]
 
 
 @needs_browser

@@ -1,0 +1,127 @@
+"""The sweeper that races settings: `hydra/sweeper=race`."""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from hydra_plugins.sweepers import RecordedSweeper, chunks, values_of
+from sweeping.running import Sweep
+
+from llm.errors import UserError
+from llm.overrides import title_of
+from llm.sweeps.comparing import TEXT_KEYS, comparisons
+from llm.sweeps.jobs import read_jobs, setting_of
+
+FIRST_SEEDS = 3  # with fewer, no difference is large enough to decide
+
+
+class RaceSweeper(RecordedSweeper):
+    """Settings with ever more seeds, until all but one are ruled out; see llm/sweeps/race.py.
+
+    What is run next is a function of what came of the jobs so far, which is read from their folders, so that
+    a race that was cut off continues as if it had not been.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        max_seeds: int = 20,
+        level: float = 0.05,
+        n_jobs: int = 1,
+    ) -> None:
+        """
+        Args:
+            max_seeds: of each setting, after which the race ends undecided.
+            level: the probability that the truly best setting is ruled out, at most.
+            n_jobs: jobs launched side by side.
+        """
+        super().__init__(params, resume)
+        self.max_seeds, self.level, self.at_once = max_seeds, level, n_jobs
+
+    def plan(self, overrides: dict[str, Override]) -> list[list[str]]:
+        if self.config.hydra.job.name != "pretrain":
+            raise UserError("hydra/sweeper=race compares final losses: it is for pretrain.py")
+        if self.max_seeds < FIRST_SEEDS or not 0 < self.level < 1:
+            raise UserError(
+                f"hydra.sweeper.max_seeds={self.max_seeds} hydra.sweeper.level={self.level}: a race needs "
+                f"{FIRST_SEEDS} seeds or more, and a level between 0 and 1"
+            )
+        self.varied_keys = super().varied(overrides)
+        swept = [key for key, each in overrides.items() if each.is_sweep_override()]
+        if decisive := [key for key in swept if key in ("seed", *TEXT_KEYS)]:
+            raise UserError(
+                f"hydra/sweeper=race adds the seeds itself, and compares losses on one text: give one value "
+                f"of {', '.join(decisive)}"
+            )
+        values = [[f"{key}={value}" for value in values_of(each)] for key, each in overrides.items()]
+        self.settings = [[each for each in job if not each.startswith("seed=")] for job in product(*values)]
+        if len(self.settings) < 2:
+            raise UserError(
+                "hydra/sweeper=race needs two settings or more: give a key several values, as in a=1,2"
+            )
+        for setting in self.settings:
+            if refusal := self.refused(setting):
+                raise refusal
+        seed = overrides.get("seed")
+        self.first_seed = int(seed.get_value_element_as_str()) if seed else self.config.seed
+        self.total = FIRST_SEEDS * len(self.settings)
+        return [
+            self._job(number, place) for place in range(FIRST_SEEDS) for number in range(len(self.settings))
+        ]
+
+    def varied(self, overrides: dict[str, Override]) -> list[str]:
+        return [*super().varied(overrides), "seed"]
+
+    def _job(self, number: int, place: int) -> list[str]:
+        return [*self.settings[number], f"seed={self.first_seed + place}"]
+
+    def batches(self, sweep: Sweep) -> Iterator[list[int]]:
+        from llm.sweeps.race import ruled_out  # imports numpy, which no other sweep waits for
+
+        yield from chunks(sweep.without_result(), self.at_once)
+        while True:
+            seeds = self._seeds(sweep)
+            left = ruled_out(self._figures(sweep), seeds, self.level)
+            racing = [number for number, at in enumerate(left) if at is None]
+            self.closing = self._told(left, seeds, len(sweep.jobs))
+            if len(racing) < 2 or seeds >= self.max_seeds:
+                return
+            begun = len(sweep.jobs)
+            sweep.jobs += [self._job(number, seeds) for number in racing]
+            sweep.write_record()
+            yield from chunks([*range(begun, len(sweep.jobs))], self.at_once)
+
+    def _seeds(self, sweep: Sweep) -> int:
+        """How many seeds those that are left were run with."""
+        return 1 + max(int(job[-1].removeprefix("seed=")) for job in sweep.jobs) - self.first_seed
+
+    def _figures(self, sweep: Sweep) -> list[list[float]]:
+        """The final figures of each setting, by seed, up to the first that is missing."""
+        jobs = read_jobs([sweep.folder])
+        measure = comparisons(jobs)[0].measure
+        final = {
+            tuple(overrides): job.final(measure.name) for overrides, job in zip(sweep.jobs, jobs, strict=True)
+        }
+        found: list[list[float]] = [[] for _ in self.settings]
+        for number, figures in enumerate(found):
+            while (figure := final.get(tuple(self._job(number, len(figures))))) is not None:
+                figures.append(figure)
+        return found
+
+    def _told(self, left: list[int | None], seeds: int, jobs: int) -> str:
+        """The outcome in a sentence."""
+        titles = [title_of(setting_of(setting, self.varied_keys)) for setting in self.settings]
+        racing = [title for title, at in zip(titles, left, strict=True) if at is None]
+        out = [f"{title} after {at}" for title, at in zip(titles, left, strict=True) if at is not None]
+        ended = f"after {seeds} seeds, in {jobs} jobs"
+        if not racing:
+            return f"race        no setting is left {ended}: ruled out {', '.join(out)}"
+        if len(racing) > 1:
+            ruled = f"; ruled out: {', '.join(out)}" if out else ""
+            return f"race        not decided {ended}: {', '.join(racing)} cannot be told apart{ruled}"
+        return (
+            f"race        {racing[0]} is the best, {ended} (ruled out: {', '.join(out)}; a better one with a "
+            f"probability of {self.level:g} at most)"
+        )
