@@ -24,6 +24,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext
 from hydra_errors import one_line
+from hydra_plugins.race_sweeper import RaceSweeper
 from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from omegaconf import DictConfig
 from rich.console import Console
@@ -578,3 +579,61 @@ def test_the_table_shows_every_figure_of_the_validation_split(tmp_path: Path) ->
         ["0", "seed=0", "finished", "★", "2.000", "0.250", "3s"],
         ["1", "seed=1", "finished", "3.000", "–", "4s"],
     ]
+
+
+def noisy(job: dict[str, str]) -> dict[str, Any]:
+    """A loss that depends on the rate and a little on the seed; high rates diverge."""
+    lr, seed = float(job["optimizer.lr"]), int(job["seed"])
+    if lr > 0.5:
+        return {"status": "failed", "error": "not finite"}
+    noise = math.sin(seed) + 0.1 * math.sin(100 * lr + 7 * seed)
+    return {"status": "finished", "seed": seed, "val_loss": lr + noise}
+
+
+RACED = ("optimizer.lr=0.1,0.3,0.9,0.1001", "seed=5")
+
+
+def test_a_race_adds_seeds_to_what_is_left_and_resumes_as_if_it_had_not_been_cut_off(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):  # one diverged
+        sweep(RaceSweeper(max_seeds=7, n_jobs=2), noisy, *RACED)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        r"race +not decided after 7 seeds, in 2\d jobs: lr=0.1, lr=0.1001 cannot be told apart; ruled out: "
+        r"lr=0.3 after [456], lr=0.9 after 1",
+        said,
+    ), said
+    jobs = read_jobs([tmp_path / "sweep"])
+    assert [job.setting["seed"] for job in jobs[:12]] == [*4 * "5", *4 * "6", *4 * "7"]
+    assert [job.title for job in jobs[-2:]] == ["lr=0.1 seed=11", "lr=0.1001 seed=11"]
+    calls = 0
+
+    def cut_off(job: dict[str, str]) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls == 17:
+            raise KeyboardInterrupt
+        return noisy(job)
+
+    with pytest.raises(SystemExit, match="130"):
+        sweep(RaceSweeper(max_seeds=7), cut_off, *RACED, folder="cut")
+    with pytest.raises(SystemExit, match="1"):
+        sweep(RaceSweeper(max_seeds=7, resume=True), noisy, *RACED, folder="cut")
+    assert read_record(tmp_path / "cut")["jobs"] == read_record(tmp_path / "sweep")["jobs"]
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["optimizer.lr=0.1"], "needs two settings or more"),
+        (["optimizer.lr=0.1,0.2", "seed=1,2"], "give one value of seed"),
+        (["data.path=a,b"], "give one value of data.path"),
+        (["optimizer.lr=0.1,abc"], "lr=abc"),
+    ],
+)
+def test_a_race_that_makes_no_sense(sweep: Sweep, tmp_path: Path, arguments: list[str], line: str) -> None:
+    with pytest.raises((UserError, HydraException), match=line):
+        sweep(RaceSweeper(), finished, *arguments)
+    assert not (tmp_path / "sweep").exists()
