@@ -13,13 +13,14 @@ from llm.files import as_typed, write_json
 from llm.overrides import compact, short_key, title_of
 from llm.records import Record
 from llm.sweeps.comparing import BITS_PER_BYTE, LOSS, Measure, comparisons
-from llm.sweeps.jobs import NEVER_VARIED, RECORD, Job, as_text, find_sweep, read_jobs
+from llm.sweeps.jobs import NEVER_VARIED, RECORD, Job, as_text, find_sweep, read_jobs, read_record
 from llm.sweeps.verdict import Difference, Figures, difference
 from llm.sweeps.verdict_picture import draw_difference
 from llm.tables import fitted, format_table, terminal_width
 
 # What the budget may differ by: two batch sizes seldom divide it evenly.
 SAME_TOKENS = 0.01
+RACE = "hydra/sweeper=race"
 # Keys that say nothing of how good a setting is.
 BESIDES = (*NEVER_VARIED, "seed", "data.cache_dir", "samples.", "checkpoint.", "early_stopping.", "init_from")
 
@@ -254,6 +255,9 @@ def _not_counted(a: Side, b: Side, found: Difference) -> Iterator[str]:
     for side in (a, b):
         if side.unfinished:
             yield f"{side.name}: {side.unfinished} of {side.unfinished + len(side.jobs)} runs did not finish"
+    folders = {job.folder.parent for side in (a, b) for job in side.jobs}
+    if any(RACE in read_record(folder)["arguments"] for folder in folders if (folder / RECORD).exists()):
+        yield "a race ended when these differed, so that share is too low: the race's own verdict holds"
     alone = {*_seeds(a)} ^ {*_seeds(b)}
     if found.paired and alone:
         yield f"not counted, as only one of both has them: seeds {', '.join(map(str, sorted(alone)))}"

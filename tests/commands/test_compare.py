@@ -57,11 +57,14 @@ def test_a_difference_beyond_the_noise_is_decided(script: Script, sweep: Sweep, 
     assert (tmp_path / "out" / "verdict.png").stat().st_size > 10_000
 
 
-def test_a_difference_within_the_noise_is_not(script: Script, sweep: Sweep) -> None:
+def test_a_difference_within_the_noise_is_not(script: Script, sweep: Sweep, tmp_path: Path) -> None:
     sweep("sweep", {"4e-4": ALIKE, "5e-4": BETTER})
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))
+    write_json(tmp_path / "sweep" / "sweep.json", {**record, "arguments": ["hydra/sweeper=race"]})
     said = " ".join(script("compare", "a=sweep").stdout.split("\n\n")[0].split())
     assert said.startswith("a (lr=4e-4) and b (lr=5e-4) cannot be told apart: b - a is -0.0033 bits per byte")
     assert "more seeds each would show it" in said
+    assert "the race's own verdict holds" in script("compare", "a=sweep").stdout
 
 
 def test_a_job_stands_for_its_setting_with_all_seeds(script: Script, sweep: Sweep, tmp_path: Path) -> None:
