@@ -278,7 +278,12 @@ class RuntimeConfig:
     processes: int = key(1, "processes that share each batch, one per GPU", at_least=1)
     compile: bool = key(
         False,
-        "for GPUs: compile the blocks (training) or the decode step, as a CUDA graph; slow to start",
+        "for GPUs: compile the blocks (training) or the decode step; slow to start",
+    )
+    graph: str = key(
+        "auto",
+        "on CUDA, capture a step of generation as a graph and replay it; auto: yes",
+        choices=("auto", "on", "off"),
     )
     deterministic: bool = key(
         False,

@@ -25,6 +25,7 @@ class Runtime:
     rank: int = 0
     processes: int = 1
     compile: bool = False  # see `RuntimeConfig`
+    graph: str = "auto"
 
     @property
     def is_main(self) -> bool:
@@ -129,7 +130,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(device) else "fp32"
     set_product_precision(precision)
-    return Runtime(device, precision, rank, config.processes, config.compile)
+    return Runtime(device, precision, rank, config.processes, config.compile, config.graph)
 
 
 def set_product_precision(precision: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from llm.config import SamplingConfig
 from llm.errors import UserError
 from llm.generation.sampling import draw_from, next_token
+from llm.model.attention import Remember
 from llm.model.gpt import GPTModel
 from llm.model.kv_cache import KVCache
 
@@ -83,19 +84,15 @@ class Decoding:
         max_new_tokens: int,
         context_size: int,
         past_context: str = "exact",
+        cache: KVCache | None = None,
     ) -> None:
         """`prompts` may differ in length, but none may be empty; equal ones are computed once. The model
-        must be in evaluation mode.
+        must be in evaluation mode. `cache` is one to use again, of as many rows, and long enough.
 
         Raises:
             UserError: the window cannot slide, as the model's positions are absolute.
         """
-        if past_context == "slide" and model.pos_emb is not None:
-            raise UserError(
-                f"past_context=slide needs relative positions, as model.position=rotary has; with "
-                f"model.position={model.config.position}, what is cached holds the position that it was "
-                f"computed at: take past_context=half, or exact"
-            )
+        check_past_context(model, past_context)
         self.model = model
         self.token_ids = [list(prompt) for prompt in prompts]
         self.rows = list(range(len(prompts)))  # those not ended yet, in the order of the logits
@@ -103,31 +100,40 @@ class Decoding:
         self._jump = max(1, context_size // 2) if past_context == "half" else 1
         self._slides = past_context == "slide"
         longest = min(context_size, max(map(len, prompts)) + max_new_tokens)
-        if model.compiled_features:
-            longest = context_size  # one shape whatever the prompts, as each new shape is compiled again
         self._device = model.tok_emb.weight.device
-        self._cache = KVCache(model.config, len(prompts), longest, self._device, model.cache_dtype)
-        if model.compiled_features:  # else CUDA graphs are skipped, as a step writes to its inputs
-            for kept in (*self._cache.keys, *self._cache.values):
-                torch._dynamo.mark_static_address(kept)
+        self._cache = cache or KVCache(model.config, len(prompts), longest, self._device, model.cache_dtype)
         self._starts = [-1] * len(prompts)  # where each cached window starts in its row; -1: nothing cached
 
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits of the next token of each of `rows`: (rows, vocab_size), fp32."""
-        lengths = [len(self.token_ids[row]) for row in self.rows]
-        starts = [self._start(*each) for each in zip(lengths, self._starts, strict=True)]
-        # Where the window has moved, what is cached was computed for other positions.
-        stale = [slot for slot, start in enumerate(starts) if start != self._starts[slot]]
-        if len(stale) < len(starts):
-            features = self._extend(starts)
-            if stale:
-                features[stale] = self._fill(starts, stale)
-        else:
-            features = self._fill(starts, stale)
-        self._starts = starts
-        # fp32 from here on: a softmax and cumulative sums over 50,257 tokens are beyond bf16's 8 bits.
-        return self.model.logits(features).float()
+        moved = self.moved()
+        if len(moved) == len(self.rows):
+            return self.refill(moved)
+        stale = self._restart(moved)
+        features = self._extend()
+        if stale:
+            features[stale] = self._fill(stale)
+        return self._logits(features)
+
+    def moved(self, ahead: int = 0) -> dict[int, int]:
+        """The slots whose window will have moved when `ahead` more tokens are appended, so that what is
+        cached was computed for other positions; and where the window will start."""
+        starts = {
+            slot: self._start(len(self.token_ids[row]) + ahead, self._starts[slot])
+            for slot, row in enumerate(self.rows)
+        }
+        return {slot: start for slot, start in starts.items() if start != self._starts[slot]}
+
+    @torch.no_grad()
+    def refill(self, moved: dict[int, int]) -> Tensor:
+        """Compute and cache the windows of slots anew, from where they start now: logits of their next tokens
+        (slots, vocab_size), fp32."""
+        return self._logits(self._fill(self._restart(moved)))
+
+    def position(self, slot: int) -> int:
+        """Of the next token of a row, in its window."""
+        return len(self.token_ids[self.rows[slot]]) - self._starts[slot]
 
     def append(self, tokens: list[int]) -> None:
         """Append a token to each of `rows`."""
@@ -154,9 +160,19 @@ class Decoding:
             return max(0, length - reach)
         return -(-max(0, length - self._window) // self._jump) * self._jump
 
-    def _fill(self, starts: list[int], slots: list[int]) -> Tensor:
+    def _restart(self, moved: dict[int, int]) -> list[int]:
+        """Note where windows start now: their slots."""
+        for slot, start in moved.items():
+            self._starts[slot] = start
+        return [*moved]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        # fp32 from here on: a softmax and cumulative sums over 50,257 tokens are beyond bf16's 8 bits.
+        return self.model.logits(features).float()
+
+    def _fill(self, slots: list[int]) -> Tensor:
         """Compute rows from their starts and cache them: features of their last tokens (slots, emb_dim)."""
-        wholes = [tuple(self.token_ids[self.rows[slot]][starts[slot] :]) for slot in slots]
+        wholes = [tuple(self.token_ids[self.rows[slot]][self._starts[slot] :]) for slot in slots]
         windows = [whole[: self._window] for whole in wholes]
         distinct = list(dict.fromkeys(windows))
         # Shorter windows are padded at their end, where the causal mask hides the padding from real tokens.
@@ -183,22 +199,29 @@ class Decoding:
             features = self.model.features(idx, positions, remember)
         return features[:, -1]
 
-    def _extend(self, starts: list[int]) -> Tensor:
+    def _extend(self) -> Tensor:
         """Compute the last token of each row over its cached ones: features (rows, emb_dim), meaningless
         where the cache is stale."""
         tokens = [self.token_ids[row][-1] for row in self.rows]
-        positions = [
-            len(self.token_ids[row]) - 1 - start for row, start in zip(self.rows, starts, strict=True)
-        ]
-        features, end = self.model.features, max(positions) + 1
-        if self.model.compiled_features:
-            # Compiled for one shape: it attends to the whole context, and computes rows that have ended too.
-            features, end = self.model.compiled_features, self._cache.length
-            ended = [0] * (self._cache.rows - len(tokens))
-            tokens, positions = tokens + ended, positions + ended
+        positions = [self.position(slot) - 1 for slot in range(len(self.rows))]
+        end = max(positions) + 1
         where = torch.tensor(positions, device=self._device)
         idx = torch.tensor(tokens, device=self._device)
-        remember = partial(self._cache.extend, where=where, end=end)
-        if min(positions) + 1 == end and not self.model.compiled_features:
-            remember = partial(self._cache.extend_together, position=end - 1)
-        return features(idx[:, None], where[:, None], remember)[: len(self.rows), 0]
+        if min(positions) + 1 == end:
+            remember: Remember = partial(self._cache.extend_together, position=end - 1)
+        else:
+            remember = self._cache.extending(where, end)
+        return self.model.features(idx[:, None], where[:, None], remember)[:, 0]
+
+
+def check_past_context(model: GPTModel, past_context: str) -> None:
+    """
+    Raises:
+        UserError: the window cannot slide, as the model's positions are absolute.
+    """
+    if past_context == "slide" and model.pos_emb is not None:
+        raise UserError(
+            f"past_context=slide needs relative positions, as model.position=rotary has; with "
+            f"model.position={model.config.position}, what is cached holds the position that it was "
+            f"computed at: take past_context=half, or exact"
+        )

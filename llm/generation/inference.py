@@ -17,6 +17,7 @@ from llm.checkpoints.weights import build_model, is_finite
 from llm.config import PretrainConfig
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
+from llm.model.attention import MultiHeadAttention
 from llm.model.gpt import GPTModel
 from llm.run_folder import checkpoint_folder, step_folders
 from llm.runs import find_run, named_checkpoint, path_of
@@ -92,6 +93,8 @@ def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     ready = copy.deepcopy(model, shared).eval()  # what is in the memo counts as copied already
+    if runtime.device.type != "cpu":
+        _project_together(ready, runtime)
     for module in list(ready.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -100,10 +103,20 @@ def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
         ready.out_head = InferenceLinear(ready.tok_emb.weight, None, runtime)  # type: ignore[assignment]
     # Attention over a cache is many small products, in which CPUs are several times slower in bf16.
     ready.cache_dtype = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
-    if runtime.compile:
-        mode = "reduce-overhead" if runtime.device.type == "cuda" else None  # that is, CUDA graphs
-        ready.compiled_features = torch.compile(ready.features, mode=mode, dynamic=False)
+    ready.captures_steps = runtime.graph != "off"
+    ready.compiles_steps = runtime.compile
     return ready
+
+
+def _project_together(model: GPTModel, runtime: Runtime) -> None:
+    """Make one product of those that give queries, keys and values: a GPU starts few large ones faster."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            layers = module.W_query, module.W_key, module.W_value
+            weight = torch.cat(tuple(layer.weight for layer in layers))
+            bias = None if layers[0].bias is None else torch.cat(tuple(layer.bias for layer in layers))
+            module.W_together = InferenceLinear(weight, bias, runtime)
+            del module.W_query, module.W_key, module.W_value
 
 
 class InferenceLinear(nn.Module):

@@ -13,8 +13,8 @@ from llm.config import SamplingConfig
 from llm.data.pieces import encode_pieces
 from llm.data.tokenizer import bytes_of, end_of_text_id
 from llm.errors import UserError
-from llm.generation.decoding import Decoding
-from llm.generation.sampling import draw_at, next_distribution, penalise_repetition, uniform_stream
+from llm.generation.sampling import uniform_stream
+from llm.generation.steps import decodes_ahead, drawn_ahead, drawn_in_turn
 from llm.model.gpt import GPTModel
 from llm.progress import Progress
 
@@ -98,16 +98,9 @@ def generate_texts(
     progress = Progress("generating")
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        decoding = Decoding(
-            model,
-            [row.prompt_ids for row in batch],
-            max(row.limit for row in batch),
-            model.config.context_length,
-            past_context,
-        )
         if show:
             show(batch[0].sample.prompt)
-        for share, piece in _generate_batch(decoding, batch, sampling):
+        for share, piece in _generate_batch(model, batch, sampling, past_context):
             if show:
                 show(piece)
             else:
@@ -137,45 +130,27 @@ def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int, name:
     return token_ids
 
 
-@torch.no_grad()
 def _generate_batch(
-    decoding: Decoding, rows: list["_Row"], sampling: SamplingConfig
+    model: GPTModel, rows: list["_Row"], sampling: SamplingConfig, past_context: str
 ) -> Iterator[tuple[float, str]]:
-    """Generate the samples of `rows`, whose prompts are in `decoding`. Yields after each step: the share of
-    the longest row's token limit that is spent, and the new text."""
-    model, longest = decoding.model, max(row.limit for row in rows)
-    device = model.tok_emb.weight.device
+    """Generate the samples of `rows`. Yields after each step: the share of the longest row's token limit that
+    is spent, and the new text."""
+    longest = max(row.limit for row in rows)
     streams = [
         uniform_stream(row.sample.seed, (row.sample.prompt_index, row.sample.index), longest) for row in rows
     ]
-    uniforms = torch.from_numpy(np.stack(streams)).to(device)  # (rows, longest)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
-        for number, row in enumerate(rows):
-            seen[number, row.prompt_ids] = True
-    for step in range(longest):
-        going = torch.tensor(decoding.rows, device=device)  # waits for the GPU, so it comes before its work
-        logits = decoding.logits()
-        wanted = logits
-        if seen is not None:
-            wanted = penalise_repetition(logits, seen[going], sampling.repetition_penalty)
-        probabilities = next_distribution(wanted, sampling)
-        tokens = draw_at(uniforms[going, step])(probabilities)
-        if seen is not None:
-            seen[going, tokens] = True
-        chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
-        log_probabilities = chosen - logits.logsumexp(dim=-1)
-        entropies = torch.special.entr(probabilities).sum(dim=-1)
-        # One transfer for all, as each one waits for the GPU; fp32 represents token ids exactly.
-        ids, *figures = torch.stack([tokens.float(), log_probabilities, entropies]).tolist()
-        new = [int(token) for token in ids]
-        decoding.append(new)
-        pieces = [rows[number].add(*each) for number, *each in zip(decoding.rows, new, *figures, strict=True)]
+    draw_all = drawn_ahead if decodes_ahead(model) else drawn_in_turn
+    steps = draw_all(
+        model,
+        [row.prompt_ids for row in rows],
+        torch.from_numpy(np.stack(streams, axis=1)),
+        sampling,
+        past_context,
+        lambda number: bool(rows[number].sample.stop_reason),
+    )
+    for step, drawn in enumerate(steps):
+        pieces = [rows[number].add(token, *figures) for number, token, *figures in drawn]
         yield (step + 1) / longest, "".join(pieces)
-        decoding.end([number for number in decoding.rows if rows[number].sample.stop_reason])
-        if not decoding.rows:
-            return
 
 
 class _Row:

@@ -33,6 +33,7 @@ class MultiHeadAttention(nn.Module):
         self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
         self.W_key = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
         self.W_value = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.W_together: nn.Module | None = None  # for inference: these three, one below the other
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
         self.dropout = nn.Dropout(config.drop_rate)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
@@ -90,6 +91,8 @@ class MultiHeadAttention(nn.Module):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (batch, time, …)."""
+        if self.W_together is not None:
+            return self.W_together(x).split([x.shape[-1], *2 * [x.shape[-1] // self.groups]], dim=-1)
         layers = self.W_query, self.W_key, self.W_value
         if trains_on_cpu(x) and torch.is_autocast_enabled("cpu") and self.W_query.bias is None:
             return ProjectedTogether.apply(x, *(layer.weight for layer in layers))

@@ -74,8 +74,10 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = NORMS[config.norm](config.emb_dim, config.norm_eps)
-        self.cache_dtype = torch.float32  # of keys and values that generation keeps
-        self.compiled_features: Callable[..., Tensor] | None = None  # `features` for steps of one shape
+        # How generation runs the model, see llm/generation/inference.py.
+        self.cache_dtype = torch.float32  # of keys and values that are kept
+        self.captures_steps = True  # on CUDA, a step is captured as a graph
+        self.compiles_steps = False
         # With tied weights there is no second tensor, so none is saved, counted or stepped twice.
         self.out_head = (
             None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)

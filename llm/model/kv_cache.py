@@ -1,15 +1,21 @@
 """Cached keys and values of the tokens so far, so that a new token costs one token's work."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
 
+# Added to a score, it leaves a weight of exactly 0. It is what torch puts for cuDNN in place of an infinity.
+HIDDEN = -65504.0
+
 
 class KVCache:
     """Room for rows of different lengths, allocated once.
 
-    `fill` writes a row from its first token on; then `extend` or `extend_together` adds a token per step.
+    `fill` writes a row from its first token on; then `extending` or `extend_together` adds a token per step.
     Past `length` tokens each takes the slot of the oldest: position p is in slot p mod length. Each is handed
     to the model as a function of (layer, keys, values), both (rows, heads, time, head_dim), that returns the
     keys and values to attend to, and a mask where a causal one is not enough.
@@ -43,17 +49,27 @@ class KVCache:
         mask = seen.triu(1).tril(self.length)
         return torch.cat([older[0], keys], dim=2), torch.cat([older[1], values], dim=2), mask
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor, where: Tensor, end: int) -> "Attended":
+    def extending(self, where: Tensor, end: int) -> Callable[[int, Tensor, Tensor], "Attended"]:
         """Append a token to each of the first rows, at its position in `where`, (rows,), below `end`."""
-        rows, slots = len(where), where % self.length
-        self.keys[layer][self._rows[:rows], :, slots] = keys[:, :, 0].to(self.keys[layer].dtype)
-        self.values[layer][self._rows[:rows], :, slots] = values[:, :, 0].to(self.values[layer].dtype)
+        # What all layers share is computed once, as each operation counts on a GPU.
+        rows, slots = self._rows[: len(where)], where % self.length
         # Rows differ in length: beyond a row's new token its slot is unwritten or stale, until all are taken.
-        mask = (self._lengths[:end] <= where[:, None])[:, None, None]  # (rows, 1, 1, end)
-        return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end], mask
+        hidden = self._lengths[:end] > where[:, None]
+        mask = torch.zeros(hidden.shape, device=where.device, dtype=self.keys[0].dtype)
+        mask.masked_fill_(hidden, HIDDEN)
+        return partial(self._extend, rows, slots, mask[:, None, None])
+
+    def _extend(
+        self, rows: Tensor, slots: Tensor, mask: Tensor, layer: int, keys: Tensor, values: Tensor
+    ) -> "Attended":
+        kept = self.keys[layer], self.values[layer]
+        for each, new in zip(kept, (keys, values), strict=True):
+            each[rows, :, slots] = new[:, :, 0].to(each.dtype)
+        count, end = len(rows), mask.shape[-1]
+        return kept[0][:count, :, :end], kept[1][:count, :, :end], mask
 
     def extend_together(self, layer: int, keys: Tensor, values: Tensor, position: int) -> "Attended":
-        """`extend` for rows of one length, which need no mask."""
+        """The same for rows of one length, which need no mask."""
         rows, slot = len(keys), position % self.length
         self.keys[layer][:rows, :, slot] = keys[:, :, 0]
         self.values[layer][:rows, :, slot] = values[:, :, 0]

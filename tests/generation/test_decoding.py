@@ -139,19 +139,6 @@ def test_logits_of_ragged_rows_are_those_of_their_windows(
     compare_with_windows(model().eval(), past_context, context, jump, seed)
 
 
-def test_a_compiled_step_gives_the_same_logits_from_one_graph() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = for_inference(
-        model(), start_runtime(RuntimeConfig(device="cpu", precision="fp32", compile=True))
-    )
-    assert compiled.compiled_features
-    for past_context, jump in (("exact", 1), ("half", 4)):
-        compare_with_windows(compiled, past_context, 8, jump, seed=5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
 def compare_with_windows(gpt: GPTModel, past_context: str, context: int, jump: int, seed: int) -> None:
     """Rows of different lengths, equal ones among them, that end in any order, past the context too."""
     torch.manual_seed(seed)

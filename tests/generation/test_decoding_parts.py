@@ -131,18 +131,6 @@ def test_models_made_ready_decode(
         compare(ready, past_context, tolerance)
 
 
-def test_a_compiled_step_of_all_parts_is_one_graph() -> None:
-    """Traced alone: machine code takes long to make, and `test_decoding.py` does so for GPT-2."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = random_model(MODERN)
-    model.compiled_features = torch.compile(model.features, backend="eager", dynamic=False)
-    for past_context in ("exact", "slide"):
-        compare(model, past_context)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
 @pytest.mark.parametrize("past_context", ["exact", "half", "slide"])
 def test_a_sample_does_not_depend_on_its_batch(past_context: str) -> None:
     model = random_model(replace(MODERN, vocab_size=257))
