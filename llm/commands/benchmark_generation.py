@@ -40,7 +40,8 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     `run_dir/benchmark.json`.
 
     Our variants do what `generate.py` does, in each precision that the device supports, and with
-    `runtime.compile` compiled too. The book's loop, which has no cache and recomputes the whole text for
+    `runtime.compile` compiled too. On CUDA, the kernels of a step are started one by one too, where generation
+    itself captures them as a graph. The book's loop, which has no cache and recomputes the whole text for
     each token, takes minutes: it is timed once, for one row. Beside a model of GPT-2's parts, `generate` of
     transformers' GPT-2 of the same size is timed too, if transformers is installed; beside another model,
     ours.
@@ -68,6 +69,9 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         for compiled in [False] + [True] * runtime.compile:
             ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
             variants[f"{precision}, here{', compiled' * compiled}"] = text_generator(config, ready)
+        if runtime.device.type == "cuda":
+            eager = for_inference(model, replace(runtime, precision=precision, compile=False, graph="off"))
+            variants[f"{precision}, here, no graph"] = text_generator(config, eager)
         if gpt2 is not model:
             ready = for_inference(gpt2, replace(runtime, precision=precision))
             variants[f"{precision}, {GPT2_PARTS}"] = text_generator(config, ready)

@@ -24,6 +24,7 @@ from llm.runs import find_run, named_checkpoint, path_of
 from llm.runtime import Runtime
 
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
+PADDED_TO = 64  # outputs on a GPU
 INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past the end if they are no multiple
 
 
@@ -140,6 +141,8 @@ class InferenceLinear(nn.Module):
             self.packed = _packs(runtime)
             if self.packed:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+            elif weight.is_cuda and self.out_features % PADDED_TO:
+                weight, bias = padded(weight, bias)
         # Buffers, so that a CUDA graph reads them in place and does not copy them at each step.
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -150,13 +153,20 @@ class InferenceLinear(nn.Module):
         if self.packed:
             out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         elif self.scales is None:
-            out = F.linear(rows, self.weight, self.bias)
+            out = F.linear(rows, self.weight, self.bias)[:, : self.out_features]
         elif len(rows) > INT8_KERNEL_ROWS or x.shape[-1] % INT8_KERNEL_INPUTS:
             out = F.linear(rows, self.weight.to(self.dtype) * self.scales[:, None], self.bias)
         else:
             out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scales)
             out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
+
+
+def padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A weight (out, in) and its bias with rows of zeros below: GPT-2's 50,257 outputs would keep cuBLAS from
+    its fast kernels."""
+    rows = -len(weight) % PADDED_TO
+    return F.pad(weight, (0, 0, 0, rows)), None if bias is None else F.pad(bias, (0, rows))
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.config import SamplingConfig
@@ -94,11 +95,23 @@ def draw_at(uniform: Tensor) -> Draw:
         if probabilities.device.type == "mps":  # which has no float64
             return draw_at(uniform.cpu())(probabilities.cpu()).to(probabilities.device)
         # In float64 the cumulative sums never decrease, so a token of probability 0 is never drawn.
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        if probabilities.is_cuda and len(probabilities) > 1:
+            cumulative = cumulative_in_pieces(probabilities)
+        else:
+            cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
         passed = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
 
     return draw
+
+
+def cumulative_in_pieces(probabilities: Tensor, piece: int = 256) -> Tensor:
+    """Cumulative sums of rows (rows, vocab) in float64, the last one repeated up to a multiple of `piece`. Of
+    several rows, torch on CUDA gives each to one processor, which takes 1,024 numbers at a time."""
+    padded = F.pad(probabilities, (0, -probabilities.shape[-1] % piece))
+    pieces = padded.unflatten(-1, (-1, piece)).cumsum(dim=-1, dtype=torch.float64)
+    before = F.pad(pieces[..., -1].cumsum(dim=-1)[..., :-1], (1, 0))
+    return (pieces + before[..., None]).flatten(-2)
 
 
 def uniform_stream(seed: int, stream: tuple[int, ...], count: int) -> np.ndarray:

@@ -8,6 +8,7 @@ one CUDA graph, and the host reads the tokens of some steps while the next are c
 
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from functools import cache
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -151,7 +152,10 @@ def draw(
     wanted = logits if seen is None else penalise_repetition(logits, seen, sampling.repetition_penalty)
     probabilities = next_distribution(wanted, sampling)
     tokens = draw_at(uniform)(probabilities)
-    log_probabilities = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    if logits.is_cuda:  # one kernel, where logsumexp starts nine
+        log_probabilities = logits.log_softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+    else:
+        log_probabilities = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
     entropies = torch.special.entr(probabilities).sum(dim=-1)
     return tokens, torch.stack([tokens.float(), log_probabilities, entropies])
 
@@ -268,7 +272,7 @@ def captured(run: Callable[[GPTModel], None], model: GPTModel) -> Callable[[GPTM
     Raises:
         UserError: it cannot be captured.
     """
-    stream = torch.cuda.Stream()  # torch wants to be warmed up on another than its default one
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_STEPS):
@@ -277,7 +281,7 @@ def captured(run: Callable[[GPTModel], None], model: GPTModel) -> Callable[[GPTM
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads, such as the one that writes checkpoints, may go on using the GPU.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run(model)
     except RuntimeError as error:
         if "out of memory" in str(error):
@@ -287,3 +291,9 @@ def captured(run: Callable[[GPTModel], None], model: GPTModel) -> Callable[[GPTM
             f"runtime.graph=off"
         ) from error
     return lambda model: graph.replay()
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """Nothing can be captured on torch's default stream. One for all captures, as cuBLAS has memory for each."""
+    return torch.cuda.Stream()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig, RuntimeConfig
-from llm.generation.inference import INT8_KERNEL_ROWS, InferenceLinear, for_inference, quantise
+from llm.generation.inference import INT8_KERNEL_ROWS, InferenceLinear, for_inference, padded, quantise
 from llm.model.gpt import GPTModel
 from llm.model.loss import token_loss
 from llm.runtime import Runtime, start_runtime
@@ -120,6 +120,24 @@ def test_int8_rows_do_not_depend_on_how_many_there_are() -> None:
     x = torch.randn(INT8_KERNEL_ROWS + 1, 64)
     many = layer(x)
     assert relative_error(layer(x[:INT8_KERNEL_ROWS]), many[:INT8_KERNEL_ROWS].float()) < 0.01
+
+
+@pytest.mark.parametrize("outputs", [1, 64, 65])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_outputs_that_a_gpu_pads_are_cut_off(
+    outputs: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    weight, bias, x = (
+        torch.randn(outputs, 24),
+        torch.randn(outputs) if has_bias else None,
+        torch.randn(2, 3, 24),
+    )
+    monkeypatch.setattr("llm.generation.inference._packs", lambda runtime: False)
+    layer = InferenceLinear(weight, bias, cpu("fp32"))
+    layer.weight, layer.bias = padded(layer.weight, layer.bias)
+    assert len(layer.weight) == (64 if outputs <= 64 else 128)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

@@ -14,6 +14,7 @@ from transformers import (
 
 from llm.config import SamplingConfig
 from llm.generation.sampling import (
+    cumulative_in_pieces,
     draw_at,
     draw_from,
     filter_logits,
@@ -147,6 +148,17 @@ def test_drawing_at_numbers_follows_the_probabilities_in_a_large_vocabulary() ->
     possible = (probabilities > 0).nonzero().flatten()
     extremes = draw_at(torch.tensor([0.0, BELOW_ONE]))(probabilities.expand(2, -1))
     assert torch.equal(extremes, possible[[0, -1]])
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 50_257])
+def test_sums_in_pieces_are_cumulative_sums(vocab: int) -> None:
+    torch.manual_seed(6)
+    probabilities = torch.softmax(torch.randn(3, vocab) * 3, dim=-1)
+    probabilities[torch.rand(3, vocab) < 0.3] = 0
+    sums, found = probabilities.cumsum(dim=-1, dtype=torch.float64), cumulative_in_pieces(probabilities)
+    torch.testing.assert_close(found[:, :vocab], sums, atol=1e-14, rtol=1e-14)
+    assert (found[:, vocab:] == found[:, vocab - 1 : vocab]).all()
+    assert (found.diff(dim=-1) >= 0).all()
 
 
 def test_streams_repeat_differ_and_continue() -> None:

@@ -238,10 +238,11 @@ def test_a_step_that_cannot_be_captured_is_one_line(monkeypatch: pytest.MonkeyPa
 
     failing = MagicMock()
     failing.__enter__.side_effect = RuntimeError("CUDA error: operation not permitted\nand more lines")
-    for name in ("Stream", "CUDAGraph", "current_stream"):
+    monkeypatch.setattr(steps, "_side_stream", MagicMock())
+    for name in ("CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: failing)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: failing)
     line = (
         r"^a step of generation cannot be captured .*\(CUDA error: .*permitted\); run with runtime.graph=off$"
     )
