@@ -40,8 +40,8 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     `run_dir/benchmark.json`.
 
     Our variants do what `generate.py` does, in each precision that the device supports, and with
-    `runtime.compile` compiled too. On CUDA, the kernels of a step are started one by one too, where generation
-    itself captures them as a graph. The book's loop, which has no cache and recomputes the whole text for
+    `runtime.compile` compiled too. On CUDA, where a step is captured as a graph, "no graph" starts the same
+    kernels one by one. The book's loop, which has no cache and recomputes the whole text for
     each token, takes minutes: it is timed once, for one row. Beside a model of GPT-2's parts, `generate` of
     transformers' GPT-2 of the same size is timed too, if transformers is installed; beside another model,
     ours.

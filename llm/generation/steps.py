@@ -295,5 +295,5 @@ def captured(run: Callable[[GPTModel], None], model: GPTModel) -> Callable[[GPTM
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """Nothing can be captured on torch's default stream. One for all captures, as cuBLAS has memory for each."""
+    """torch's default stream cannot be captured. One for all captures, as cuBLAS keeps memory for each."""
     return torch.cuda.Stream()
