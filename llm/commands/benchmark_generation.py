@@ -84,7 +84,8 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     reading = []  # bytes a second
     buffer = torch.ones(1 << 27, device=runtime.device)  # 512 MiB, far more than any cache holds
     progress = Progress("benchmark")
-    rounds = [(number, batch) for number in range(sizes.rounds + 1) for batch in sizes.batch_sizes]
+    # One batch size after the other, as a model keeps the graph of one.
+    rounds = [(number, batch) for batch in sizes.batch_sizes for number in range(sizes.rounds + 1)]
     for done, (number, batch) in enumerate(rounds):
         for name, generate in variants.items():
             begin = time.perf_counter()

@@ -59,8 +59,8 @@ def drawn_in_turn(
     seen = None
     if sampling.repetition_penalty != 1:
         seen = _seen(prompts, model.config.vocab_size).to(device)
+    going = torch.tensor(decoding.rows, device=device)
     for uniform in uniforms.to(device):
-        going = torch.tensor(decoding.rows, device=device)
         logits = decoding.logits()
         tokens, figures = draw(logits, uniform[going], None if seen is None else seen[going], sampling)
         if seen is not None:
@@ -70,7 +70,9 @@ def drawn_in_turn(
         drawn = [*zip(decoding.rows, new, *rest, strict=True)]
         decoding.append(new)
         yield drawn
-        decoding.end([row for row in decoding.rows if ended(row)])
+        if done := [row for row in decoding.rows if ended(row)]:
+            decoding.end(done)
+            going = torch.tensor(decoding.rows, device=device)
         if not decoding.rows:
             return
 
