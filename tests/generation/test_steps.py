@@ -160,8 +160,8 @@ def test_a_step_is_made_once_for_batches_of_a_shape(compiled_by_name_only: list[
     model.compiles_steps = True
 
     def check(made: int, **more: object) -> None:
-        sampling = SamplingConfig(temperature=1.5, repetition_penalty=1.2)
-        found, wanted = (texts(each, sampling, stop=["zq"], **more) for each in (model, plain))
+        sampling, more = SamplingConfig(temperature=1.5, repetition_penalty=1.2), {**more, "stop": ["zq"]}
+        found, wanted = (texts(each, sampling, past_context="half", **more) for each in (model, plain))
         assert [sample.token_ids for sample in found] == [sample.token_ids for sample in wanted]
         assert len(compiled_by_name_only) == made
 
@@ -178,17 +178,18 @@ def test_a_step_is_made_once_for_batches_of_a_shape(compiled_by_name_only: list[
     check(3, batch_size=6)  # but not over others, in other places
 
 
-def test_batches_that_alternate_have_steps_of_their_own(compiled_by_name_only: list[object]) -> None:
-    model, sampling = random_model(LEARNED), SamplingConfig(temperature=1.5)
-
-    def samples() -> Iterator[Sample]:
-        return generate_texts(model, BYTES, ["To be"], sampling, 40, 6, batch_size=2, eos=False)
-
-    wanted = [sample.token_ids for sample in samples()]
+def test_batches_at_the_same_time_have_steps_of_their_own(compiled_by_name_only: list[object]) -> None:
+    model, uniforms = random_model(LEARNED), torch.rand(20, 1)
     model.compiles_steps = True
-    assert [sample.token_ids for sample in samples()] == wanted  # its step is kept
-    for one, other, ids in zip(samples(), samples(), wanted, strict=True):
-        assert one.token_ids == other.token_ids == ids
+
+    def tokens() -> Iterator[int]:
+        for [(_, token, *_)] in drawn_ahead(
+            model, [[1, 2]], uniforms, SAMPLINGS["plain"], "half", lambda row: False
+        ):
+            yield token
+
+    wanted = [*tokens()]  # its step is kept
+    assert [*zip(tokens(), tokens(), strict=True)] == [*zip(wanted, wanted, strict=True)]
     assert len(compiled_by_name_only) == 2
 
 
