@@ -22,7 +22,7 @@ def key(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | bool, ...] = (),
     table: str = "",
 ) -> Any:
     """A dataclass field with its meaning, shown in errors, and its range, checked by `validate`. None is
@@ -276,13 +276,16 @@ class RuntimeConfig:
     )
     threads: int | None = key(None, "CPU threads per process; null: torch's choice", at_least=1)
     processes: int = key(1, "processes that share each batch, one per GPU", at_least=1)
-    compile: bool = key(
-        False,
-        "for GPUs: compile the blocks (training) or the decode step; slow to start",
+    compile: bool | str = key(
+        "auto",
+        "for GPUs: compile the blocks (training) or the decode step; slow to start; "
+        "auto: where a training run on CUDA is long enough for that to pay, recorded as true or false",
+        choices=("auto", True, False),
     )
     graph: str = key(
         "auto",
-        "on CUDA, capture a step of generation as a graph and replay it; auto: yes",
+        "on CUDA, capture an update, or a step of generation, as one graph and replay it; auto: yes, but in "
+        "training only one process, where a run is long enough and launching kernels takes the time",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = key(
@@ -563,7 +566,8 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
         return
     choices, bounds = metadata["choices"] or _names_in(metadata["table"]), metadata["bounds"]
     if choices and value not in choices:
-        raise UserError(f"{name}={value}: must be one of {', '.join(choices)} ({metadata['meaning']})")
+        listed = ", ".join(str(each).lower() if isinstance(each, bool) else each for each in choices)
+        raise UserError(f"{name}={value}: must be one of {listed} ({metadata['meaning']})")
     if isinstance(value, int | float) and value > (most := LARGEST_WHOLE if type(value) is int else LARGEST):
         bounds = {"at most": most, **bounds}
     if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):

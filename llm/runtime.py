@@ -4,8 +4,9 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +27,20 @@ class Runtime:
     processes: int = 1
     compile: bool = False  # see `RuntimeConfig`
     graph: str = "auto"
+    # Pinned buffers by shape, each with an event after the newest copy from it to the GPU; see `_copied`.
+    pinned: dict[torch.Size, deque[tuple[Tensor, torch.cuda.Event]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def queues(self) -> bool:
+        """Whether the device works through a queue, and this process should only ever wait for what is not
+        the newest in it. (So do Apple's GPUs, but nothing here was tried on them.)"""
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,14 +50,32 @@ class Runtime:
         """Matrix products in bf16 over fp32 weights, or nothing at all in fp32 and tf32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        # torch wants no cache of weights in bf16 where a CUDA graph is captured; each is used once anyway.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch (batch, …), on the device."""
-        rows = batch[self.rank :: self.processes]
-        if self.device.type == "cuda":  # from pinned memory, a copy does not wait for what the GPU is doing
-            return rows.pin_memory().to(self.device, non_blocking=True)
-        return rows.to(self.device)
+    def share(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """This process's rows of a batch, inputs and targets (batch, …), on the device."""
+        inputs, targets = (tensor[self.rank :: self.processes] for tensor in batch)
+        if self.device.type == "cuda":
+            return self._copied(inputs), self._copied(targets)
+        return inputs.to(self.device), targets.to(self.device)
+
+    def _copied(self, rows: Tensor) -> Tensor:
+        """A copy on the GPU that waits for nothing the GPU is doing, as it is one of pinned memory. To pin
+        memory is slow, so buffers are used in turn: as many as inputs and targets of two batches need."""
+        if rows.shape not in self.pinned:
+            self.pinned[rows.shape] = deque(
+                (torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True), torch.cuda.Event())
+                for _ in range(4)
+            )
+        buffers = self.pinned[rows.shape]
+        buffers.rotate()
+        buffer, copied = buffers[0]
+        copied.synchronize()  # where nothing was copied from it yet, there is nothing to wait for
+        buffer.copy_(rows)
+        shared = buffer.to(self.device, non_blocking=True)
+        copied.record()
+        return shared
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all processes."""
@@ -70,6 +99,23 @@ class Runtime:
         values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value)
         return values
+
+
+class Late:
+    """Numbers that the device is still computing, copied to this process behind all that is queued there."""
+
+    def __init__(self, numbers: Tensor, runtime: Runtime) -> None:
+        # The copy is of pinned memory where it is not to block.
+        self.numbers = numbers.to("cpu", non_blocking=runtime.queues, copy=True)
+        self.copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
+
+    def read(self) -> list[float]:
+        """Wait for them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.numbers.tolist()
 
 
 def launched_processes() -> int | None:
@@ -110,6 +156,11 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         )
     if config.deterministic and kind == "mps":
         raise UserError("runtime.deterministic=true: torch has such kernels for CUDA, not for MPS; remove it")
+    if config.graph == "on" and (kind != "cuda" or config.processes > 1):
+        raise UserError(
+            f"runtime.graph=on is for CUDA and one process, and this is {kind} with "
+            f"runtime.processes={config.processes}: use runtime.graph=auto or off"
+        )
     if kind == "cpu":
         _keep_freed_memory()
     device = torch.device(kind)
@@ -130,7 +181,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(device) else "fp32"
     set_product_precision(precision)
-    return Runtime(device, precision, rank, config.processes, config.compile, config.graph)
+    return Runtime(device, precision, rank, config.processes, config.compile is True, config.graph)
 
 
 def set_product_precision(precision: str) -> None:

@@ -109,7 +109,7 @@ def test_a_disk_that_fails_to_the_end_is_one_error(
 ) -> None:
     config, run = settings(tmp_path), tmp_path / "run"
     # A sample is the last thing before the summary.
-    monkeypatch.setattr(Recorder, "_sample", lambda self: let_the_disk_fail(disk, run, errno.EROFS))
+    monkeypatch.setattr(Recorder, "sample", lambda self: let_the_disk_fail(disk, run, errno.EROFS))
     with pytest.raises(UserError, match=r"cannot write .*/run/summary.json: Read-only file system"):
         pretrain(config, run)
     disk.undo()

@@ -29,7 +29,7 @@ from llm.errors import UserError
 from llm.files import as_typed, read_json_lines
 from llm.tracking import Tracker, sync_command
 from llm.training import lifecycle, loop
-from llm.training.run import Run
+from llm.training.run import Launched, Run
 
 TINY_ONLINE = [each for each in (*TINY, "data=text", "training.max_steps=1") if each != "tracking=disabled"]
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
@@ -226,15 +226,15 @@ class Crash(BaseException):
 
 def crash_at_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let the next run end before this update, with no checkpoint of what it did last."""
-    update = loop.update
+    launch = loop.launch
 
-    def update_or_crash(run: Run, lr: float) -> dict[str, float]:
+    def launch_or_crash(run: Run, done: float) -> Launched:
         if run.counters.steps + 1 == number:
-            monkeypatch.setattr(loop, "update", update)
+            monkeypatch.setattr(loop, "launch", launch)
             raise Crash
-        return update(run, lr)
+        return launch(run, done)
 
-    monkeypatch.setattr(loop, "update", update_or_crash)
+    monkeypatch.setattr(loop, "launch", launch_or_crash)
 
 
 @pytest.mark.parametrize("modes", ["online online", "offline offline", "disabled online", "online offline"])
@@ -276,18 +276,18 @@ def test_a_run_outlives_the_process_of_wandb(
     mode: str,
 ) -> None:
     config.tracking.mode = mode
-    update = loop.update
+    launch = loop.launch
 
-    def update_without_wandb(run: Run, lr: float) -> dict[str, float]:
+    def launch_without_wandb(run: Run, done: float) -> Launched:
         if run.counters.steps == 2:
             for children in Path("/proc/self/task").glob("*/children"):
                 for child in children.read_text().split():
                     if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text():
                         os.kill(int(child), signal.SIGKILL)
             time.sleep(0.2)
-        return update(run, lr)
+        return launch(run, done)
 
-    monkeypatch.setattr(loop, "update", update_without_wandb)
+    monkeypatch.setattr(loop, "launch", launch_without_wandb)
     summary = pretrain(config, tmp_path / "run")
     assert summary.status == "finished"
     [line] = [record.getMessage() for record in caplog.records if record.name == "llm.tracking"]
@@ -398,14 +398,14 @@ def test_no_checkpoint_is_short_of_lines(
     config.tracking.mode, config.checkpoint.every_steps = "disabled", 2
     pretrain(config, tmp_path / "whole")
     file = tmp_path / "run" / "metrics.jsonl"
-    update = loop.update
+    launch = loop.launch
 
-    def update_and_delete(run: Run, lr: float) -> dict[str, float]:
+    def launch_and_delete(run: Run, done: float) -> Launched:
         if run.counters.steps == 3:
             file.unlink()
-        return update(run, lr)
+        return launch(run, done)
 
-    monkeypatch.setattr(loop, "update", update_and_delete)
+    monkeypatch.setattr(loop, "launch", launch_and_delete)
     pretrain(config, tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
     assert (tmp_path / "run" / "checkpoints" / "last" / "metrics.jsonl").read_bytes() == file.read_bytes()

@@ -92,9 +92,9 @@ def compile_blocks(run: Run) -> None:
     for block in run.model.trf_blocks:
         block.compile()
     states = generator_states(run.runtime)
-    inputs, targets = run.training_windows.batch(torch.arange(run.config.data.batch_size))
+    batch = run.training_windows.batch(torch.arange(run.config.data.batch_size))
     with run.runtime.autocast():
-        run.trained_model(run.runtime.share(inputs), run.runtime.share(targets)).backward()
+        run.trained_model(*run.runtime.share(batch)).backward()
     run.optimizers.zero_grad()
     restore_generators(states)
     log.info("compiled in %s", format_seconds(time.perf_counter() - begin))

@@ -8,15 +8,13 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
-import torch
-from torch import nn
-
-from llm.training.run import Run
+from llm.runtime import Late
+from llm.training.run import Launched, Run
 from llm.training.state import checkpoint_due
+from llm.training.update import accumulate_gradients, queue_update
 from llm.training.validation import evaluate_splits, evaluation_due
 
 log = logging.getLogger(__name__)
@@ -30,7 +28,8 @@ class Observer(Protocol):
 
     def updated(self, metrics: dict[str, float]) -> None: ...
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None: ...
-    def epoch_ended(self) -> None: ...
+    def sample_due(self, epoch_ended: bool) -> bool: ...
+    def sample(self) -> None: ...
     def save(self) -> None: ...
 
 
@@ -41,68 +40,92 @@ class NotFinite(Exception):
 def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> None:
     """Update until the budget is spent or a stop is requested.
 
+    A GPU always has an update queued: the figures of one are read when the next one is launched. Whatever
+    looks at the weights, or is recorded with them, comes when nothing is in flight.
+
     Raises:
-        NotFinite: see `update`.
+        NotFinite: see `finish`.
     """
     counters, saved = run.counters, replace(run.counters)
     agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
+    run.skipped_in_a_row.fill_(counters.skipped_in_a_row)
+
+    def finish_all(but: int = 0) -> None:
+        while len(run.in_flight) > but:
+            observer.updated(finish(run))
+
     while (done := agree(run.progress())) < 1 and not agree(stop_requested()):
         epochs = int(run.epochs())
-        observer.updated(update(run, done))
+        run.in_flight.append(launch(run, done))
+        finish_all(but=int(run.optimizers.can_queue))
+        saves = agree(checkpoint_due(run, saved))
+        samples = observer.sample_due(epoch_ended=run.epochs() >= epochs + 1)
+        if saves or samples:
+            finish_all()
         if run.runtime.is_main and evaluation_due(run):
+            finish_all()
             observer.evaluated(*evaluate_splits(run))
-        if run.epochs() >= epochs + 1:
-            observer.epoch_ended()
-        if agree(checkpoint_due(run.config.checkpoint, counters, saved)):
+        if samples:
+            observer.sample()
+        # Not right after a skipped update: what made its loss not finite may be in the weights already.
+        if saves and not counters.skipped_in_a_row:
             observer.save()
             saved = replace(counters)
+    finish_all()
 
 
-def update(run: Run, done: float) -> dict[str, float]:
-    """One optimizer step over `accumulate` batches; returns its metrics. A step whose loss or gradient is not
-    finite is skipped and counted. `done` is the share of the budget that was spent before.
+def launch(run: Run, done: float) -> Launched:
+    """Let the device do the next update, over `accumulate` batches.
+
+    Args:
+        done: the share of the budget that was spent before.
+    """
+    begin = time.perf_counter()
+    runtime, optimizers, count = run.runtime, run.optimizers, run.micro_batches()
+    if optimizers.can_queue:
+        batches = [next(run.batches) for _ in range(count)]
+        # How long it takes is not known yet: as long as the newest one, as those in flight.
+        lr = run.learning_rate(done, run.update_seconds * (1 + len(run.in_flight)))
+        optimizers.set_lr(lr)
+        replayed = run.captured if count == run.config.training.accumulate else None
+        figures = replayed(batches) if replayed else queue_update(run, map(runtime.share, batches), count)
+    else:
+        shared = (runtime.share(next(run.batches)) for _ in range(count))
+        figures = accumulate_gradients(run, shared, count)
+        finite = bool(figures.isfinite().all())  # waits for the device: the step depends on it, and the time
+        lr = run.learning_rate(done, time.perf_counter() - begin)
+        if finite:
+            optimizers.set_lr(lr)
+            optimizers.step()
+        optimizers.zero_grad()
+    tokens = count * run.config.data.batch_size * run.config.model.context_length
+    return Launched(Late(figures, runtime), tokens, run.epochs(), lr, begin)
+
+
+def finish(run: Run) -> dict[str, float]:
+    """Wait for the oldest update in flight, and count it; returns its metrics. One whose loss or gradient was
+    not finite was skipped.
 
     Raises:
         NotFinite: more than `max_skipped` in a row; the weights are those before them.
     """
-    training, runtime, counters = run.config.training, run.runtime, run.counters
-    start = time.perf_counter()
-    loss = torch.zeros((), device=runtime.device)
-    tokens, micro_batches = 0, run.micro_batches()
-    for micro_step in range(micro_batches):
-        inputs, targets = next(run.batches)
-        tokens += inputs.numel()
-        # Gradients add up over the micro-batches; several processes average them once, at the last one.
-        exchange = runtime.processes == 1 or micro_step == micro_batches - 1
-        with nullcontext() if exchange else run.trained_model.no_sync(), runtime.autocast():  # type: ignore[operator]
-            # Each batch's loss is a mean. Divided by the number of batches, their gradients add up to that of
-            # the mean over all of them: the same update as one large batch makes.
-            share = runtime.share(inputs), runtime.share(targets)
-            batch_loss = run.trained_model(*share) / micro_batches
-            batch_loss.backward()
-        loss += batch_loss.detach()
-    parameters = list(run.model.parameters())
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if training.grad_clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, training.grad_clip, grad_norm)
-    # `.item()` waits until a GPU has computed the number: the step depends on it, and so does the time.
-    mean_loss, norm = runtime.mean(loss).item(), grad_norm.item()
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
-    lr = run.learning_rate(done, time.perf_counter() - start)
-    if finite:
-        run.optimizers.set_lr(lr)
-        run.optimizers.step()
-    run.optimizers.zero_grad()
-    seconds = time.perf_counter() - start
-    watch(run, finite, mean_loss, norm)
-    run.count(tokens, seconds)
+    update = run.in_flight[0]
+    loss, norm = update.figures.read()
+    now = time.perf_counter()
+    seconds = now - max(update.begin, run.finished_at)  # the device's, where it was still busy with the last
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    watch(run, finite, loss, norm)
+    run.in_flight.popleft()
+    run.count(update.tokens, seconds)
+    run.update_seconds, run.finished_at = seconds, now
     return {
         **run.position(),
-        "train/loss": mean_loss,
-        "lr": lr,
+        "epoch": update.epoch,
+        "train/loss": loss,
+        "lr": update.lr,
         "grad_norm": norm,
-        "tokens_per_second": tokens / seconds,
-        **({} if finite else {"skipped": counters.skipped}),
+        "tokens_per_second": update.tokens / seconds,
+        **({} if finite else {"skipped": run.counters.skipped}),
     }
 
 

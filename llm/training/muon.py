@@ -83,14 +83,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """As in torch's fused optimizers, the learning rate may be a tensor, and a step changes nothing where
+        the attribute `found_inf`, a tensor, is 1: so nothing here waits for a GPU."""
         [group] = self.param_groups
+        lr, found_inf = group["lr"], getattr(self, "found_inf", None)
+        if found_inf is not None:
+            lr = lr * (1 - found_inf)
         for stack in self.stacks:
             own = self._own(stack)
-            directions = self._directions(own, group["momentum"]) if own else []
+            directions = self._directions(own, group["momentum"], found_inf) if own else []
             steps = self._of_all(directions, stack, orthogonalised, self.dtype)
             size = 0.2 * max(stack[0].shape) ** 0.5
-            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(stack, steps, alpha=-group["lr"] * size)
+            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
+            if isinstance(lr, Tensor):
+                torch._foreach_mul_(steps, -lr * size)
+                torch._foreach_add_(stack, steps)
+            else:
+                torch._foreach_add_(stack, steps, alpha=-lr * size)
 
     def gathered_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """The state of all matrices, in every process; empty before the first step. All have to call it."""
@@ -115,13 +124,15 @@ class Muon(torch.optim.Optimizer):
         """Those of a stack of matrices that this process makes the steps of."""
         return stack[self.runtime.rank :: self.runtime.processes]
 
-    def _directions(self, matrices: list[Tensor], momentum: float) -> list[Tensor]:
+    def _directions(self, matrices: list[Tensor], momentum: float, found_inf: Tensor | None) -> list[Tensor]:
         """Nesterov's momenta: averages of the gradients, ahead by one more step of averaging."""
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if matrix not in self.state:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        if found_inf is not None:  # gradients that leave the averages as they are
+            gradients = [torch.where(found_inf > 0, *each) for each in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         return list(torch._foreach_lerp(gradients, averages, momentum))
 

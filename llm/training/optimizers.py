@@ -17,17 +17,34 @@ State = dict[str, dict[str, Tensor | float]]  # by the parameter's name, then by
 class Optimizers:
     """The optimizers of one model: stepped, saved and given a learning rate together."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, parts: list[torch.optim.Optimizer], runtime: Runtime) -> None:
         self.parts = parts
+        # Whether a step can be queued before anybody knows what it depends on: the learning rate, and whether
+        # the step is skipped, are then numbers on the device.
+        self.can_queue = runtime.queues and all(map(_can_be_queued, parts))
+        self._lr = torch.zeros((), device=runtime.device) if self.can_queue else None
+        if self.can_queue:
+            for part in parts:  # a CUDA graph may capture steps; torch warns of those that none does
+                part._warned_capturable_if_run_uncaptured = True
+                for group in part.param_groups:
+                    group["capturable"] = True
 
     def set_lr(self, lr: float) -> None:
+        if self._lr is not None:
+            self._lr.fill_(lr)
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr if self._lr is None else self._lr
 
     def step(self) -> None:
         for part in self.parts:
             part.step()
+
+    def step_unless(self, skip: Tensor) -> None:
+        """Queue a step that changes nothing where `skip`, a truth value on the device, holds."""
+        for part in self.parts:
+            part.found_inf = skip.float()  # type: ignore[attr-defined]  # made for torch's GradScaler
+        self.step()
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -77,6 +94,12 @@ class Optimizers:
                 if names[parameter] in state
             }
             part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _can_be_queued(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it takes its learning rate, and `found_inf`, as tensors; torch's AdamW is an Adam."""
+    fused_adam = isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults["fused"])
+    return fused_adam or isinstance(optimizer, Muon)
 
 
 def adamw(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
@@ -146,4 +169,4 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> Optimizers:
     """The optimizers that `config.name` chooses, for all parameters of a model."""
-    return Optimizers(OPTIMIZERS[config.name].build(model, config, runtime))
+    return Optimizers(OPTIMIZERS[config.name].build(model, config, runtime), runtime)

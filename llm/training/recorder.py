@@ -33,7 +33,10 @@ class Follower:
 
     def updated(self, metrics: dict[str, float]) -> None: ...
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None: ...
-    def epoch_ended(self) -> None: ...
+    def sample(self) -> None: ...
+
+    def sample_due(self, epoch_ended: bool) -> bool:
+        return False
 
     def save(self) -> None:
         self.run.runtime.gather(generator_states(self.run.runtime))
@@ -66,6 +69,7 @@ class Recorder:
         self._measured: list[tuple[int, float]] | None = []
         samples = read_samples(run.run_dir / "samples.jsonl")
         self._sampled_step = samples[-1].get("step") if samples else None
+        self._sampled_periods = self._periods()
         self.early_stopping = EarlyStopping(run)
         self.stopped_early = self.early_stopping.pending_reason(was_stopped)  # why the run should end, if so
 
@@ -73,8 +77,6 @@ class Recorder:
         self.tracker.log(self.run.counters.step, metrics)
         self.progress.update(self.run.progress(), *console.status(metrics))
         self._measure(metrics["tokens_per_second"])
-        if self._minutes_ended():
-            self._sample()
         self._before = replace(self.run.counters)
 
     def _measure(self, tokens_per_second: float) -> None:
@@ -88,12 +90,6 @@ class Recorder:
             self._measured = None
             self.progress.clear()
             console.announce_measured(self.run, sum(tokens for tokens, _ in usual) / seconds)
-
-    def _minutes_ended(self) -> bool:
-        """Whether `samples.every_minutes` were over during the update just done."""
-        if (minutes := self.run.config.samples.every_minutes) is None:
-            return False
-        return self.run.counters.seconds // (60 * minutes) > self._before.seconds // (60 * minutes)
 
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
         """Record an evaluation, keep the weights if they are the best so far, and consider stopping early."""
@@ -111,17 +107,27 @@ class Recorder:
             self.writer.best = counters.steps, copy_weights(run.model)
         self.stopped_early = self.early_stopping.reason_to_stop()
 
-    def epoch_ended(self) -> None:
-        if self.run.config.samples.every_epoch and self._sampled_step != self.run.counters.step:
-            self._sample()
+    def sample_due(self, epoch_ended: bool) -> bool:
+        """Whether `samples.every_minutes` or an epoch are over with the update just launched."""
+        if self._sampled_step == self.run.step:  # by this run, before it was killed and resumed
+            return False
+        return self._periods() > self._sampled_periods or (
+            epoch_ended and self.run.config.samples.every_epoch
+        )
+
+    def _periods(self) -> int:
+        """How many times `samples.every_minutes` are over."""
+        minutes = self.run.config.samples.every_minutes
+        return 0 if minutes is None else int(self.run.counters.seconds // (60 * minutes))
 
     def finished(self) -> None:
         """The last sample, unless the minutes have just given the same."""
-        if self.run.config.samples.every_minutes is None or self._sampled_step != self.run.counters.step:
-            self._sample()
+        if self.run.config.samples.every_minutes is None or self._sampled_step != self.run.step:
+            self.sample()
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         """Generate from the run's prompt, on a random stream apart from training's."""
+        self._sampled_periods = self._periods()
         self.progress.clear()
         self._sampled_step = self.run.counters.step
         run, config, sampling = self.run, self.run.config.samples, self.run.config.sampling

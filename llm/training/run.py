@@ -1,5 +1,8 @@
 """A training run: its parts, put together."""
 
+import math
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,28 @@ from llm.data.bpe import find_tokenizer
 from llm.data.prompt import first_line
 from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of_tokens
-from llm.data.windows import TrainingBatches, Windows, cut_windows
+from llm.data.windows import Batch, TrainingBatches, Windows, cut_windows
 from llm.device import memory_bytes
 from llm.generation.texts import prompt_ids
 from llm.model.gpt import GPTModel, parameters_of
-from llm.runtime import Runtime
+from llm.runtime import Late, Runtime
 from llm.training.optimizers import Optimizers, build_optimizers
 from llm.training.reruns import recorded_clock
 from llm.training.schedules import lr_factor, spent
 from llm.training.start import Start
 from llm.training.summary import Counters
 from llm.training.update_size import chosen_for_device, with_chosen
+
+
+@dataclass(frozen=True)
+class Launched:
+    """An update that the device is given, and perhaps still works on."""
+
+    figures: Late  # its loss and its gradient norm
+    tokens: int
+    epoch: float  # passes over the training split, once it is done
+    lr: float
+    begin: float  # on the clock of `time.perf_counter`
 
 
 @dataclass
@@ -44,12 +58,25 @@ class Run:
     validation_windows: Windows
     batches: TrainingBatches
     sample_prompt: str
+    skipped_in_a_row: Tensor  # the same as in `counters`, on the device: it decides what to skip itself
     counters: Counters = field(default_factory=Counters)
     # In a rerun, the seconds of training after each update and its learning rate, as the original recorded
     # them: one limited by the clock then ends after the same update, with the same rates on the way.
     recorded_clock: list[tuple[float, float]] = field(default_factory=list)
     resumed: list[dict[str, Any]] = field(default_factory=list)  # see Summary
     chosen: dict[str, int] = field(default_factory=dict)  # keys and values of the config, for this GPU
+    # The updates that are launched and not yet counted, oldest first: at most one, and none where the device
+    # has no queue. So `counters` are about those before.
+    in_flight: deque[Launched] = field(default_factory=deque)
+    update_seconds: float = 1e-3  # that the newest update counted has taken; until there is one, a guess
+    finished_at: float = 0.0  # when that was, on the clock of `time.perf_counter`
+    # `queue_update` as one CUDA graph, see llm/training/capture.py.
+    captured: Callable[[list[Batch]], Tensor] | None = None
+
+    @property
+    def step(self) -> int:
+        """The newest update launched, counted from 0."""
+        return self.counters.step + len(self.in_flight)
 
     def epochs(self, more: int = 0) -> float:
         """Passes over the training split that are done, fractions included, once so many more of its batches
@@ -75,37 +102,41 @@ class Run:
 
     def spent(self, steps: int = 0, seconds: float = 0.0) -> dict[str, float]:
         """The share of each limit that is spent, by its key, once so many more updates and seconds are
-        counted; limits that are not set are absent."""
-        counters = self.counters
-        return spent(self.config.training, counters.steps + steps, self.epochs(), counters.seconds + seconds)
+        counted; limits that are not set are absent. Of an update in flight, no seconds are counted yet."""
+        launched, counted = self.step + 1, self.counters.seconds
+        shares = spent(self.config.training, launched + steps, self.epochs(), counted + seconds)
+        if "max_minutes" in shares and launched < len(self.recorded_clock):
+            # A run's clock may be over an update before its record: that one was in flight already.
+            shares["max_minutes"] = min(shares["max_minutes"], math.nextafter(1, 0))
+        return shares
 
     def progress(self, steps: int = 0, seconds: float = 0.0) -> float:
         """The share of the budget that is spent; at 1 the run ends. The limit reached first counts."""
         return max(self.spent(steps, seconds).values())
 
     def learning_rate(self, done: float, seconds: float) -> float:
-        """The learning rate of the update that has its gradient now; the same in every process.
+        """The learning rate of the next update; the same in every process.
 
         Args:
             done: the share of the budget that was spent before it.
-            seconds: that it has taken so far: nobody knows sooner how much of `max_minutes` it takes.
+            seconds: by which the clock will be further than `counters` say, as far as is known: nobody knows
+                before its end how much of `max_minutes` an update takes.
         """
-        if self.config.training.max_minutes is not None and (recorded := self._recorded()):
+        if self.config.training.max_minutes is not None and (recorded := self._recorded(self.step + 1)):
             return recorded[1]
         reached = self.runtime.agree(self.progress(steps=1, seconds=seconds))
         return self.config.optimizer.lr * lr_factor(self.config.schedule, done, reached)
 
     def count(self, tokens: int, seconds: float) -> None:
         """Count an update that took so many tokens and seconds."""
-        recorded = self._recorded()
+        recorded = self._recorded(self.counters.steps)
         self.counters.seconds = recorded[0] if recorded else self.counters.seconds + seconds
         self.counters.steps += 1
         self.counters.tokens_seen += tokens
 
-    def _recorded(self) -> tuple[float, float] | None:
-        """In a rerun, what the original recorded of the update being made."""
-        steps = self.counters.steps
-        return self.recorded_clock[steps] if steps < len(self.recorded_clock) else None
+    def _recorded(self, step: int) -> tuple[float, float] | None:
+        """In a rerun, what the original recorded of an update."""
+        return self.recorded_clock[step] if step < len(self.recorded_clock) else None
 
     def binding_limit(self) -> tuple[str, float]:
         """The limit that is reached first: its key and its value."""
@@ -152,6 +183,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         validation_windows=validation_windows,
         batches=TrainingBatches(training_windows, config.data, config.seed),
         sample_prompt=prompt,
+        skipped_in_a_row=torch.zeros((), device=runtime.device),
         recorded_clock=recorded_clock(start.rerun_of) if start.rerun_of else [],
         chosen=chosen,
     )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from llm.checkpoints.checkpoint import Snapshot, TrainingState, read_training_state
 from llm.checkpoints.weights import Weights, check_shapes
-from llm.config import CheckpointConfig
 from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError
 from llm.overrides import as_argument
@@ -26,13 +25,14 @@ from llm.training.summary import Counters
 log = logging.getLogger(__name__)
 
 
-def checkpoint_due(settings: CheckpointConfig, counters: Counters, saved: Counters) -> bool:
-    """Whether to save again, given where the last checkpoint was. Not right after a skipped update: what made
-    its loss not finite may be in the weights already."""
-    steps, seconds = counters.steps - saved.steps, counters.seconds - saved.seconds
-    steps_due = settings.every_steps is not None and steps >= settings.every_steps
-    minutes_due = settings.every_minutes is not None and seconds >= 60 * settings.every_minutes
-    return (steps_due or minutes_due) and not counters.skipped_in_a_row
+def checkpoint_due(run: Run, saved: Counters) -> bool:
+    """Whether to save again, given where the last checkpoint was."""
+    settings, steps, seconds = run.config.checkpoint, run.step + 1, run.counters.seconds
+    steps_due = settings.every_steps is not None and steps - saved.steps >= settings.every_steps
+    minutes_due = (
+        settings.every_minutes is not None and seconds - saved.seconds >= 60 * settings.every_minutes
+    )
+    return steps_due or minutes_due
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def evaluation_due(run: Run) -> bool:
 
 def _evaluates_regularly(run: Run) -> bool:
     frequency = run.config.training.eval_freq
-    return frequency is not None and run.counters.step % frequency == 0
+    return frequency is not None and run.step % frequency == 0
 
 
 def evaluate_splits(run: Run) -> tuple[dict[str, float], dict[str, float]]:

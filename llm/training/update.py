@@ -1,0 +1,46 @@
+"""What the device computes in an update."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from llm.data.windows import Batch
+from llm.training.run import Run
+
+
+def accumulate_gradients(run: Run, batches: Iterable[Batch], count: int) -> Tensor:
+    """The clipped gradient of the mean loss over so many batches, left at the parameters; returns that loss
+    and the norm of the gradient before it was clipped, (2,).
+
+    Args:
+        batches: this process's rows of each, on the device.
+    """
+    runtime, clip = run.runtime, run.config.training.grad_clip
+    loss = torch.zeros((), device=runtime.device)
+    for number, (inputs, targets) in enumerate(batches, start=1):
+        # Gradients add up over the micro-batches; several processes average them once, at the last one.
+        exchange = runtime.processes == 1 or number == count
+        with nullcontext() if exchange else run.trained_model.no_sync(), runtime.autocast():  # type: ignore[operator]
+            # Each batch's loss is a mean. Divided by the number of batches, their gradients add up to that of
+            # the mean over all of them: the same update as one large batch makes.
+            batch_loss = run.trained_model(inputs, targets) / count
+            batch_loss.backward()
+        loss += batch_loss.detach()
+    parameters = list(run.model.parameters())
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, grad_norm)
+    return torch.stack([runtime.mean(loss), grad_norm])
+
+
+def queue_update(run: Run, batches: Iterable[Batch], count: int) -> Tensor:
+    """A whole update, by numbers on the device alone, so that nothing waits for it; otherwise as
+    `accumulate_gradients`. Once too many in a row are skipped, all that follow are too."""
+    figures, skipped = accumulate_gradients(run, batches, count), run.skipped_in_a_row
+    skips = ~figures.isfinite().all() | (skipped > run.config.training.max_skipped)
+    skipped.copy_(torch.where(skips, skipped + 1, 0))
+    run.optimizers.step_unless(skips)
+    run.optimizers.zero_grad()
+    return figures
