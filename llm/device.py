@@ -30,7 +30,8 @@ def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
         text = str(error)
         if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(
-                f"runtime.compile=true: torch cannot compile here ({first_line(error)}); run without it"
+                f"runtime.compile=true: torch cannot compile here ({first_line(error)}); "
+                f"use runtime.compile=false"
             ) from error
         if not isinstance(error, MemoryError) and not re.search(
             "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED",

@@ -11,6 +11,7 @@ from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value, format_windows
 from llm.run_folder import step_folders, steps_of
 from llm.tracking import sync_command
+from llm.training.acceleration import in_words
 from llm.training.budget import Budget, estimate_budget, expected_speed
 from llm.training.evaluation import METRICS
 from llm.training.loop import NotFinite
@@ -50,6 +51,8 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         exactness_in_words(runtime, config.runtime.deterministic),
     ]
     log.info("device     %s", "; ".join(filter(None, device)))
+    if runtime.device.type == "cuda":
+        log.info("kernels    %s", in_words(run))
     log.info(
         "update     %d windows of %d tokens%s: %s tokens",
         config.data.batch_size,

@@ -1,23 +1,20 @@
 """The lifecycle of a run in one process: built, announced, trained, concluded, closed."""
 
 import logging
-import time
-
-import torch
 
 from llm.checkpoints.checkpoint import read_config
 from llm.device import device_errors_in_one_line, device_name, measure_matmul_flops, peak_memory_bytes
 from llm.errors import UserError
 from llm.model.gpt import parameter_count, training_flops_per_token
-from llm.progress import format_seconds
 from llm.records import tokenizer_and_text
 from llm.runtime import Runtime
 from llm.training import console, plots
+from llm.training.acceleration import accelerate, choose
 from llm.training.loop import NotFinite, train
 from llm.training.recorder import Follower, Recorder
 from llm.training.run import Run, build_run
 from llm.training.start import Start
-from llm.training.state import begin_from, generator_states, restore, restore_generators
+from llm.training.state import begin_from, restore
 from llm.training.stopping import stop_requests
 from llm.training.summary import Summary
 from llm.training.validation import evaluate_at_the_end, evaluate_some
@@ -30,6 +27,7 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
     run_dir = start.run_dir
     with device_errors_in_one_line(lambda: console.sizes(start.config)):
         run = build_run(start, runtime)
+        choose(run, start)
         if weights := start.take_weights():
             if start.checkpoint:
                 restore(run, start, weights)
@@ -50,8 +48,7 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
                 summary.write(run_dir)
                 before = read_config(start.checkpoint) if start.checkpoint else None
                 console.announce(run, matmul_flops, before)
-            if runtime.compile:
-                compile_blocks(run)
+            accelerate(run)
             with stop_requests(announce=runtime.is_main) as stop:
                 train(run, observer, lambda: bool(stop.by or (recorder and recorder.stopped_early)))
                 observer.finish_saving()
@@ -79,25 +76,6 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
 def status_after(error: BaseException) -> str:
     """A second Ctrl-C is no failure of the run, nor is Slurm's signal before it requeues the job."""
     return "failed" if isinstance(error, Exception) else "interrupted"
-
-
-def compile_blocks(run: Run) -> None:
-    """Compile the blocks for training, and wait for the compiler here, so that no update's time includes it.
-
-    Weights, gradients and random streams are left as they are.
-    """
-    begin = time.perf_counter()
-    # Otherwise dynamo cuts each block into graphs at the sizes of DDP's buckets, which overlap anyway.
-    torch._dynamo.config.optimize_ddp = False
-    for block in run.model.trf_blocks:
-        block.compile()
-    states = generator_states(run.runtime)
-    batch = run.training_windows.batch(torch.arange(run.config.data.batch_size))
-    with run.runtime.autocast():
-        run.trained_model(*run.runtime.share(batch)).backward()
-    run.optimizers.zero_grad()
-    restore_generators(states)
-    log.info("compiled in %s", format_seconds(time.perf_counter() - begin))
 
 
 def conclude(run: Run, recorder: Recorder, summary: Summary, matmul_flops: float) -> None:

@@ -1,0 +1,128 @@
+"""What makes a GPU's updates faster for a slower start, and where that pays: compiled blocks, and an update as
+one CUDA graph.
+
+Each choice follows from a run's config and model, and from no measurement, so that a rerun makes the same.
+Compiled blocks change the last bits of numbers, so that choice is recorded: a run that is resumed with other
+limits keeps it.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+
+from llm.errors import UserError
+from llm.files import cache_folder
+from llm.model.gpt import training_flops_per_token
+from llm.progress import format_seconds
+from llm.training.capture import capture_update
+from llm.training.run import Run
+from llm.training.start import Start
+from llm.training.state import generator_states, restore_generators
+
+log = logging.getLogger(__name__)
+
+# The compiler takes up to a minute, and makes an update up to a fifth faster. It pays in a run of this many
+# minutes, or floating-point operations: some five minutes of an H100.
+COMPILED_MINUTES, COMPILED_FLOPS = 10.0, 1e17
+# A capture takes as long as some ten updates.
+CAPTURED_MINUTES, CAPTURED_UPDATES = 0.25, 200
+# Floating-point operations of a batch whose kernels take longer than to launch them: some 10 ms of an H100,
+# where the launches of a block take 2 ms. A graph would only take memory.
+LARGE_FLOPS = 5e12
+
+
+def choose(run: Run, start: Start) -> None:
+    """Let the config that is recorded say true or false where `runtime.compile` is auto.
+
+    Raises:
+        UserError: see `captures`.
+    """
+    captures(run)
+    runtime = run.config.runtime
+    if runtime.compile == "auto":
+        update_flops = run.config.training.accumulate * _batch_flops(run)
+        compiled = (
+            run.runtime.device.type == "cuda"
+            and _can_compile()
+            and _is_long(run, COMPILED_MINUTES, COMPILED_FLOPS / update_flops)
+        )
+        run.config = start.config = replace(run.config, runtime=replace(runtime, compile=compiled))
+
+
+def captures(run: Run) -> bool:
+    """Whether updates are captured.
+
+    Raises:
+        UserError: they are to be, and the optimizer's steps cannot be.
+    """
+    graph = run.config.runtime.graph
+    if graph == "on" and not run.optimizers.can_queue:
+        raise UserError(
+            f"runtime.graph=on: optimizer.name={run.config.optimizer.name} cannot be captured; "
+            f"use runtime.graph=auto or off"
+        )
+    pays = _batch_flops(run) < LARGE_FLOPS and _is_long(run, CAPTURED_MINUTES, CAPTURED_UPDATES)
+    possible = run.optimizers.can_queue and run.runtime.processes == 1
+    return graph == "on" or (graph == "auto" and possible and pays)
+
+
+def in_words(run: Run) -> str:
+    """What is chosen, and how to choose otherwise."""
+    runtime = run.config.runtime
+    compiled = "compiled" if runtime.compile else "not compiled (in a long run it pays: runtime.compile=true)"
+    launched = "all of an update as one CUDA graph" if captures(run) else "one by one"
+    return f"{compiled}; launched {launched}"
+
+
+def accelerate(run: Run) -> None:
+    """Compile and capture, as chosen, and wait for it here, so that no update's time includes it. Weights,
+    gradients, the optimizer's state and random streams are left as they are."""
+    if run.config.runtime.compile:
+        begin = time.perf_counter()
+        compile_blocks(run)
+        log.info("compiled in %s", format_seconds(time.perf_counter() - begin))
+    if captures(run):
+        run.captured = capture_update(run)
+
+
+def compile_blocks(run: Run) -> None:
+    # What the compiler made is kept; torch's own place for it is emptied when the machine starts anew. It is
+    # code, so it is never shared: data.cache_dir may be others' too.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "compiled"))
+    # Otherwise dynamo cuts each block into graphs at the sizes of DDP's buckets, which overlap anyway.
+    torch._dynamo.config.optimize_ddp = False
+    for block in run.model.trf_blocks:
+        block.compile()
+    states = generator_states(run.runtime)
+    batch = run.training_windows.batch(torch.arange(run.config.data.batch_size))
+    with run.runtime.autocast():
+        run.trained_model(*run.runtime.share(batch)).backward()
+    run.optimizers.zero_grad()
+    restore_generators(states)
+
+
+def _can_compile() -> bool:
+    """Whether there is what torch needs to compile for CUDA: Triton, and a C compiler."""
+    compilers = os.environ.get("CC"), "gcc", "clang"
+    return find_spec("triton") is not None and any(shutil.which(each) for each in compilers if each)
+
+
+def _is_long(run: Run, minutes: float, updates: float) -> bool:
+    """Whether no limit ends a run before so many minutes and updates."""
+    training = run.config.training
+    most = math.inf if training.max_steps is None else training.max_steps
+    if training.max_epochs is not None:
+        most = min(most, training.max_epochs * len(run.batches) / training.accumulate)
+    return most >= updates and (training.max_minutes is None or training.max_minutes >= minutes)
+
+
+def _batch_flops(run: Run) -> float:
+    """Floating-point operations of a forward and a backward pass over one batch."""
+    tokens = run.config.data.batch_size * run.config.model.context_length
+    return tokens * training_flops_per_token(run.model)
