@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm.config import RuntimeConfig
 from llm.errors import UserError
+from llm.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,10 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
             f"runtime.graph=on is for CUDA and one process, and this is {kind} with "
             f"runtime.processes={config.processes}: use runtime.graph=auto or off"
         )
+    if kind == "cuda" or config.compile is True:
+        # Before torch's compiler is imported, which else keeps what it makes where a restart of the machine
+        # deletes it. It is code that will run, so it lies with the user's own files, not in data.cache_dir.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "compiled"))
     if kind == "cpu":
         _keep_freed_memory()
     device = torch.device(kind)

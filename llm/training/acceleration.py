@@ -1,5 +1,5 @@
-"""What makes a GPU's updates faster for a slower start, and where that pays: compiled blocks, and an update as
-one CUDA graph.
+"""What makes a GPU's updates faster for a slower start, and where that pays: compiled blocks, and an update
+as one CUDA graph.
 
 Each choice follows from a run's config and model, and from no measurement, so that a rerun makes the same.
 Compiled blocks change the last bits of numbers, so that choice is recorded: a run that is resumed with other
@@ -17,7 +17,6 @@ from importlib.util import find_spec
 import torch
 
 from llm.errors import UserError
-from llm.files import cache_folder
 from llm.model.gpt import training_flops_per_token
 from llm.progress import format_seconds
 from llm.training.capture import capture_update
@@ -92,9 +91,6 @@ def accelerate(run: Run) -> None:
 
 
 def compile_blocks(run: Run) -> None:
-    # What the compiler made is kept; torch's own place for it is emptied when the machine starts anew. It is
-    # code, so it is never shared: data.cache_dir may be others' too.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "compiled"))
     # Otherwise dynamo cuts each block into graphs at the sizes of DDP's buckets, which overlap anyway.
     torch._dynamo.config.optimize_ddp = False
     for block in run.model.trf_blocks:
