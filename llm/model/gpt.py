@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm.config import ModelConfig
 from llm.model.attention import MultiHeadAttention, Remember, RememberLayer
 from llm.model.cpu import Dropout
-from llm.model.loss import CHUNK_TOKENS, capped, linear_cross_entropy
+from llm.model.loss import capped, chunk_tokens, linear_cross_entropy
 from llm.model.parts import NORMS, POSITIONS, FeedForward, Turns, turns_of
 
 # Logits (tokens, vocab_size) and the tokens that came (tokens,) to a number for each (tokens,).
@@ -148,10 +148,9 @@ class GPTModel(nn.Module):
     def score_tokens(self, idx: Tensor, targets: Tensor, *scores: Score) -> list[Tensor]:
         """What each of `scores` makes of the logits at each target (batch, time): as many tensors (batch,
         time), fp32. The logits are computed a chunk at a time, as they take vocab_size numbers a token."""
+        tokens = chunk_tokens(idx.device, self.config.vocab_size, torch.float32)
         chunks = zip(
-            self.features(idx).flatten(0, 1).split(CHUNK_TOKENS),
-            targets.flatten().split(CHUNK_TOKENS),
-            strict=True,
+            self.features(idx).flatten(0, 1).split(tokens), targets.flatten().split(tokens), strict=True
         )
         scored = []
         for features, wanted in chunks:

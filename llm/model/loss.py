@@ -6,6 +6,8 @@ which the gradients of hidden states and weights follow at once. The chunk's log
 and the backward pass only scales the gradients.
 """
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +18,24 @@ from torch.autograd.function import once_differentiable
 from llm.model.cpu import IN_CACHE
 
 CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2's vocabulary
+# On CUDA more, as far as they take this share of its memory: a GPU is fastest at large products, and each
+# chunk adds to the gradient of all of the head's weights.
+CUDA_CHUNK_TOKENS, CUDA_CHUNK_SHARE = 16_384, 1 / 32
 ALIGNED = 64  # matrix products are fastest when their sides are multiples of this; GPT-2's 50,257 is odd
+
+
+def chunk_tokens(device: torch.device, vocab_size: int, dtype: torch.dtype) -> int:
+    """How many tokens' logits are held at once. It depends on the whole memory of a GPU, not on what is free:
+    chunks decide in which order a gradient is added up, and a rerun is to add up the same."""
+    if device.type != "cuda":
+        return CHUNK_TOKENS
+    fit = CUDA_CHUNK_SHARE * _memory_bytes(device) / (vocab_size * dtype.itemsize)
+    return min(max(CHUNK_TOKENS, 2 ** int(math.log2(fit))), CUDA_CHUNK_TOKENS)
+
+
+@cache
+def _memory_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,9 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), device=hidden.device)
         hidden_gradients = []
         weight_gradient = None
-        for rows, wanted in zip(
-            hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
-        ):
+        chunk = chunk_tokens(hidden.device, vocab_size, dtype)
+        for rows, wanted in zip(hidden.to(dtype).split(chunk), targets.split(chunk), strict=True):
             logits = rows @ matrix.T
             if softcap is None:
                 nats += _softmax_minus_one_hot(logits, wanted, vocab_size)
@@ -73,12 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for some, theirs in zip(logits.split(few), wanted.split(few), strict=True):
                     nats += _capped_softmax_minus_one_hot(some, theirs, softcap, vocab_size)
             hidden_gradients.append(logits @ matrix)
-            of_chunk = (logits.T @ rows)[:vocab_size]
-            if weight_gradient is None:
-                weight_gradient = of_chunk.to(weight.dtype)
-            else:
-                weight_gradient += of_chunk
-        ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
+            weight_gradient = plus_product(weight_gradient, logits.T, rows, weight.dtype)
+        assert weight_gradient is not None  # there is a token
+        ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient[:vocab_size])
         ctx.hidden_dtype = hidden.dtype
         return nats / len(targets)
 
@@ -90,6 +105,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place, as the weights' gradient can be the largest tensor of all.
         hidden_gradient = (hidden_gradient * scale).to(ctx.hidden_dtype)
         return hidden_gradient, weight_gradient.mul_(scale), None, None, None
+
+
+def plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product of matrices in `dtype`, added to the total in place if there is one."""
+    if left.dtype != dtype and sums_products(left.device, left.dtype, dtype):
+        # cuBLAS writes and adds in fp32 itself: no pass over a product in bf16, which may be of 77 MB.
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    product = left @ right
+    return product.to(dtype) if total is None else total.add_(product)
+
+
+@cache
+def sums_products(device: torch.device, dtype: torch.dtype, total: torch.dtype) -> bool:
+    """Whether torch adds products of one type to a total of another. It does on CUDA; but some versions want
+    the total, too, to be of the products' type."""
+    if device.type != "cuda":
+        return False
+    ones, threes = torch.ones(16, 16, dtype=dtype, device=device), torch.full((16, 16), 3.0, device=device)
+    try:
+        torch.addmm(threes, ones, ones, out_dtype=total, out=threes)
+    except (RuntimeError, TypeError):
+        return False
+    return bool(threes.eq(19).all())
 
 
 def _softmax_minus_one_hot(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
