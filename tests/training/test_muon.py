@@ -56,6 +56,25 @@ def test_it_steps_as_torchs_own(
         assert (after - expected).norm() < tolerance * moved
 
 
+def test_it_steps_by_tensors_and_leaves_out_a_step_that_is_not_finite() -> None:
+    """As when a GPU decides it: `found_inf` and the learning rate are tensors."""
+    parameters = matrices()
+    by_tensors = Muon(parameters, lr=0.01, weight_decay=0.1, momentum=0.9, runtime=CPU)
+    by_tensors.param_groups[0]["lr"] = torch.tensor(0.01)
+    by_tensors.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    stepped(by_tensors, parameters)
+    for before, after, expected in zip(matrices(), parameters, ours(CPU)[1], strict=True):
+        assert (after - expected).norm() < 1e-3 * (expected - before.detach()).norm()
+    kept = [parameter.detach().clone() for parameter in parameters]
+    momenta = [momentum.clone() for momentum in in_order(by_tensors)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    by_tensors.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    by_tensors.step()
+    assert all(map(torch.equal, parameters, kept))
+    assert all(map(torch.equal, in_order(by_tensors), momenta))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("columns", [12, 20, 40])  # in fp32, long matrices go another way
 def test_singular_values_come_near_1_and_singular_vectors_stay(dtype: torch.dtype, columns: int) -> None:
