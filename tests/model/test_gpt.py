@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from gpt2 import SMALL, pair_with_transformers
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import ModelConfig
+from llm.model.attention import projected_together
 from llm.model.gpt import GPTModel, MultiHeadAttention, parameter_count, training_flops_per_token
 from llm.model.loss import CHUNK_TOKENS, token_loss
 
@@ -42,6 +44,20 @@ def test_dropout_by_hand_and_fused_attention_agree_without_dropout() -> None:
     ]
     by_hand = attention.out_proj(attention._attend_as_in_the_book(*heads).transpose(1, 2).reshape(2, 24, 32))
     torch.testing.assert_close(attention(x), by_hand, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_by_one_product_are_those_of_each_layer(bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, outputs, bias=bias) for outputs in (16, 8, 8)]
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    together, alone = projected_together(x, layers, torch.float32), [layer(x) for layer in layers]
+    torch.testing.assert_close(together, tuple(alone))
+    inputs = [x, *(parameter for layer in layers for parameter in layer.parameters())]
+    gradients = [torch.randn_like(one) for one in alone]
+    torch.testing.assert_close(
+        torch.autograd.grad(together, inputs, gradients), torch.autograd.grad(alone, inputs, gradients)
+    )
 
 
 def test_no_position_sees_a_later_one() -> None:

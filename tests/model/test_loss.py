@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm.model.loss import CHUNK_TOKENS, linear_cross_entropy
+from llm.model import loss as module
+from llm.model.loss import CHUNK_TOKENS, chunk_tokens, linear_cross_entropy
 
 
 @pytest.mark.parametrize("tokens", [1, 130, CHUNK_TOKENS + 77])
@@ -45,3 +46,21 @@ def test_a_certain_mistake_has_a_finite_loss() -> None:
     assert 80 < loss.item() < 400
     assert hidden.grad is not None
     assert hidden.grad.item() == pytest.approx(2.0)  # softmax minus one hot is (1, -1), over weights (1, -1)
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "vocab_size", "dtype", "tokens"),
+    [
+        (80, 50257, torch.bfloat16, 16_384),  # 2.5 GiB, a 32nd, would hold 26,709
+        (80, 50257, torch.float32, 8_192),
+        (24, 50257, torch.bfloat16, 4_096),
+        (24, 4_096, torch.bfloat16, 16_384),
+        (4, 128_000, torch.bfloat16, 1_024),
+    ],
+)
+def test_a_gpu_holds_the_logits_of_as_many_tokens_as_its_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, gibibytes: int, vocab_size: int, dtype: torch.dtype, tokens: int
+) -> None:
+    monkeypatch.setattr(module, "_memory_bytes", lambda device: gibibytes << 30)
+    assert chunk_tokens(torch.device("cuda"), vocab_size, dtype) == tokens
+    assert chunk_tokens(torch.device("cpu"), vocab_size, dtype) == CHUNK_TOKENS
