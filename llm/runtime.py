@@ -28,7 +28,7 @@ class Runtime:
     processes: int = 1
     compile: bool = False  # see `RuntimeConfig`
     graph: str = "auto"
-    # Pinned buffers by shape, each with an event after the newest copy from it to the GPU; see `_copied`.
+    # Pinned buffers by shape, each with an event after the newest copy from it to the GPU; see `share`.
     pinned: dict[torch.Size, deque[tuple[Tensor, torch.cuda.Event]]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -54,16 +54,13 @@ class Runtime:
         # torch wants no cache of weights in bf16 where a CUDA graph is captured; each is used once anyway.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
-    def share(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """This process's rows of a batch, inputs and targets (batch, …), on the device."""
-        inputs, targets = (tensor[self.rank :: self.processes] for tensor in batch)
-        if self.device.type == "cuda":
-            return self._copied(inputs), self._copied(targets)
-        return inputs.to(self.device), targets.to(self.device)
-
-    def _copied(self, rows: Tensor) -> Tensor:
-        """A copy on the GPU that waits for nothing the GPU is doing, as it is one of pinned memory. To pin
-        memory is slow, so buffers are used in turn: as many as inputs and targets of two batches need."""
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch (batch, …), on the device."""
+        rows = batch[self.rank :: self.processes]
+        if self.device.type != "cuda":
+            return rows.to(self.device)
+        # From pinned memory, a copy does not wait for what the GPU is doing. To pin memory is slow, so buffers
+        # are used in turn: as many as inputs and targets of two batches need.
         if rows.shape not in self.pinned:
             self.pinned[rows.shape] = deque(
                 (torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True), torch.cuda.Event())

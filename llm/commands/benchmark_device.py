@@ -27,6 +27,7 @@ from llm.model.gpt import GPTModel, training_flops_per_token
 from llm.progress import Progress, format_count
 from llm.runtime import Runtime, precisions_of, set_product_precision, start_runtime
 from llm.tables import fitted, format_table
+from llm.training.acceleration import LARGE_FLOPS
 from llm.training.circumstances import Circumstances
 from llm.training.optimizers import build_optimizers
 from llm.training.update_size import windows_that_fit
@@ -201,7 +202,11 @@ def _update_seconds(
     made = GPTModel(model).to(runtime.device)
     optimizers = build_optimizers(made, OptimizerConfig(optimizer, lr=1e-3), runtime)
     sizes = replace(config, model=model, batch_size=rows)
-    return _median_seconds(updater(sizes, runtime, made, optimizers, GPTModel.__call__), config.steps)
+    # As a run of more than a moment does.
+    small = rows * model.context_length * training_flops_per_token(made) < LARGE_FLOPS
+    captures = optimizers.can_queue and small
+    update = updater(sizes, runtime, made, optimizers, GPTModel.__call__, captures)
+    return _median_seconds(update, config.steps)
 
 
 def _update_in_words(model: ModelConfig, rows: int, flops: float | None, seconds: float) -> list[str]:

@@ -1,11 +1,13 @@
 """Speed of a training update. Variants take turns in one process, so that a noisy machine is fair to all."""
 
+import gc
 import importlib.util
 import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,59 +29,68 @@ from llm.runtime import (
     start_runtime,
     use_deterministic_kernels,
 )
+from llm.training.capture import captured
 from llm.training.optimizers import Optimizers, build_optimizers
 
 log = logging.getLogger(__name__)
 
-GPT2_PARTS, DETERMINISTIC = "GPT-2's parts", "deterministic"  # names of variants
+GPT2_PARTS, DETERMINISTIC, GRAPH = "GPT-2's parts", "deterministic", "one graph"  # names of variants
+HEADER = "variant", "ms/update", "tokens/s", "MFU", "speed"
 
 
 def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     """Measure the median speed of a whole update (forward, backward, optimizer) of each variant; print a
     table and write `run_dir/benchmark.json`.
 
-    The first variant is the book's: fp32, all logits at once. The others vary precision and loss, and with
-    `runtime.compile` one compiles the blocks, with `runtime.deterministic` one takes only kernels that repeat
-    their numbers, as all of a CPU's do. Beside a model of GPT-2's parts, transformers' GPT-2 of this
-    size is timed too, with AdamW, if transformers is installed; beside another model, ours.
+    The first variant is the book's: fp32, all logits at once. The others vary precision and loss. On CUDA, or
+    with `runtime.compile=true`, one has compiled blocks; on CUDA, some are captured as one graph, with
+    `runtime.deterministic` one takes only kernels that repeat their numbers, as all of a CPU's do, and the
+    memory that each takes is told too. Beside a model of GPT-2's parts, transformers' GPT-2 of this size is
+    timed, with AdamW, if transformers is installed; beside another model, ours.
     """
     validate(config)
     runtime = start_runtime(replace(config.runtime, deterministic=False))
+    on_cuda = runtime.device.type == "cuda"
     precisions = precisions_of(runtime.device)
-    exact = config.runtime.deterministic and runtime.device.type == "cuda"
-    variants: dict[str, Callable[[], None]] = {}
-    flops: dict[str, int] = {}  # per token
+    compiles = config.runtime.compile is True or (config.runtime.compile == "auto" and on_cuda)
+    captures = config.runtime.graph != "off" and on_cuda
+    exact = config.runtime.deterministic and on_cuda
+    variants: dict[str, Callable[[], Callable[[], None]]] = {}  # each makes what does an update
     for precision in precisions:
         each = replace(runtime, precision=precision)
         ours = [("plain loss", _plain_loss), ("chunked loss", GPTModel.__call__)]
-        ours += [("compiled", GPTModel.__call__)] * runtime.compile
+        ours += [("compiled", GPTModel.__call__)] * compiles
+        ours += [(GRAPH, GPTModel.__call__)] * captures
+        ours += [(f"compiled, {GRAPH}", GPTModel.__call__)] * (compiles and captures)
         ours += [(DETERMINISTIC, GPTModel.__call__)] * exact
         ours += [(GPT2_PARTS, GPTModel.__call__)] * (config.model != with_gpt2_parts(config.model))
         for name, loss in ours:
-            torch.manual_seed(config.seed)
-            model = GPTModel(with_gpt2_parts(config.model) if name == GPT2_PARTS else config.model)
-            if name == "compiled":
-                for block in model.trf_blocks:
-                    block.compile()
-            flops[f"{precision}, {name}"] = training_flops_per_token(model)
-            optimizers = build_optimizers(model, config.optimizer, each)
-            update = updater(config, each, model, optimizers, loss)
-            variants[f"{precision}, {name}"] = deterministically(update) if name == DETERMINISTIC else update
+            variants[f"{precision}, {name}"] = partial(_ours, config, each, name, loss)
         if times_transformers(config.model):
-            theirs = transformers_gpt2(config.model)
-            adamw = build_optimizers(theirs, replace(config.optimizer, name="adamw"), each)
             name = f"{precision}, transformers {version('transformers')}"
-            flops[name] = training_flops_per_token(model)  # it is the same model
-            variants[name] = updater(config, each, theirs, adamw, _transformers_loss)
+            variants[name] = partial(_transformers, config, each)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    memory: dict[str, int] = {}
     progress = Progress("benchmark")
-    for step in range(config.steps + 1):
-        for name, update in variants.items():
-            begin = time.perf_counter()
-            update()
-            if step > 0:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - begin)
-        progress.update(step / config.steps, f"round {step} of {config.steps}")
+    # On a CPU they take turns, as it has other work too. A GPU might not hold all of them at once.
+    for together in [[name] for name in variants] if on_cuda else [list(variants)]:
+        if on_cuda:
+            if compiles:
+                torch.compiler.reset()  # else variants would share its limit on how often it compiles anew
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        updates = {name: variants[name]() for name in together}
+        for step in range(config.steps + 1):
+            for name, update in updates.items():
+                begin = time.perf_counter()
+                update()
+                if step > 0:  # the first is a warm-up
+                    seconds[name].append(time.perf_counter() - begin)
+            progress.update(step / config.steps, f"{together[0]}, round {step} of {config.steps}")
+        if on_cuda:
+            memory[together[0]] = torch.cuda.max_memory_allocated()
+        del updates, update
     progress.clear()
     tokens = config.batch_size * config.model.context_length
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -95,20 +106,23 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         config.model.context_length,
         config.steps,
     )
-    log.info("%-30s %12s %10s %8s %8s", "variant", "ms/update", "tokens/s", "MFU", "speed")
+    log.info("%-30s %12s %10s %8s %8s%s", *HEADER, f" {'memory':>8}" * on_cuda)
     rows: list[dict[str, Any]] = []
     for name, median in medians.items():
-        mfu = tokens * flops[name] / median / rates[name[:4]]
+        model = with_gpt2_parts(config.model) if GPT2_PARTS in name else config.model
+        mfu = tokens * _flops_per_token(model) / median / rates[name[:4]]
         row = {
             "variant": name,
             "milliseconds": 1000 * median,
             "tokens_per_second": tokens / median,
             "mfu": mfu,
             "speed": baseline / median,
+            **({"memory_bytes": memory[name]} if on_cuda else {}),
         }
         rows.append(row)
         figures = 1000 * median, tokens / median, 100 * mfu, baseline / median
-        log.info("%-30s %12.1f %10.0f %7.0f%% %7.2fx", name, *figures)
+        taken = f" {memory[name] / 2**30:7.1f}G" if on_cuda else ""
+        log.info("%-30s %12.2f %10.0f %7.0f%% %7.2fx%s", name, *figures, taken)
     write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
     return rows
 
@@ -155,27 +169,65 @@ def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Ten
     return model(input_ids=inputs, labels=targets, use_cache=False).loss
 
 
+def _flops_per_token(config: ModelConfig) -> int:
+    with torch.device("meta"):  # just shapes
+        return training_flops_per_token(GPTModel(config))
+
+
+def _ours(
+    config: BenchmarkConfig, runtime: Runtime, name: str, loss: Callable[..., Tensor]
+) -> Callable[[], None]:
+    torch.manual_seed(config.seed)
+    model = GPTModel(with_gpt2_parts(config.model) if name == GPT2_PARTS else config.model)
+    if "compiled" in name:
+        for block in model.trf_blocks:
+            block.compile()
+    optimizers = build_optimizers(model, config.optimizer, runtime)
+    update = updater(config, runtime, model, optimizers, loss, GRAPH in name)
+    return deterministically(update) if name == DETERMINISTIC else update
+
+
+def _transformers(config: BenchmarkConfig, runtime: Runtime) -> Callable[[], None]:
+    model = transformers_gpt2(config.model)
+    optimizers = build_optimizers(model, replace(config.optimizer, name="adamw"), runtime)
+    return updater(config, runtime, model, optimizers, _transformers_loss)
+
+
 def updater(
     config: BenchmarkConfig,
     runtime: Runtime,
     model: nn.Module,
     optimizers: Optimizers,
     loss: Callable[..., Tensor],
+    captures: bool = False,
 ) -> Callable[[], None]:
-    """A function that does one update on random tokens and waits for the device."""
+    """A function that does one update on random tokens and waits for the device. On CUDA the gradient is
+    clipped too, and a step that is not finite skipped, as in training."""
     model.to(runtime.device)
     shape = (config.batch_size, config.model.context_length + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=runtime.device)
+    optimizers.set_lr(config.optimizer.lr)
 
-    def update() -> None:
+    def update() -> Tensor:
         set_product_precision(runtime.precision)  # other variants have theirs
         with runtime.autocast():
-            loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizers.step()
+            nats = loss(model, tokens[:, :-1], tokens[:, 1:])
+            nats.backward()
+        if optimizers.can_queue:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers.step_unless(~(nats.detach() + norm).isfinite())
+        else:
+            optimizers.step()
         optimizers.zero_grad()
+        return nats.detach()
+
+    work = captured(update) if captures else update
+
+    def wait_for_update() -> None:
+        work()
         next(model.parameters())[0, 0].item()  # GPU kernels are only queued: reading a value waits for them
 
-    return update
+    return wait_for_update
 
 
 def deterministically(update: Callable[[], None]) -> Callable[[], None]:

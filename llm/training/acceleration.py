@@ -23,6 +23,7 @@ from llm.training.capture import capture_update
 from llm.training.run import Run
 from llm.training.start import Start
 from llm.training.state import generator_states, restore_generators
+from llm.training.update import share
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def compile_blocks(run: Run) -> None:
     states = generator_states(run.runtime)
     batch = run.training_windows.batch(torch.arange(run.config.data.batch_size))
     with run.runtime.autocast():
-        run.trained_model(*run.runtime.share(batch)).backward()
+        run.trained_model(*share(run, batch)).backward()
     run.optimizers.zero_grad()
     restore_generators(states)
 

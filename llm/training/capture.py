@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.data.windows import Batch
 from llm.training.run import Run
 from llm.training.state import generator_states, restore_generators
-from llm.training.update import queue_update
+from llm.training.update import queue_update, share
 
 WARM_UPS = 3  # calls before the capture, in which kernels are chosen and an optimizer's state is made
 
@@ -35,7 +35,7 @@ def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
 
     def update(batches: list[Batch]) -> Tensor:
         for places, batch in zip(static, batches, strict=True):
-            for place, rows in zip(places, runtime.share(batch), strict=True):
+            for place, rows in zip(places, share(run, batch), strict=True):
                 place.copy_(rows)
         return replay()
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from llm.runtime import Late
 from llm.training.run import Launched, Run
 from llm.training.state import checkpoint_due
-from llm.training.update import accumulate_gradients, queue_update
+from llm.training.update import accumulate_gradients, queue_update, share
 from llm.training.validation import evaluate_splits, evaluation_due
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,13 @@ def launch(run: Run, done: float) -> Launched:
         lr = run.learning_rate(done, run.update_seconds * (1 + len(run.in_flight)))
         optimizers.set_lr(lr)
         replayed = run.captured if count == run.config.training.accumulate else None
-        figures = replayed(batches) if replayed else queue_update(run, map(runtime.share, batches), count)
+        figures = (
+            replayed(batches)
+            if replayed
+            else queue_update(run, (share(run, batch) for batch in batches), count)
+        )
     else:
-        shared = (runtime.share(next(run.batches)) for _ in range(count))
+        shared = (share(run, next(run.batches)) for _ in range(count))
         figures = accumulate_gradients(run, shared, count)
         finite = bool(figures.isfinite().all())  # waits for the device: the step depends on it, and the time
         lr = run.learning_rate(done, time.perf_counter() - begin)

@@ -35,6 +35,12 @@ def accumulate_gradients(run: Run, batches: Iterable[Batch], count: int) -> Tens
     return torch.stack([runtime.mean(loss), grad_norm])
 
 
+def share(run: Run, batch: Batch) -> Batch:
+    """This process's rows of a batch, on the device."""
+    inputs, targets = map(run.runtime.share, batch)
+    return inputs, targets
+
+
 def queue_update(run: Run, batches: Iterable[Batch], count: int) -> Tensor:
     """A whole update, by numbers on the device alone, so that nothing waits for it; otherwise as
     `accumulate_gradients`. Once too many in a row are skipped, all that follow are too."""
