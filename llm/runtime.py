@@ -28,8 +28,8 @@ class Runtime:
     processes: int = 1
     compile: bool = False  # see `RuntimeConfig`
     graph: str = "auto"
-    # Pinned buffers by shape, each with an event after the newest copy from it to the GPU; see `share`.
-    pinned: dict[torch.Size, deque[tuple[Tensor, torch.cuda.Event]]] = field(
+    # Pinned buffers by shape and type, each with an event after the newest copy from it; see `share`.
+    pinned: dict[tuple[torch.Size, torch.dtype], deque[tuple[Tensor, torch.cuda.Event]]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -59,14 +59,15 @@ class Runtime:
         rows = batch[self.rank :: self.processes]
         if self.device.type != "cuda":
             return rows.to(self.device)
-        # From pinned memory, a copy does not wait for what the GPU is doing. To pin memory is slow, so buffers
+        # A copy from pinned memory does not wait for what the GPU is doing. To pin memory is slow, so buffers
         # are used in turn: as many as inputs and targets of two batches need.
-        if rows.shape not in self.pinned:
-            self.pinned[rows.shape] = deque(
+        kind = rows.shape, rows.dtype
+        if kind not in self.pinned:
+            self.pinned[kind] = deque(
                 (torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True), torch.cuda.Event())
                 for _ in range(4)
             )
-        buffers = self.pinned[rows.shape]
+        buffers = self.pinned[kind]
         buffers.rotate()
         buffer, copied = buffers[0]
         copied.synchronize()  # where nothing was copied from it yet, there is nothing to wait for
