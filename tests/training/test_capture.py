@@ -208,6 +208,7 @@ def test_a_run_limited_by_the_clock_comes_out_the_same_again(
     """Its last update was in flight when the clock ran out."""
     caplog.set_level("INFO")
     config = changed(config, training__max_steps=None, training__max_minutes=0.005, schedule__name="wsd")
+    config = changed(config, training__eval_freq=None, checkpoint__every_steps=None)
     with queued():
         first = pretrain(config, tmp_path / "run")
         repeated = changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled")
