@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llm.data.windows import Batch
+from llm.errors import UserError, first_line
 from llm.training.run import Run
 from llm.training.state import generator_states, restore_generators
 from llm.training.update import queue_update, share
@@ -44,7 +45,11 @@ def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
 
 def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """`work`, which reads and writes the same memory whenever it is called, as one CUDA graph. It is called a
-    few times for that. What it returns is overwritten by the next replay."""
+    few times for that. What it returns is overwritten by the next replay.
+
+    Raises:
+        UserError: it cannot be captured.
+    """
     # On a stream of their own, as torch's notes on CUDA graphs want it.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -53,8 +58,16 @@ def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+    try:
+        with torch.cuda.graph(graph):
+            result = work()
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        raise UserError(
+            f"an update cannot be captured as a CUDA graph here ({first_line(error)}); run with "
+            f"runtime.graph=off"
+        ) from error
 
     def replay() -> Tensor:
         graph.replay()
