@@ -9,6 +9,9 @@ EXACT = ("runtime.device=cuda", "runtime.deterministic=true")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seed", [0, 1])  # Muon in bf16, AdamW in fp32; both with dropout
-def test_faults_leave_no_trace_in_a_run(tmp_path: Path, environment: dict[str, str], seed: int) -> None:
-    drill(Drill(tmp_path, environment, EXACT), seed)
+# Muon in bf16, each update one graph; AdamW in fp32; both with dropout
+@pytest.mark.parametrize(("seed", "graph"), [(0, "on"), (1, "off")])
+def test_faults_leave_no_trace_in_a_run(
+    tmp_path: Path, environment: dict[str, str], seed: int, graph: str
+) -> None:
+    drill(Drill(tmp_path, environment, (*EXACT, f"runtime.graph={graph}")), seed)
