@@ -1,4 +1,4 @@
-"""Sweeps and studies as pictures: curves, the loss against what was swept, heatmaps."""
+"""Sweeps as pictures: curves, the loss against what was swept, heatmaps."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,11 @@ from llm.errors import shown
 from llm.files import replacing
 from llm.overrides import compact, short_key, title_of
 from llm.sweeps.comparing import LOSS, Measure
-from llm.sweeps.jobs import Job, order
+from llm.sweeps.jobs import order
 from llm.sweeps.ranking import (
     Grid,
     HeatCell,
     Ranking,
-    grid_of,
     is_numeric,
     loss_cells,
     loss_grid,
@@ -30,7 +29,6 @@ from llm.sweeps.ranking import (
     wants_log,
 )
 from llm.sweeps.results import Result
-from llm.sweeps.study import MAIN_METRICS, METRICS, axes_of, figure, metric_cells, subject_of
 
 MOST_TEXTS = 4  # one below the other
 FEW = 8  # settings that can be told apart by colour
@@ -67,7 +65,7 @@ def draw_sweep(rankings: list[Ranking], path: Path) -> None:
         _draw_ranking(part, ranking, layout)
         if len(rankings) > 1:
             more = f"; {len(rankings) - len(drawn)} more are not drawn" * (ranking is drawn[-1])
-            part.suptitle(_label(ranking.of.title, 100) + more * (len(rankings) > len(drawn)))
+            part.suptitle(label(ranking.of.title, 100) + more * (len(rankings) > len(drawn)))
     with replacing(path) as temporary:
         picture.savefig(temporary, format="png")
 
@@ -157,7 +155,7 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]], m
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         handles = [axes.plot([], [], lw=2, color=colour)[0] for colour in legend.values()]
-        axes.legend(handles, [_label(name, 40) for name in legend], frameon=False, fontsize=8)
+        axes.legend(handles, [label(name, 40) for name in legend], frameon=False, fontsize=8)
     else:
         _draw_colour_bar(axes, [result.final for result in results if result.final is not None], measure)
 
@@ -219,7 +217,7 @@ def _draw_colour_bar(axes: Any, losses: list[float], measure: Measure) -> None:
     )
     places = [0, 0.25, 0.5, 0.75, 1]
     bar.set_ticks(places, labels=[f"{value:.3f}" for value in np.quantile(losses, places)] if losses else [])
-    bar.set_label(f"Final {measure.title}; colour by rank, grey without one", fontsize=8)
+    bar.setlabel(f"Final {measure.title}; colour by rank, grey without one", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
@@ -259,7 +257,7 @@ def _draw_values(axes: Any, results: list[Result], key: str, measure: Measure) -
         value, loss = min(means, key=lambda each: each[1])
         axes.plot([place[value]], [loss], "o", ms=11, mfc="none", mew=1.8, color=ORANGE)
         title = f"Final {measure.title}, lowest mean {loss:.3f} at {short_key(key)}={compact(value)}"
-        axes.set_title(_label(title, 80), loc="left", fontsize=10)
+        axes.set_title(label(title, 80), loc="left", fontsize=10)
     if wants_log(key, values):
         axes.set_xscale("log")
     if len(values) <= FEW:
@@ -267,7 +265,7 @@ def _draw_values(axes: Any, results: list[Result], key: str, measure: Measure) -
         axes.xaxis.set_minor_locator(NullLocator())
     if losses and min(losses) > 0 and max(losses) > 4 * min(losses):
         axes.set_yscale("log")
-    axes.set_xlabel(_label(short_key(key)))
+    axes.set_xlabel(label(short_key(key)))
     axes.set_ylabel(_axis_title(measure))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -290,8 +288,8 @@ def _draw_names(axes: Any, results: list[Result], key: str, measure: Measure) ->
         markeredgewidth=0,
     )
     axes.plot([loss for _, loss in means], range(len(means)), "|", color=ORANGE, ms=16, mew=2)
-    axes.set_yticks(range(len(means)), [_label(value) for value, _ in means], fontsize=8)
-    title = f"Final {measure.title} at each {_label(short_key(key))}, and the mean"
+    axes.set_yticks(range(len(means)), [label(value) for value, _ in means], fontsize=8)
+    title = f"Final {measure.title} at each {label(short_key(key))}, and the mean"
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(_axis_title(measure))
     axes.margins(y=0.5 / max(1, len(means)))
@@ -311,45 +309,13 @@ def draw_heatmap(axes: Any, grid: Grid, cells: list[HeatCell]) -> None:
                 axes.text(x, y, cell[1], ha="center", va="center", fontsize=8, color=colour)
     for set_ticks, values in ((axes.set_xticks, grid.columns), (axes.set_yticks, grid.rows)):
         every = math.ceil(len(values) / MOST_TICKS)
-        set_ticks(range(0, len(values), every), map(_label, values[::every]))
+        set_ticks(range(0, len(values), every), map(label, values[::every]))
     axes.tick_params(labelsize=8)
-    axes.set_xlabel(_label(grid.along))
-    axes.set_ylabel(_label(grid.down))
+    axes.set_xlabel(label(grid.along))
+    axes.set_ylabel(label(grid.down))
 
 
-def draw_study(jobs: list[Job], path: Path) -> None:
-    """Heatmaps over two swept keys, at the first value of any others, or curves over the only one."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    settings = [job.setting for job in jobs]
-    down, along, others = axes_of(jobs)
-    fixed = {key: values_of(settings, key)[0] for key in others}
-    grid = grid_of(settings, down, along, fixed)
-    height = 2.8 + 0.8 * len(grid.rows) if down else 5
-    picture = Figure(figsize=(max(9, 1.5 + 2.2 * len(grid.columns)), height), dpi=150)
-    for axes, metric in zip(picture.subplots(2, 3).flat, MAIN_METRICS, strict=True):
-        if down:
-            draw_heatmap(axes, grid, metric_cells(jobs, metric))
-        else:
-            values = [None if number is None else figure(jobs[number], metric) for number in grid.cells[0]]
-            axes.plot([math.nan if value is None else value for value in values], "o-", color=BLUE)
-            axes.set_xticks(range(len(values)), map(_label, grid.columns))
-            axes.set_xlabel(_label(grid.along))
-            axes.tick_params(labelsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
-            if METRICS[metric][1].endswith("%}"):
-                axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        axes.set_title(METRICS[metric][0], fontsize=10, loc="left")
-    slice_shown = f"\nonly {_label(title_of(fixed), 90)} is shown" if fixed else ""
-    picture.suptitle(f"Sampling study\n{_label(subject_of(jobs), 90)}{slice_shown}", fontsize=10)
-    picture.tight_layout()
-    with replacing(path) as temporary:
-        picture.savefig(temporary, format="png")
-
-
-def _label(text: str, most: int = 20) -> str:
+def label(text: str, most: int = 20) -> str:
     """A text that fits beside an axis and is not taken for mathematics."""
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return shown(cut, keep="").replace("$", r"\$")

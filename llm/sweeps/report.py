@@ -10,11 +10,12 @@ from llm.files import as_typed, write_text
 from llm.sweeps.comparing import comparisons
 from llm.sweeps.jobs import Job
 from llm.sweeps.page import writable, write_page
-from llm.sweeps.pictures import draw_study, draw_sweep
+from llm.sweeps.pictures import draw_sweep
 from llm.sweeps.ranking import Ranking, by_setting, settings_of, swept_keys
 from llm.sweeps.results import Result, read_results
 from llm.sweeps.study import METRICS, table_row
 from llm.sweeps.study_page import study_page
+from llm.sweeps.study_picture import draw_study
 from llm.sweeps.sweep_page import sweep_page
 
 

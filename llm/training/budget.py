@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from llm.model.gpt import training_flops_per_token
 from llm.training.optimizers import OPTIMIZERS
 from llm.training.run import Run
-from llm.training.validation import final_window_count
+from llm.training.validation import FORWARD_SHARE, final_window_count
 
 EXPECTED_MFU = 0.45  # of small models on CPUs
 
@@ -50,8 +50,9 @@ def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
     limit = min(left, key=lambda each: left[each])
     tokens = max(0.0, left[limit])
     windows = final_window_count(run, counters.tokens_seen + tokens)
-    # A forward pass is a third of a forward and a backward pass. One process evaluates.
-    window_seconds = config.model.context_length * run.runtime.processes / 3 / tokens_per_second
+    # One process evaluates.
+    window_tokens = config.model.context_length * run.runtime.processes
+    window_seconds = FORWARD_SHARE * window_tokens / tokens_per_second
     return Budget(
         update_tokens=update_tokens(run),
         limit=limit,
