@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llm.checkpoints.gpt2_layout import GPT2
 from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.cuda_graph import captured
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
 from llm.model.gpt import GPTModel, training_flops_per_token
@@ -29,7 +30,6 @@ from llm.runtime import (
     start_runtime,
     use_deterministic_kernels,
 )
-from llm.training.capture import captured
 from llm.training.optimizers import Optimizers, build_optimizers
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def updater(
         optimizers.zero_grad()
         return nats.detach()
 
-    work = captured(update) if captures else update
+    work = captured(update, "an update") if captures else update
 
     def wait_for_update() -> None:
         work()

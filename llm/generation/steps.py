@@ -8,7 +8,7 @@ one CUDA graph, and the host reads the tokens of some steps while the next are c
 
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from functools import cache
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm.config import SamplingConfig
-from llm.errors import UserError, first_line
+from llm.cuda_graph import captured
 from llm.generation.decoding import Decoding, check_past_context
 from llm.generation.sampling import draw_at, next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
@@ -25,7 +25,6 @@ from llm.model.kv_cache import KVCache
 
 STEPS_AHEAD = 8  # that the host launches before it looks at those launched before
 ROUNDED_TO = 128  # cache lengths, so that batches of about the same length share a graph
-WARM_UP_STEPS = 3  # before a capture, so that no library is set up within it
 
 # What a step drew: for each row that goes on, its number, the token, the token's log-probability under the
 # model and the entropy of the distribution that it was drawn from, both in nats.
@@ -262,40 +261,8 @@ def _static_step(
         with torch._dynamo.config.patch(recompile_limit=256):
             static.replay(model)
     if static.logits.is_cuda and model.captures_steps:
-        static.replay = captured(static.replay or static.step, model)
+        replay = captured(partial(static.replay or static.step, model), "a step of generation")
+        static.replay = lambda model: replay()
     if static.replay:
         static.made_for = wanted
     return static
-
-
-def captured(run: Callable[[GPTModel], None], model: GPTModel) -> Callable[[GPTModel], None]:
-    """What `run` does to this model, as one CUDA graph.
-
-    Raises:
-        UserError: it cannot be captured.
-    """
-    stream = _side_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
-            run(model)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Other threads, such as the one that writes checkpoints, may go on using the GPU.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            run(model)
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            raise
-        raise UserError(
-            f"a step of generation cannot be captured as a CUDA graph here ({first_line(error)}); run with "
-            f"runtime.graph=off"
-        ) from error
-    return lambda model: graph.replay()
-
-
-@cache
-def _side_stream() -> torch.cuda.Stream:
-    """torch's default stream cannot be captured. One for all captures, as cuBLAS keeps memory for each."""
-    return torch.cuda.Stream()

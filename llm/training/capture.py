@@ -6,13 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llm.cuda_graph import captured
 from llm.data.windows import Batch
-from llm.errors import UserError, first_line
 from llm.training.run import Run
 from llm.training.state import generator_states, restore_generators
 from llm.training.update import queue_update, share
-
-WARM_UPS = 3  # calls before the capture, in which kernels are chosen and an optimizer's state is made
 
 
 def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
@@ -31,7 +29,7 @@ def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
     states = generator_states(runtime)
     run.optimizers.set_lr(config.optimizer.lr)
     run.skipped_in_a_row.fill_(torch.inf)  # so that all updates are skipped, until `train` knows better
-    replay = captured(lambda: queue_update(run, static, len(static)))
+    replay = captured(lambda: queue_update(run, static, len(static)), "an update")
     restore_generators(states)
 
     def update(batches: list[Batch]) -> Tensor:
@@ -41,36 +39,3 @@ def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
         return replay()
 
     return update
-
-
-def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`work`, which reads and writes the same memory whenever it is called, as one CUDA graph. It is called a
-    few times for that. What it returns is overwritten by the next replay.
-
-    Raises:
-        UserError: it cannot be captured.
-    """
-    # On a stream of their own, as torch's notes on CUDA graphs want it.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            result = work()
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            raise
-        raise UserError(
-            f"an update cannot be captured as a CUDA graph here ({first_line(error)}); run with "
-            f"runtime.graph=off"
-        ) from error
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
 from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError
 from llm.generation import decoding, steps
 from llm.generation.inference import _project_together, for_inference
 from llm.generation.steps import STEPS_AHEAD, Drawn, drawn_ahead, drawn_in_turn
@@ -232,22 +231,3 @@ def test_queries_keys_and_values_of_one_product(qkv_bias: bool, n_kv_heads: int 
     with torch.no_grad():
         torch.testing.assert_close(together(idx), ready(idx), atol=1e-5, rtol=1e-5)
     assert len(together.state_dict()) < len(model.state_dict())
-
-
-def test_a_step_that_cannot_be_captured_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here, where torch was built without CUDA or finds none, streams cannot be made either."""
-    from contextlib import nullcontext
-    from unittest.mock import MagicMock
-
-    failing = MagicMock()
-    failing.__enter__.side_effect = RuntimeError("CUDA error: operation not permitted\nand more lines")
-    monkeypatch.setattr(steps, "_side_stream", MagicMock())
-    for name in ("CUDAGraph", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: failing)
-    line = (
-        r"^a step of generation cannot be captured .*\(CUDA error: .*permitted\); run with runtime.graph=off$"
-    )
-    with pytest.raises(UserError, match=line):
-        steps.captured(lambda model: None, random_model(LEARNED))

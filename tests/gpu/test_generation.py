@@ -38,9 +38,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     made: list[object] = []
     capture = steps.captured
 
-    def counted(run: Callable[[GPTModel], None], model: GPTModel) -> Callable[[GPTModel], None]:
-        made.append(run)
-        return capture(run, model)
+    def counted(work: Callable[[], None], what: str) -> Callable[[], None]:
+        made.append(work)
+        return capture(work, what)
 
     monkeypatch.setattr(steps, "captured", counted)
     return made
