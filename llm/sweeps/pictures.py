@@ -217,7 +217,7 @@ def _draw_colour_bar(axes: Any, losses: list[float], measure: Measure) -> None:
     )
     places = [0, 0.25, 0.5, 0.75, 1]
     bar.set_ticks(places, labels=[f"{value:.3f}" for value in np.quantile(losses, places)] if losses else [])
-    bar.setlabel(f"Final {measure.title}; colour by rank, grey without one", fontsize=8)
+    bar.set_label(f"Final {measure.title}; colour by rank, grey without one", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
