@@ -13,8 +13,18 @@ from llm.files import as_typed, write_json
 from llm.overrides import compact, short_key, title_of
 from llm.records import Record
 from llm.sweeps.comparing import BITS_PER_BYTE, LOSS, Measure, comparisons
-from llm.sweeps.jobs import NEVER_VARIED, RECORD, Job, as_text, find_sweep, read_jobs, read_record
-from llm.sweeps.verdict import Difference, Figures, difference
+from llm.sweeps.jobs import (
+    NEVER_VARIED,
+    RECORD,
+    Job,
+    as_text,
+    find_sweep,
+    none_begun,
+    read_jobs,
+    read_record,
+    repetitions,
+)
+from llm.sweeps.verdict import Difference, Figures, difference, figures_by_seed
 from llm.sweeps.verdict_picture import draw_difference
 from llm.tables import fitted, format_table, terminal_width
 
@@ -34,12 +44,12 @@ class Side:
     jobs: list[Job]  # those that finished
     unfinished: int
 
-    def figures(self, measure: Measure) -> dict[int, float]:
-        """The final figure of each seed; of a seed that was run again, the mean."""
-        found: dict[int, list[float]] = {}
-        for job in self.jobs:
-            found.setdefault(job.summary.get("seed", 0), []).append(job.summary[measure.name])
-        return {seed: mean(values) for seed, values in found.items()}
+    def figures(self, measure: Measure) -> Figures:
+        return figures_by_seed((job.seed, job.summary[measure.name]) for job in self.jobs)
+
+    @property
+    def seeds(self) -> set[int]:
+        return {job.seed for job in self.jobs}
 
 
 def compare(config: CompareConfig, run_dir: Path) -> Difference:
@@ -90,7 +100,7 @@ def sides(config: CompareConfig) -> tuple[Side, Side]:
         raise UserError(f"a and b are the same: both hold {as_typed(min(both))}")
     jobs = read_jobs(dict.fromkeys(folder for each in folders for folder in each))
     by_folder = {job.folder: job for job in jobs}
-    held = [_by_setting([by_folder[folder] for folder in each]) for each in folders]
+    held = [repetitions(map(by_folder.__getitem__, each), lambda job: job.seedless) for each in folders]
     if len(folders) == 1:
         if len(held[0]) != 2:
             raise UserError(
@@ -116,33 +126,18 @@ def _jobs_of(given: Any) -> list[Path]:
     jobs = [job for folder in folders for job in read_jobs([folder])]
     if not isinstance(given, list) and (folders[0].parent / RECORD).exists():
         siblings = read_jobs([folders[0].parent])
-        own = [_without_seed(job) for job in siblings if job.folder.name == folders[0].name]
-        jobs = [job for job in siblings if [_without_seed(job)] == own]
+        own = [job.seedless for job in siblings if job.folder.name == folders[0].name]
+        jobs = [job for job in siblings if [job.seedless] == own]
     found = dict.fromkeys(job.folder for job in jobs if job.state != "waiting")
     if not found:
-        raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
+        raise none_begun(folders)
     return [*found]
-
-
-def _without_seed(job: Job) -> dict[str, str]:
-    return {key: value for key, value in job.setting.items() if key != "seed"}
-
-
-def _by_setting(jobs: list[Job]) -> list[list[Job]]:
-    found: list[list[Job]] = []
-    for job in jobs:
-        same = next((each for each in found if _without_seed(each[0]) == _without_seed(job)), None)
-        if same is None:
-            found.append([job])
-        else:
-            same.append(job)
-    return found
 
 
 def _listed(settings: list[list[Job]]) -> str:
     if len(settings) == 1:
         return "one setting"
-    titles = [title_of(_without_seed(jobs[0])) for jobs in settings]
+    titles = [title_of(jobs[0].seedless) for jobs in settings]
     more = f", … {len(titles) - 3} more" if len(titles) > 3 else ""
     return f"{len(titles)} settings ({', '.join(titles[:3])}{more})"
 
@@ -152,7 +147,7 @@ def _side(name: str, jobs: list[Job]) -> Side:
     if not finished:
         states = ", ".join(dict.fromkeys(job.state for job in jobs))
         raise UserError(f"{name}: none of its {len(jobs)} runs has a final loss ({states})")
-    title = title_of(_without_seed(jobs[0])) or str(as_typed(jobs[0].folder))
+    title = title_of(jobs[0].seedless) or str(as_typed(jobs[0].folder))
     return Side(name, title, finished, len(jobs) - len(finished))
 
 
@@ -230,15 +225,11 @@ def _percent(p: float) -> str:
 
 
 def _too_few(a: Side, b: Side) -> str:
-    have = " and ".join(f"{side.name} has {len({*_seeds(side)})}" for side in (a, b))
+    have = " and ".join(f"{side.name} has {len(side.seeds)}" for side in (a, b))
     return (
         f"one seed says nothing of the noise between seeds ({have}): train each setting with three or more, "
         f"best with the same ones, as seed=1,2,3 in a sweep does"
     )
-
-
-def _seeds(side: Side) -> list[int]:
-    return [job.summary.get("seed", 0) for job in side.jobs]
 
 
 def _table(a: Figures, b: Figures, found: Difference) -> str:
@@ -258,7 +249,7 @@ def _not_counted(a: Side, b: Side, found: Difference) -> Iterator[str]:
     folders = {job.folder.parent for side in (a, b) for job in side.jobs}
     if any(RACE in read_record(folder)["arguments"] for folder in folders if (folder / RECORD).exists()):
         yield "a race ended when these differed, so that share is too low: the race's own verdict holds"
-    alone = {*_seeds(a)} ^ {*_seeds(b)}
+    alone = a.seeds ^ b.seeds
     if found.paired and alone:
         yield f"not counted, as only one of both has them: seeds {', '.join(map(str, sorted(alone)))}"
 

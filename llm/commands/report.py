@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from llm.config import ReportConfig
-from llm.errors import UserError, shown
-from llm.sweeps.jobs import RECORD, Job, find_sweep, read_jobs, read_record
+from llm.errors import shown
+from llm.sweeps.jobs import RECORD, Job, find_sweep, none_begun, read_jobs, read_record
 from llm.sweeps.report import study_report, sweep_report
 from llm.sweeps.study import is_study
 
@@ -22,7 +22,7 @@ def write_report(config: ReportConfig, run_dir: Path) -> Path:
     folders = [find_sweep(str(name)) for name in names]
     jobs = read_jobs(folders)
     if not jobs:
-        raise UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
+        raise none_begun(folders)
     target = Path(config.to) if config.to else folders[0] if len(folders) == 1 else run_dir
     report = study_report if _is_study(folders, jobs) else sweep_report
     page = report(jobs, folders, target)

@@ -3,14 +3,15 @@
 Nothing here needs the process that runs the sweep.
 """
 
+import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from llm.config import PretrainConfig, leaf_keys, value_of
 from llm.errors import UserError
@@ -36,6 +37,8 @@ NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not cha
 DONE = ("finished", "stopped")  # states with a result, whose jobs are not run again
 SCRIPT = re.compile("[a-z]+")
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -51,6 +54,15 @@ class Job:
     def title(self) -> str:
         """What sets it apart, as `lr=4e-4 seed=1`."""
         return title_of(self.setting) or "the one setting"
+
+    @property
+    def seedless(self) -> dict[str, str]:
+        """What sets it apart from all but its repetitions with other seeds."""
+        return {key: value for key, value in self.setting.items() if key != "seed"}
+
+    @property
+    def seed(self) -> int:
+        return self.summary.get("seed", 0)
 
     @property
     def state(self) -> str:
@@ -99,6 +111,19 @@ class Job:
     def reread(self) -> "Job":
         """The same job with the summary that is in its folder now."""
         return replace(self, summary=read_summary(self.folder))
+
+
+def repetitions(items: Iterable[Item], setting: Callable[[Item], dict[str, str]]) -> list[list[Item]]:
+    """Those of one setting together, in the order of their first ones."""
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(json.dumps(setting(item), sort_keys=True), []).append(item)
+    return [*found.values()]
+
+
+def none_begun(folders: Iterable[Path]) -> UserError:
+    """The error where sweeps have no job yet."""
+    return UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
 
 
 def begun(job: Job) -> float:

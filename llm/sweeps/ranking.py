@@ -1,6 +1,5 @@
 """The settings of a sweep: what varies between them, which come first, and how they fill a heatmap."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from statistics import mean
 from llm.overrides import compact, short_key
 from llm.records import figure_in
 from llm.sweeps.comparing import Comparison
-from llm.sweeps.jobs import order
+from llm.sweeps.jobs import order, repetitions
 from llm.sweeps.results import Result, or_infinite
-from llm.sweeps.verdict import noise, possibly_best
+from llm.sweeps.verdict import Figures, figures_by_seed, noise, possibly_best
 
 Setting = dict[str, str]  # the keys that vary between jobs, with a job's values
 
@@ -36,30 +35,23 @@ class Ranking:
     @cached_property
     def possibly_best(self) -> list[bool | None]:
         """Whether each setting may be the best, see `llm.sweeps.verdict`; None where there is one seed."""
-        return possibly_best([figures_by_seed(group) for group in self.groups])
+        return possibly_best([_by_seed(group) for group in self.groups])
 
     @cached_property
     def noise(self) -> float | None:
         """What seeds alone change: the standard deviation, over the settings that may be the best."""
         kept = [group for group, may in zip(self.groups, self.possibly_best, strict=True) if may]
-        return noise([figures_by_seed(group) for group in kept or self.groups])
+        return noise([_by_seed(group) for group in kept or self.groups])
 
 
 def by_setting(results: list[Result]) -> list[list[Result]]:
     """The results that differ in their seed alone, together; the best mean loss first."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(json.dumps(result.setting, sort_keys=True), []).append(result)
-    return sorted(found.values(), key=mean_rank)
+    return sorted(repetitions(results, lambda result: result.setting), key=mean_rank)
 
 
-def figures_by_seed(group: list[Result]) -> dict[int, float]:
-    """The final figures of a setting; of a seed that was run several times, the mean."""
-    found: dict[int, list[float]] = {}
-    for result in group:
-        if result.final is not None:
-            found.setdefault(result.job.summary.get("seed", 0), []).append(result.final)
-    return {seed: mean(values) for seed, values in found.items()}
+def _by_seed(group: list[Result]) -> Figures:
+    """The final figures of a setting."""
+    return figures_by_seed((each.job.seed, each.final) for each in group if each.final is not None)
 
 
 def mean_rank(group: list[Result]) -> tuple[float, float]:

@@ -58,7 +58,7 @@ class Result:
     @property
     def setting(self) -> dict[str, str]:
         """What sets it apart from all but its repetitions with other seeds."""
-        return {key: value for key, value in self.job.setting.items() if key != "seed"}
+        return self.job.seedless
 
     @property
     def rank(self) -> tuple[float, float]:

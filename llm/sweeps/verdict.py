@@ -5,7 +5,7 @@ batches in the same order, so what that adds to both cancels out in their differ
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -17,6 +17,14 @@ POWER = 0.8  # how surely a difference as large as the one seen is to be found
 MOST_SEEDS = 1000  # beyond which no number is named
 
 Figures = Mapping[int, float]  # by seed
+
+
+def figures_by_seed(runs: Iterable[tuple[int, float]]) -> Figures:
+    """The figures of a setting's runs, each with its seed; of a seed that was run several times, the mean."""
+    found: dict[int, list[float]] = {}
+    for seed, figure in runs:
+        found.setdefault(seed, []).append(figure)
+    return {seed: mean(figures) for seed, figures in found.items()}
 
 
 @dataclass(frozen=True)
