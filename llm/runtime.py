@@ -103,15 +103,15 @@ class Runtime:
 class Late:
     """Numbers that the device is still computing, copied to this process behind all that is queued there."""
 
-    def __init__(self, numbers: Tensor, runtime: Runtime) -> None:
-        # The copy is of pinned memory where it is not to block.
-        self.numbers = numbers.to("cpu", non_blocking=runtime.queues, copy=True)
+    def __init__(self, numbers: Tensor) -> None:
+        # From CUDA, torch makes such a copy in memory that it pins.
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda, copy=True)
         self.copied = torch.cuda.Event() if numbers.is_cuda else None
         if self.copied is not None:
             self.copied.record()
 
-    def read(self) -> list[float]:
-        """Wait for them."""
+    def read(self) -> Any:
+        """Wait for them: nested lists, of the shape of the tensor."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.numbers.tolist()

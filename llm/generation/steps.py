@@ -22,6 +22,7 @@ from llm.generation.decoding import Decoding, check_past_context
 from llm.generation.sampling import draw_at, next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.model.kv_cache import KVCache
+from llm.runtime import Late
 
 STEPS_AHEAD = 8  # that the host launches before it looks at those launched before
 ROUNDED_TO = 128  # cache lengths, so that batches of about the same length share a graph
@@ -226,18 +227,7 @@ class StaticStep:
         self.number.zero_()
         for _ in range(count):
             (self.replay or self.step)(model)
-        # To memory that torch pins, behind the steps; and an event behind that.
-        copied = self.figures[:count].to("cpu", non_blocking=True, copy=True)
-        if not self.figures.is_cuda:
-            return copied.tolist
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def read() -> list[list[list[float]]]:
-            arrived.synchronize()
-            return copied.tolist()
-
-        return read
+        return Late(self.figures[:count]).read
 
 
 # The step captured last over each model, where no batch uses it: for the next one of its shape.

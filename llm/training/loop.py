@@ -81,7 +81,7 @@ def launch(run: Run, done: float) -> Launched:
         done: the share of the budget that was spent before.
     """
     begin = time.perf_counter()
-    runtime, optimizers, count = run.runtime, run.optimizers, run.micro_batches()
+    optimizers, count = run.optimizers, run.micro_batches()
     if optimizers.can_queue:
         batches = [next(run.batches) for _ in range(count)]
         # How long it takes is not known yet: as long as the newest one, as those in flight.
@@ -103,7 +103,7 @@ def launch(run: Run, done: float) -> Launched:
             optimizers.step()
         optimizers.zero_grad()
     tokens = count * run.config.data.batch_size * run.config.model.context_length
-    return Launched(Late(figures, runtime), tokens, run.epochs(), lr, begin)
+    return Launched(Late(figures), tokens, run.epochs(), lr, begin)
 
 
 def finish(run: Run) -> dict[str, float]:
