@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 
@@ -90,6 +91,7 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@cache
 def gpu_memory_bytes(device: torch.device) -> int:
     """The memory of a CUDA GPU, used or not."""
     return torch.cuda.get_device_properties(device).total_memory

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm.device import gpu_memory_bytes
 from llm.model.cpu import IN_CACHE
 
 CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2's vocabulary
@@ -29,13 +30,8 @@ def chunk_tokens(device: torch.device, vocab_size: int, dtype: torch.dtype) -> i
     chunks decide in which order a gradient is added up, and a rerun is to add up the same."""
     if device.type != "cuda":
         return CHUNK_TOKENS
-    fit = CUDA_CHUNK_SHARE * _memory_bytes(device) / (vocab_size * dtype.itemsize)
+    fit = CUDA_CHUNK_SHARE * gpu_memory_bytes(device) / (vocab_size * dtype.itemsize)
     return min(max(CHUNK_TOKENS, 2 ** int(math.log2(fit))), CUDA_CHUNK_TOKENS)
-
-
-@cache
-def _memory_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """A product of matrices in `dtype`, added to the total in place if there is one."""
     if left.dtype != dtype and sums_products(left.device, left.dtype, dtype):
-        # cuBLAS writes and adds in fp32 itself: no pass over a product in bf16, which may be of 77 MB.
+        # cuBLAS adds up in fp32 itself: no product in bf16, of up to 77 MB, is written and read again.
         if total is None:
             return torch.mm(left, right, out_dtype=dtype)
         return torch.addmm(total, left, right, out_dtype=dtype, out=total)

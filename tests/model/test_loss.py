@@ -61,6 +61,6 @@ def test_a_certain_mistake_has_a_finite_loss() -> None:
 def test_a_gpu_holds_the_logits_of_as_many_tokens_as_its_memory_allows(
     monkeypatch: pytest.MonkeyPatch, gibibytes: int, vocab_size: int, dtype: torch.dtype, tokens: int
 ) -> None:
-    monkeypatch.setattr(module, "_memory_bytes", lambda device: gibibytes << 30)
+    monkeypatch.setattr(module, "gpu_memory_bytes", lambda device: gibibytes << 30)
     assert chunk_tokens(torch.device("cuda"), vocab_size, dtype) == tokens
     assert chunk_tokens(torch.device("cpu"), vocab_size, dtype) == CHUNK_TOKENS
