@@ -16,14 +16,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from llm.commands.benchmark_generation import text_generator
-from llm.commands.benchmark_training import updater
+from llm.commands.benchmark_training import flops_per_token, updater
 from llm.commands.device_checks import CHECKS, Check
 from llm.config import BenchmarkConfig, ModelConfig, OptimizerConfig, validate
 from llm.device import device_name, gpu_memory_bytes, measure_matmul_flops, memory_bytes
 from llm.errors import UserError, first_line
 from llm.files import write_json
 from llm.generation.inference import for_inference
-from llm.model.gpt import GPTModel, training_flops_per_token
+from llm.model.gpt import GPTModel
 from llm.progress import Progress, format_count
 from llm.runtime import Runtime, precisions_of, set_product_precision, start_runtime
 from llm.tables import fitted, format_table
@@ -203,7 +203,7 @@ def _update_seconds(
     optimizers = build_optimizers(made, OptimizerConfig(optimizer, lr=1e-3), runtime)
     sizes = replace(config, model=model, batch_size=rows)
     # As a run of more than a moment does.
-    small = rows * model.context_length * training_flops_per_token(made) < LARGE_FLOPS
+    small = rows * model.context_length * flops_per_token(model) < LARGE_FLOPS
     captures = optimizers.can_queue and small
     update = updater(sizes, runtime, made, optimizers, GPTModel.__call__, captures)
     return _median_seconds(update, config.steps)
@@ -213,8 +213,7 @@ def _update_in_words(model: ModelConfig, rows: int, flops: float | None, seconds
     tokens = rows * model.context_length / seconds
     told = f"{format_count(tokens)} tokens/s ({rows} × {model.context_length})"
     if flops:
-        with torch.device("meta"):  # just shapes: nothing is allocated
-            told += f", {tokens * training_flops_per_token(GPTModel(model)) / flops:.0%} MFU"
+        told += f", {tokens * flops_per_token(model) / flops:.0%} MFU"
     return [f"{1000 * seconds:,.2f} ms", told]
 
 

@@ -110,7 +110,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
     rows: list[dict[str, Any]] = []
     for name, median in medians.items():
         model = with_gpt2_parts(config.model) if GPT2_PARTS in name else config.model
-        mfu = tokens * _flops_per_token(model) / median / rates[name[:4]]
+        mfu = tokens * flops_per_token(model) / median / rates[name[:4]]
         row = {
             "variant": name,
             "milliseconds": 1000 * median,
@@ -169,8 +169,9 @@ def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Ten
     return model(input_ids=inputs, labels=targets, use_cache=False).loss
 
 
-def _flops_per_token(config: ModelConfig) -> int:
-    with torch.device("meta"):  # just shapes
+def flops_per_token(config: ModelConfig) -> int:
+    """Of training, see `training_flops_per_token`."""
+    with torch.device("meta"):  # just shapes: nothing is allocated
         return training_flops_per_token(GPTModel(config))
 
 
