@@ -34,16 +34,22 @@ function verdictColumns() {
   ];
 }
 
-// A strip from the lowest final figure of the text to that of the usual setting, with the noise of seeds about the
-// lowest mean as a band. What lies beyond is a ring at its end.
-function dotsOf(group) {
-  const { measure, noise } = data.texts[groups[group].text];
-  const rivals = [...groups.keys()].filter(other => groups[other].text == groups[group].text);
-  const found = rivals.map(other => figuresOf(measure.name, jobsOfGroup[other])).filter(values => values.length);
-  if (!found.length) return "–";
+// Where the dots of a text's settings lie: from its lowest final figure to that of the usual setting.
+const dotScales = data.texts.map(({ measure, noise }, text) => {
+  const found = [...groups.keys()].filter(group => groups[group].text == text)
+    .map(group => figuresOf(measure.name, jobsOfGroup[group])).filter(values => values.length);
+  if (!found.length) return null;
   const best = mean(found[0]), usual = mean(found[found.length >> 1]);
   const low = Math.min(...found.flat(), best - noise), high = Math.max(...found[0], usual + noise, best + 4 * noise);
-  const place = value => 100 * Math.min(1, (value - low) / (high - low || 1)) + "%";
+  return { best, high, place: value => 100 * Math.min(1, (value - low) / (high - low || 1)) + "%" };
+});
+
+// A strip with a dot for each seed, and the noise of seeds about the lowest mean as a band. What lies beyond is a ring
+// at its end.
+function dotsOf(group) {
+  const { measure, noise } = data.texts[groups[group].text], scale = dotScales[groups[group].text];
+  if (!scale) return "–";
+  const { best, high, place } = scale;
   const strip = document.createElement("div");
   strip.className = "dots";
   if (noise) {
