@@ -1,10 +1,12 @@
-"""Models of all of today's parts, weights at which each of them matters, and where they compute."""
+"""Models of all of today's parts, weights at which each of them matters, and what generation draws."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from llm.config import ModelConfig
+from llm.config import ModelConfig, SamplingConfig
+from llm.generation.steps import Drawn
 from llm.model.gpt import GPTModel
 from llm.runtime import Runtime
 
@@ -34,3 +36,39 @@ def random_model(config: ModelConfig) -> GPTModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.2)
     return model
+
+
+SAMPLINGS = {
+    "plain": SamplingConfig(),
+    "greedy": SamplingConfig(temperature=0.0),
+    "filters and penalty": SamplingConfig(temperature=1.4, top_k=25, top_p=0.9, repetition_penalty=1.3),
+}
+RAGGED = [[1, 2, 3], [4], [5] * 12, [1, 2, 3], list(range(30)), [9, 9]]  # prompts
+
+
+def drawn_with(
+    loop: Callable[..., Iterator[Drawn]],
+    model: GPTModel,
+    prompts: list[list[int]],
+    limits: list[int],
+    sampling: SamplingConfig,
+    past_context: str,
+) -> list[Drawn]:
+    """What each row draws until its limit."""
+    torch.manual_seed(4)
+    uniforms = torch.rand(max(limits), len(prompts))
+    rows: list[Drawn] = [[] for _ in prompts]
+    for drawn in loop(
+        model, prompts, uniforms, sampling, past_context, lambda row: len(rows[row]) >= limits[row]
+    ):
+        for each in drawn:
+            rows[each[0]].append(each)
+    return rows
+
+
+def assert_drawn(found: list[Drawn], wanted: list[Drawn], tolerance: float) -> None:
+    """The same tokens, with figures as close as that."""
+    for one, other in zip(found, wanted, strict=True):
+        assert [each[:2] for each in one] == [each[:2] for each in other]
+        figures = [torch.tensor([each[2:] for each in row]) for row in (one, other)]
+        torch.testing.assert_close(*figures, atol=tolerance, rtol=tolerance)

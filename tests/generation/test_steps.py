@@ -1,12 +1,12 @@
 """Steps drawn ahead of what is read, as on a GPU, against the loop that reads each before the next one. The
 graph is replaced by plain calls; tests/gpu/test_generation.py has the real one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from parts import EVERY_PART, random_model
+from parts import EVERY_PART, RAGGED, SAMPLINGS, assert_drawn, drawn_with, random_model
 from torch import Tensor
 
 from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
@@ -20,32 +20,7 @@ from llm.runtime import start_runtime
 
 LEARNED = ModelConfig(vocab_size=257, context_length=24, emb_dim=24, n_heads=4, n_layers=2)
 ROTARY = replace(LEARNED, **EVERY_PART)
-SAMPLINGS = {
-    "plain": SamplingConfig(),
-    "greedy": SamplingConfig(temperature=0.0),
-    "filters and penalty": SamplingConfig(temperature=1.4, top_k=25, top_p=0.9, repetition_penalty=1.3),
-}
-RAGGED = [[1, 2, 3], [4], [5] * 12, [1, 2, 3], list(range(30)), [9, 9]]
 BYTES = load_tokenizer("bytes")
-
-
-def drawn_with(
-    loop: Callable[..., object],
-    model: GPTModel,
-    prompts: list[list[int]],
-    limits: list[int],
-    sampling: SamplingConfig,
-    past_context: str,
-) -> list[Drawn]:
-    """What each row draws until its limit."""
-    torch.manual_seed(4)
-    uniforms = torch.rand(max(limits), len(prompts))
-    rows: list[Drawn] = [[] for _ in prompts]
-    ended = lambda row: len(rows[row]) >= limits[row]  # noqa: E731
-    for drawn in loop(model, prompts, uniforms, sampling, past_context, ended):  # type: ignore[attr-defined]
-        for each in drawn:
-            rows[each[0]].append(each)
-    return rows
 
 
 def compare(
@@ -58,10 +33,7 @@ def compare(
     asked = model, prompts, limits, sampling, past_context
     wanted, found = drawn_with(drawn_in_turn, *asked), drawn_with(drawn_ahead, *asked)
     assert [len(row) for row in found] == limits
-    for one, other in zip(wanted, found, strict=True):
-        assert [each[:2] for each in one] == [each[:2] for each in other]
-        figures = [Tensor([each[2:] for each in row]) for row in (one, other)]
-        torch.testing.assert_close(*figures, atol=1e-5, rtol=1e-5)
+    assert_drawn(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parts import EVERY_PART, random_model
+from parts import EVERY_PART, RAGGED, SAMPLINGS, assert_drawn, drawn_with, random_model
 
 from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
 from llm.data.tokenizer import load_tokenizer
@@ -13,7 +13,7 @@ from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.generation import steps
 from llm.generation.inference import for_inference
-from llm.generation.steps import STEPS_AHEAD, Drawn, drawn_ahead, drawn_in_turn
+from llm.generation.steps import STEPS_AHEAD, drawn_ahead, drawn_in_turn
 from llm.generation.texts import Sample, generate_texts
 from llm.model.gpt import GPTModel
 from llm.runtime import start_runtime
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.gpu
 
 LEARNED = ModelConfig(vocab_size=257, context_length=24, emb_dim=64, n_heads=4, n_layers=2)
 ROTARY = replace(LEARNED, **EVERY_PART)
-SAMPLINGS = {
-    "plain": SamplingConfig(),
-    "greedy": SamplingConfig(temperature=0.0),
-    "filters and penalty": SamplingConfig(temperature=1.4, top_k=25, top_p=0.9, repetition_penalty=1.3),
-}
-RAGGED = [[1, 2, 3], [4], [5] * 12, [1, 2, 3], list(range(30)), [9, 9]]
 PAST = [(LEARNED, "exact"), (LEARNED, "half"), (ROTARY, "exact"), (ROTARY, "half"), (ROTARY, "slide")]
 BYTES = load_tokenizer("bytes")
 
@@ -56,33 +50,6 @@ def on_gpu(config: ModelConfig) -> GPTModel:
     return random_model(config).cuda()
 
 
-def drawn_with(
-    loop: Callable[..., Iterator[Drawn]],
-    model: GPTModel,
-    prompts: list[list[int]],
-    limits: list[int],
-    sampling: SamplingConfig,
-    past_context: str,
-) -> list[Drawn]:
-    """What each row draws until its limit."""
-    torch.manual_seed(4)
-    uniforms = torch.rand(max(limits), len(prompts))
-    rows: list[Drawn] = [[] for _ in prompts]
-    for drawn in loop(
-        model, prompts, uniforms, sampling, past_context, lambda row: len(rows[row]) >= limits[row]
-    ):
-        for each in drawn:
-            rows[each[0]].append(each)
-    return rows
-
-
-def assert_equal(found: list[Drawn], wanted: list[Drawn], tolerance: float) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert [each[:2] for each in one] == [each[:2] for each in other]
-        figures = [torch.tensor([each[2:] for each in row]) for row in (one, other)]
-        torch.testing.assert_close(*figures, atol=tolerance, rtol=tolerance)
-
-
 def compare(
     model: GPTModel, prompts: list[list[int]], limits: list[int], sampling: SamplingConfig, past_context: str
 ) -> None:
@@ -91,9 +58,9 @@ def compare(
     graph = drawn_with(drawn_ahead, *asked)
     assert [len(row) for row in graph] == limits
     model.captures_steps = False
-    assert_equal(graph, drawn_with(drawn_ahead, *asked), 1e-5)
+    assert_drawn(graph, drawn_with(drawn_ahead, *asked), 1e-5)
     model.captures_steps = True
-    assert_equal(graph, drawn_with(drawn_in_turn, *asked), 1e-3)
+    assert_drawn(graph, drawn_with(drawn_in_turn, *asked), 1e-3)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
@@ -127,7 +94,7 @@ def test_models_made_ready(config: ModelConfig, past_context: str, precision: st
     asked = RAGGED, [60, 3, 25, 8, 9, 41], SAMPLINGS["filters and penalty"], past_context
     graph = drawn_with(drawn_ahead, ready, *asked)
     ready.captures_steps = False
-    assert_equal(graph, drawn_with(drawn_ahead, ready, *asked), 1e-5)
+    assert_drawn(graph, drawn_with(drawn_ahead, ready, *asked), 1e-5)
     idx = torch.randint(257, (3, 24), device="cuda")
     with torch.no_grad():
         found, wanted = ready(idx).float(), on_gpu(config)(idx).float()
@@ -217,7 +184,7 @@ def test_a_compiled_step_is_captured_too(captures: list[object]) -> None:
     asked = RAGGED, [30, 3, 25, 8, 9, 30], SAMPLINGS["plain"], "half"
     found = drawn_with(drawn_ahead, ready, *asked)
     assert len(captures) == 1
-    assert_equal(found, drawn_with(drawn_in_turn, on_gpu(LEARNED), *asked), 1e-3)
+    assert_drawn(found, drawn_with(drawn_in_turn, on_gpu(LEARNED), *asked), 1e-3)
 
 
 def test_out_of_memory_is_one_line() -> None:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake
 
 
 Sweep = Callable[..., FakeLauncher]
+Act = Callable[[dict[str, str]], dict[str, Any]]  # a job's overrides to its summary
 
 
 def finished(job: dict[str, str]) -> dict[str, Any]:
@@ -409,6 +411,18 @@ def bowl(job: dict[str, str]) -> dict[str, Any]:
     return {"status": "finished", "val_loss": loss}
 
 
+def cut_off(act: Act, at: int) -> Act:
+    """What jobs do, until that one is interrupted."""
+    calls = count(1)
+
+    def until_then(job: dict[str, str]) -> dict[str, Any]:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return act(job)
+
+    return until_then
+
+
 SEARCHED = (
     "optimizer.lr=tag(log,interval(1e-5,1))",
     "model.n_layers=range(1,7)",
@@ -428,17 +442,8 @@ def test_a_search_finds_the_minimum_and_resumes_as_if_it_had_not_been_cut_off(
     late = [bowl(dict(each.split("=") for each in job.overrides)).get("val_loss", 9) for job in jobs[15:]]
     early = [bowl(dict(each.split("=") for each in job.overrides)).get("val_loss", 9) for job in jobs[:10]]
     assert sorted(late)[7] < sorted(early)[5]  # it learns
-    calls = 0
-
-    def cut_off(job: dict[str, str]) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls == 18:
-            raise KeyboardInterrupt
-        return bowl(job)
-
     with pytest.raises(SystemExit, match="130"):
-        sweep(OptunaSweeper(n_trials=30), cut_off, *SEARCHED, "model=tiny", folder="cut")
+        sweep(OptunaSweeper(n_trials=30), cut_off(bowl, 18), *SEARCHED, "model=tiny", folder="cut")
     with pytest.raises(SystemExit, match="1"):
         sweep(OptunaSweeper(n_trials=30, resume=True), bowl, *SEARCHED, "model=tiny", folder="cut")
     assert read_record(tmp_path / "cut")["jobs"] == read_record(tmp_path / "sweep")["jobs"]
@@ -607,17 +612,8 @@ def test_a_race_adds_seeds_to_what_is_left_and_resumes_as_if_it_had_not_been_cut
     jobs = read_jobs([tmp_path / "sweep"])
     assert [job.setting["seed"] for job in jobs[:12]] == [*4 * "5", *4 * "6", *4 * "7"]
     assert [job.title for job in jobs[-2:]] == ["lr=0.1 seed=11", "lr=0.1001 seed=11"]
-    calls = 0
-
-    def cut_off(job: dict[str, str]) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls == 17:
-            raise KeyboardInterrupt
-        return noisy(job)
-
     with pytest.raises(SystemExit, match="130"):
-        sweep(RaceSweeper(max_seeds=7), cut_off, *RACED, folder="cut")
+        sweep(RaceSweeper(max_seeds=7), cut_off(noisy, 17), *RACED, folder="cut")
     with pytest.raises(SystemExit, match="1"):
         sweep(RaceSweeper(max_seeds=7, resume=True), noisy, *RACED, folder="cut")
     assert read_record(tmp_path / "cut")["jobs"] == read_record(tmp_path / "sweep")["jobs"]
