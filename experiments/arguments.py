@@ -1,32 +1,33 @@
 """The command line as Hydra is to read it: folders to resume are found, and texts and paths are quoted."""
 
+import argparse
 import ast
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr
-from io import StringIO
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
 from suggestions import did_you_mean
-from sweeping.recorded import CONF, check_jobs, harmless
+from sweeping.recorded import CONF, PLANNED, check_jobs, harmless
 
 from llm.config import leaf_keys
 from llm.errors import UserError
-from llm.overrides import quoted
+from llm.overrides import quoted, split_override
 from llm.runs import BEST, LATEST, find_run, path_of
 from llm.sweeps.jobs import find_sweep, read_record
 
 TEXTS = ("prompt", "text", "samples.prompt")  # for people: in these, ${…} means nothing
-FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.resume")
+PATHS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.resume", "sweep.extend", "sweep.table")
+OF_SWEEPER = {f"sweep.{name}": f"hydra.sweeper.{name}" for name in ("zip", "table", "order")}
 SWEEP_FLAGS = {"-m", "--multirun"}
 ONE_CONFIG_FLAGS = {"-c", "--cfg", "-i", "--info"}
 # With these Hydra prints something and runs nothing.
 SHOWING_FLAGS = ONE_CONFIG_FLAGS | {"-h", "--help", "--hydra-help", "--version", "-sc", "--shell-completion"}
+PLANS_SWEEP = re.compile(r"\+*sweep\.(?!resume=)\w+=")  # which is of no use without -m
 ESCAPED = r"\${"
 REFERENCE = re.compile(r"(?<!\\)(\\\\)*\$\{")  # ${…}, unless a backslash makes it text
 FREE_ON_RERUN = ("rerun", "resume", "tracking", "hydra", "data.path", "data.cache_dir")
@@ -38,19 +39,25 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
         UserError: what is to be resumed is not there, or cannot be changed like this.
         HydraException: an override does not parse.
     """
-    sweeps = bool(SWEEP_FLAGS & set(arguments))
+    plans = any(map(PLANS_SWEEP.match, arguments))
+    sweeps = plans or bool(SWEEP_FLAGS & set(arguments))
     if sweeps and ONE_CONFIG_FLAGS & _flag_names(arguments):
-        raise UserError("--cfg and --info show one config, not a sweep: remove -m")
+        raise UserError("--cfg and --info show one config, not a sweep: remove -m and sweep.KEY=…")
     if "WANDB_SWEEP_ID" in os.environ:
         arguments = [each for argument in arguments for each in _from_agent(argument)]
-    texts = _text_keys(schema) | {*FOLDERS}
+    texts = _text_keys(schema) | {*PATHS}
     arguments = [_with_quotes(each, texts, sweeps) if _is_override(each) else each for each in arguments]
     flags, overrides = _flags(arguments), _by_key(arguments)
-    _refuse_what_hydra_would_not_say_in_a_line(flags, overrides, schema)
+    _refuse_what_hydra_would_not_say_in_a_line(overrides)
     if "hydra.output_subdir" in overrides:
         raise UserError("hydra.output_subdir: the record of a run is always in its folder .hydra; remove it")
-    if "sweep.resume" in overrides:
-        return _resumed_sweep(flags, overrides, script, schema)
+    if plans or "sweep.resume" in overrides:
+        flags = _sweeping(flags)
+    for key, ours in OF_SWEEPER.items():
+        if override := overrides.pop(key, None):
+            overrides[ours] = f"{ours}={override.partition('=')[2]}"
+    if "sweep.resume" in overrides or "sweep.extend" in overrides:
+        return _continued_sweep(flags, overrides, script, schema)
     if "rerun" in overrides:
         _check_rerun(overrides)
     if "resume" in overrides and script == "pretrain":
@@ -62,27 +69,11 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
     return [*flags, *overrides.values()]  # argparse, which Hydra uses, wants them in this order
 
 
-def _refuse_what_hydra_would_not_say_in_a_line(
-    flags: list[str], overrides: dict[str, str], schema: type
-) -> None:
+def _refuse_what_hydra_would_not_say_in_a_line(overrides: dict[str, str]) -> None:
     """
     Raises:
-        UserError: a flag is unknown, a key has no value, or a group gets something else than the name of an
-            option.
+        UserError: an override has no key, or a group gets something else than the name of an option.
     """
-    parser = get_args_parser()
-    try:
-        with redirect_stderr(StringIO()) as said:
-            given = parser.parse_args([*flags, *overrides.values()])
-    except SystemExit as ended:
-        if ended.code:
-            reason = said.getvalue().strip().rpartition("error: ")[2]
-            typed = re.search(r"unrecognized arguments: -+(\w[\w.]*)", reason)
-            meant = did_you_mean(typed[1], schema) if typed else ""
-            raise UserError(f"{reason}; --help shows what can be given{meant}") from None
-        return  # --version, say
-    if bare := [each for each in given.overrides if not _is_override(each)]:
-        raise UserError(f"{bare[0]}: give KEY=VALUE{did_you_mean(bare[0], schema)}")
     for key, override in overrides.items():
         if not key:
             raise UserError(f"{override}: give KEY=VALUE")
@@ -91,6 +82,23 @@ def _refuse_what_hydra_would_not_say_in_a_line(
             if not isinstance(value, str | list | Sweep) and override[0] != "~":
                 options = ", ".join(sorted(file.stem for file in (CONF / key).glob("*.yaml")))
                 raise UserError(f"{override}: choose one of {options}")
+
+
+@contextmanager
+def flags_refused_in_a_line(schema: type) -> Iterator[None]:
+    """Let what Hydra's parser of flags does not know be an error of one line, not a page on how to use it."""
+
+    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        typed = re.search(r"unrecognized arguments: -+(\w[\w.]*)", message)
+        meant = did_you_mean(typed[1], schema) if typed else ""
+        raise UserError(f"{message}; --help shows what can be given{meant}")
+
+    printed = argparse.ArgumentParser.error
+    setattr(argparse.ArgumentParser, "error", refuse)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(argparse.ArgumentParser, "error", printed)  # noqa: B010
 
 
 def only_shows(arguments: list[str]) -> bool:
@@ -172,7 +180,7 @@ def _with_quotes(argument: str, texts: set[str], sweeps: bool) -> str:
     key = name.lstrip("+")
     if key not in texts or value == "null" or _is_quoted(argument):
         return argument
-    if sweeps and key not in FOLDERS:
+    if sweeps and key not in PATHS:
         if _parses(argument):
             return argument
         values = [each if _parses(f"{key}={each}") else quoted(each) for each in value.split(",")]
@@ -223,20 +231,38 @@ def _resumed_run(flags: list[str], overrides: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _resumed_sweep(flags: list[str], overrides: dict[str, str], script: str, schema: type) -> list[str]:
-    """The command line that began a sweep, as far as its record may decide it. Its jobs cannot change, but
-    the way they are launched and tracked can."""
-    folder = find_sweep(_value(overrides.pop("sweep.resume")), script)
+def _sweeping(flags: list[str]) -> list[str]:
+    if only_shows(flags):
+        return flags
+    return ["--multirun", *(flag for flag in flags if flag not in SWEEP_FLAGS)]
+
+
+def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, schema: type) -> list[str]:
+    """The command line that began a sweep, as far as its record may decide it. The jobs that there are cannot
+    change, but the way they are launched and tracked can; and a sweep can get more jobs."""
+    if "sweep.resume" in overrides and "sweep.extend" in overrides:
+        raise UserError("sweep.extend resumes what has not ended as well: remove sweep.resume")
+    extends = "sweep.extend" in overrides
+    named = overrides.pop("sweep.extend" if extends else "sweep.resume")
+    folder = find_sweep(_value(named), script)
     record = read_record(folder)
     if record["script"] != script:
+        verb = "extend" if extends else "resume"
         raise UserError(
-            f"{folder} was begun by experiments/{record['script']}.py: resume it with that script"
+            f"{folder} was begun by experiments/{record['script']}.py: {verb} it with that script"
         )
     recorded, ignored = harmless(record["arguments"], schema, folder)
     left_open = {*ignored, *check_jobs(record["jobs"], schema, folder)}
-    if others := [
-        each for key, each in overrides.items() if not key.startswith(("hydra", "tracking", *left_open))
-    ]:
+    free = ("hydra", "tracking", *left_open)
+    others = [each for key, each in overrides.items() if not key.startswith(free) or key in PLANNED]
+    if extends:
+        if not others:
+            raise UserError(f"sweep.extend={folder}: give what to add, as in seed=3,4")
+        # Each job's keys are in its record; those that all jobs have alike are Hydra's to know, too.
+        alike = set(record["jobs"][0]).intersection(*record["jobs"]) if record["jobs"] else set()
+        recorded = [each for each in recorded if each.startswith("hydra")]
+        recorded += sorted(each for each in alike if split_override(each)[0] not in left_open)
+    elif others:
         raise UserError(f"sweep.resume continues a sweep as it was begun: remove {' '.join(others)}")
     missing = sorted(left_open - set(overrides))
     if own := [key for key in missing if not key.startswith("hydra")]:
@@ -245,11 +271,10 @@ def _resumed_sweep(flags: list[str], overrides: dict[str, str], script: str, sch
         )
     if missing:
         print(f"{', '.join(missing)}: not taken from the sweep's record; give it again if it is still wanted")
-    if not only_shows(flags):
-        flags = ["--multirun", *(flag for flag in flags if flag not in SWEEP_FLAGS)]
     merged = {
         **_by_key(recorded),
         **overrides,
         "hydra.sweep.dir": f"hydra.sweep.dir={quoted(str(folder))}",
     }
-    return [*flags, *merged.values(), "hydra.sweeper.resume=true"]
+    extension = ["hydra.sweeper.extend=true"] if extends else []
+    return [*flags, *merged.values(), "hydra.sweeper.resume=true", *extension]

@@ -14,10 +14,17 @@ from llm.config import leaf_keys
 from llm.errors import UserError
 
 UNKNOWN = re.compile(r"Could not (?:override|delete from config\.) '([\w./]+)'")
+BARE = re.compile(r"Error parsing override '(.*)'\nmissing EQUAL at '<EOF>'")
 NO_CHOICE = re.compile(r"Could not find '(?:[^']+/)?([^/']+)' Available options in '[^']+': (.*)")
 NOT_A_VALUE = re.compile(r"Error merging override (\w+)=.* Invalid type assigned: \w+ is not a subclass of")
 # What a disk says that is full, read-only, broken or away.
 OF_DISKS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+OF_GRIDS = {  # settings of a grid that other sweepers do not have, and why
+    "zip": "a search tries values by itself",
+    "table": "a search tries values by itself",
+    "order": "what another sweeper runs next depends on what came of its jobs",
+    "extend": "a search or a race takes sweep.resume with more hydra.sweeper.n_trials or max_seeds",
+}
 NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
 
 
@@ -41,8 +48,10 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in OF_DISKS:
         return f"cannot write ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
+    if schema and (bare := BARE.match(str(error))):
+        return f"{bare[1]}: give KEY=VALUE{did_you_mean(bare[1], schema)}"
     if schema and (unknown := UNKNOWN.match(str(error))):
-        return _no_such_key(unknown[1], schema)
+        return no_such_key(unknown[1], schema)
     if empty := re.match(
         r"While dereferencing interpolation '\$\{([\w.]+)\}': Incompatible value 'None'", str(error)
     ):
@@ -76,7 +85,7 @@ def refuse_unknown_keys(config: Any, schema: Any) -> None:
         UserError: the config has a key that nobody reads; `+new.key=1` lets Hydra add any.
     """
     if unknown := next(_unknown_keys(config, schema), None):
-        raise UserError(_no_such_key(unknown, schema))
+        raise UserError(no_such_key(unknown, schema))
 
 
 def _unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
@@ -92,8 +101,12 @@ def _unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
             yield from _unknown_keys(config[name], known[name], f"{prefix}{name}.")
 
 
-def _no_such_key(key: str, schema: Any) -> str:
+def no_such_key(key: str, schema: Any) -> str:
     """Says too which key was meant, or which there are in the group that it would be in."""
+    if (sweeper := key.removeprefix("hydra.sweeper.")) in OF_GRIDS:
+        return f"sweep.{sweeper} is for a grid ({OF_GRIDS[sweeper]}): remove it, or hydra/sweeper=NAME"
+    if key in ("hydra.launcher.n_jobs", "hydra.launcher.jobs_per_device"):
+        return f"{key}: this launcher has no such key; choose hydra/launcher=joblib"
     meant = did_you_mean(key, schema)
     if key.startswith("hydra."):
         return f"{key}: there is no such key; --cfg hydra shows Hydra's own; +{key}=VALUE adds one{meant}"

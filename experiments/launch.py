@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from arguments import rewritten
+from arguments import flags_refused_in_a_line, rewritten
 from given import given_keys
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra_errors import is_users, one_line, refuse_unknown_keys
+from hydra_versions import main_options, store
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from record import error_log, logged, write_record
 from sweeping.job import Place, claimed_place, complete, composed_config, is_called_off, place_of, unresolved
-from sweeping.launchers import configure_slurm
+from sweeping.launchers import configure_launchers
 from sweeping.stopping import exit_status, watched_sweep
 
 from llm.config import own_defaults
@@ -69,7 +69,9 @@ def launch(config_name: str, schema: type, work: Work, recorded: bool = True) ->
         def run(config: DictConfig) -> float | None:
             return run_once(config, work, recorded)
 
-        hydra.main(version_base="1.3", config_path=str(HERE.parent / "conf"), config_name=config_name)(run)()
+        conf = str(HERE.parent / "conf")
+        with flags_refused_in_a_line(schema):
+            hydra.main(config_path=conf, config_name=config_name, **main_options())(run)()
         sys.stdout.flush()
     except BrokenPipeError:
         _end_unread()
@@ -156,8 +158,8 @@ def _end_unread() -> NoReturn:
 def _prepare_process(schema: type) -> None:
     """Set what Hydra and the processes of jobs look at. Doing so again changes nothing."""
     schema_name = schema.__name__.removesuffix("Config").lower()
-    ConfigStore.instance().store(name=f"{schema_name}_schema", node=own_defaults(schema))
-    configure_slurm()
+    store(f"{schema_name}_schema", own_defaults(schema))
+    configure_launchers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, else it would print them
     logging.raiseExceptions = False  # on a full disk, lines of the log get lost without a traceback for each
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from hydra.conf import HydraConf
-from sweeping.recorded import CONF, NUMBERS
+from sweeping.recorded import NUMBERS, SWEEP_KEYS, config_groups
 
 from llm.config import leaf_keys
 
@@ -19,9 +19,8 @@ GROUPS = ("hydra/launcher", "hydra/sweeper")
 def did_you_mean(key: str, schema: Any) -> str:
     """The end of an error about a key that a script does not have; empty if nothing is like it."""
     nodes = {item.name for item in fields(schema) if is_dataclass(item.type)}
-    groups = {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
-    takes = {each for each in groups if each.partition("/")[0] in {*nodes, "experiment"}}
-    ours = [*leaf_keys(schema), *sorted(nodes | takes), "sweep.resume"]
+    takes = {each for each in config_groups() if each.partition("/")[0] in {*nodes, "experiment"}}
+    ours = [*leaf_keys(schema), *sorted(nodes | takes), *SWEEP_KEYS]
     hydras = [f"hydra.{each}" for each in leaf_keys(HydraConf) if f"hydra/{each}" not in GROUPS]
     hydras += [*NUMBERS, *GROUPS]
     key = key.lower()

@@ -1,17 +1,17 @@
 """The sweeper that races settings: `hydra/sweeper=race`."""
 
 from collections.abc import Iterator, Mapping
-from itertools import product
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from hydra_plugins.sweepers import RecordedSweeper, chunks, values_of
+from hydra_plugins.sweepers import Planned, RecordedSweeper, chunks
+from sweeping.planning import key_of
 from sweeping.running import Sweep
 
 from llm.errors import UserError
-from llm.overrides import title_of
+from llm.overrides import split_override, title_of
 from llm.sweeps.comparing import TEXT_KEYS, comparisons
-from llm.sweeps.jobs import read_jobs, setting_of
+from llm.sweeps.jobs import SweepRecord, read_jobs, setting_of
 
 FIRST_SEEDS = 3  # with fewer, no difference is large enough to decide
 
@@ -30,17 +30,21 @@ class RaceSweeper(RecordedSweeper):
         max_seeds: int = 20,
         level: float = 0.05,
         n_jobs: int = 1,
+        zip: Any = None,
+        table: str | None = None,
     ) -> None:
         """
         Args:
             max_seeds: of each setting, after which the race ends undecided.
             level: the probability that the truly best setting is ruled out, at most.
             n_jobs: jobs launched side by side.
+            zip, table: where settings come from, besides the command line, as in a grid.
         """
         super().__init__(params, resume)
+        self.zip, self.table = zip, table
         self.max_seeds, self.level, self.at_once = max_seeds, level, n_jobs
 
-    def plan(self, overrides: dict[str, Override]) -> list[list[str]]:
+    def plan(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
         if self.config.hydra.job.name != "pretrain":
             raise UserError("hydra/sweeper=race compares final losses: it is for pretrain.py")
         if self.max_seeds < FIRST_SEEDS or not 0 < self.level < 1:
@@ -48,15 +52,21 @@ class RaceSweeper(RecordedSweeper):
                 f"hydra.sweeper.max_seeds={self.max_seeds} hydra.sweeper.level={self.level}: a race needs "
                 f"{FIRST_SEEDS} seeds or more, and a level between 0 and 1"
             )
-        self.varied_keys = super().varied(overrides)
+        if record and record["jobs"]:
+            self.varied_keys = [key for key in record["varied"] if key != "seed"]
+            self.settings = [[*each] for each in dict.fromkeys(tuple(job[:-1]) for job in record["jobs"])]
+            self.first_seed = seed_of(record["jobs"][0])
+            return record["jobs"], record["varied"]
         swept = [key for key, each in overrides.items() if each.is_sweep_override()]
-        if decisive := [key for key in swept if key in ("seed", *TEXT_KEYS)]:
+        seed = overrides.get("seed")
+        plan = self.planned({key: each for key, each in overrides.items() if key != "seed"})
+        in_table = [key_of(each) for job in plan.jobs for each in job if key_of(each) not in overrides]
+        if decisive := [key for key in dict.fromkeys([*swept, *in_table]) if key in ("seed", *TEXT_KEYS)]:
             raise UserError(
                 f"hydra/sweeper=race adds the seeds itself, and compares losses on one text: give one value "
                 f"of {', '.join(decisive)}"
             )
-        values = [[f"{key}={value}" for value in values_of(each)] for key, each in overrides.items()]
-        self.settings = [[each for each in job if not each.startswith("seed=")] for job in product(*values)]
+        self.settings, self.varied_keys = plan.jobs, plan.varied
         if len(self.settings) < 2:
             raise UserError(
                 "hydra/sweeper=race needs two settings or more: give a key several values, as in a=1,2"
@@ -64,15 +74,11 @@ class RaceSweeper(RecordedSweeper):
         for setting in self.settings:
             if refusal := self.refused(setting):
                 raise refusal
-        seed = overrides.get("seed")
         self.first_seed = int(seed.get_value_element_as_str()) if seed else self.config.seed
-        self.total = FIRST_SEEDS * len(self.settings)
-        return [
+        jobs = [
             self._job(number, place) for place in range(FIRST_SEEDS) for number in range(len(self.settings))
         ]
-
-    def varied(self, overrides: dict[str, Override]) -> list[str]:
-        return [*super().varied(overrides), "seed"]
+        return jobs, [*self.varied_keys, "seed"]
 
     def _job(self, number: int, place: int) -> list[str]:
         return [*self.settings[number], f"seed={self.first_seed + place}"]
@@ -95,7 +101,7 @@ class RaceSweeper(RecordedSweeper):
 
     def _seeds(self, sweep: Sweep) -> int:
         """How many seeds those that are left were run with."""
-        return 1 + max(int(job[-1].removeprefix("seed=")) for job in sweep.jobs) - self.first_seed
+        return 1 + max(map(seed_of, sweep.jobs)) - self.first_seed
 
     def _figures(self, sweep: Sweep) -> list[list[float]]:
         """The final figures of each setting, by seed, up to the first that is missing."""
@@ -125,3 +131,11 @@ class RaceSweeper(RecordedSweeper):
             f"race        {racing[0]} is the best, {ended} (ruled out: {', '.join(out)}; a better one with a "
             f"probability of {self.level:g} at most)"
         )
+
+
+def seed_of(job: list[str]) -> int:
+    """The seed of a race's job, which comes last."""
+    key, value = split_override(job[-1]) if job else ("", "")
+    if key != "seed" or not value.isdecimal():
+        raise UserError(f"the jobs of this race are damaged: {' '.join(job)} does not end in a seed")
+    return int(value)

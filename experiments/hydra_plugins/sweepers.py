@@ -6,7 +6,6 @@ Hydra finds sweepers only in the package `hydra_plugins`, and imports all of it 
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,29 @@ from sweeping.folder import claimed
 from sweeping.job import unresolved
 from sweeping.launchers import traits_of
 from sweeping.machine import divide_machine
-from sweeping.recorded import check_jobs
+from sweeping.planning import Old, Plan, groups_of_keys, in_order, plan_jobs, said_of
+from sweeping.recorded import ORDERS, check_jobs
 from sweeping.running import Runner, Sweep, reason_of
 from sweeping.stopping import exit_status, stoppable
+from sweeping.table import read_table
+from sweeping.values import Values
 
 from llm.errors import UserError, shown
 from llm.sweeps.comparing import TEXT_KEYS
-from llm.sweeps.jobs import read_jobs, read_record
+from llm.sweeps.jobs import SweepRecord, read_jobs, read_record
 
+Planned = tuple[list[list[str]], list[str]]  # jobs, and the keys that vary between them
 SET_BY_US = ("hydra.sweep.dir=", "hydra.mode=")
 
 
 class RecordedSweeper(Sweeper):
     """What both sweepers share: a sweep that is recorded, watched, can be resumed, and ends with a report."""
 
-    total: int  # jobs that there will be; known once they are planned
+    total = 0  # jobs that there will be, at least
     at_once: int  # jobs that the launcher is given at once, at most
     closing = ""  # what is said at the end, besides what every sweep says
+    zip: Any = None  # what sweep.zip was given: keys whose values go together, or several lists of them
+    table: str | None = None  # a file of settings
 
     def __init__(self, params: Mapping[str, Any] | None = None, resume: bool = False) -> None:
         """
@@ -56,19 +61,16 @@ class RecordedSweeper(Sweeper):
         self.config: DictConfig = config
 
     @abstractmethod
-    def plan(self, overrides: dict[str, Override]) -> list[list[str]]:
+    def plan(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
         """Understand what is swept over, before anything is written.
 
         Args:
             overrides: by their keys.
+            record: of the sweep that is continued.
 
         Returns:
-            The overrides of each job that is known from the start.
+            The overrides of each job that is known from the start, and the keys that vary.
         """
-
-    def varied(self, overrides: dict[str, Override]) -> list[str]:
-        """The keys whose values set jobs apart."""
-        return [key.lstrip("+") for key, each in overrides.items() if each.is_sweep_override()]
 
     @abstractmethod
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
@@ -84,42 +86,53 @@ class RecordedSweeper(Sweeper):
             UserError: the folder is taken, or holds no such sweep.
             HydraException: no job's overrides fit.
         """
-        from llm.commands.conclude import conclude  # not needed by Hydra's scan for plugins
-
         overrides = self._parsed(arguments)
-        jobs = self.plan(overrides)
-        with claimed(self.config, self.resume) as folder:
-            if self.resume:
-                sweep = self._recorded(folder, arguments)
-            else:
-                hydra_overrides = unresolved(self.config.hydra.overrides.hydra)
-                sweep = Sweep(
-                    folder,
-                    script=self.config.hydra.job.config_name,
-                    arguments=[each for each in hydra_overrides if not each.startswith(SET_BY_US)]
-                    + arguments,
-                    varied=self.varied(overrides),
-                    jobs=jobs,
-                )
-            self.total = max(self.total, len(sweep.jobs))
-            try:
-                self._run(sweep)
-                status = 0
-            except KeyboardInterrupt as error:
-                status = exit_status(error)
-            if conclude(folder) and not status:
-                status = 1
-            if self.closing:
-                print(shown(self.closing))
-        if status:
-            sys.exit(status)
+        if self.resume:
+            with claimed(self.config, resume=True) as folder:
+                self._run_to_end(self._recorded(folder, overrides, arguments))
+            return
+        jobs, varied = self._prepared(overrides, None)
+        hydra_overrides = unresolved(self.config.hydra.overrides.hydra)
+        with claimed(self.config, resume=False) as folder:
+            sweep = Sweep(
+                folder,
+                script=self.config.hydra.job.config_name,
+                arguments=[each for each in hydra_overrides if not each.startswith(SET_BY_US)] + arguments,
+                varied=varied,
+                jobs=jobs,
+            )
+            self._run_to_end(sweep)
 
-    def _recorded(self, folder: Path, arguments: list[str]) -> Sweep:
+    def _prepared(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
+        """The plan, and the machine divided among its jobs; whatever is wrong is found here."""
+        jobs, varied = self.plan(overrides, record)
+        self.total = max(self.total, len(jobs))
+        self.traits = traits_of(self.config.hydra.launcher)
+        self.gpus = divide_machine(self.config, self.at_once) if self.traits.side_by_side else []
+        return jobs, varied
+
+    def _recorded(self, folder: Path, overrides: dict[str, Override], arguments: list[str]) -> Sweep:
         """The sweep in a folder, whose jobs get from here on what may be given again."""
         record = read_record(folder)
         given_again = check_jobs(record["jobs"], OmegaConf.get_type(self.config), folder)
+        record["jobs"], record["varied"] = self._prepared(overrides, record)
         free = ("tracking", *given_again)
         return Sweep(folder, **record, changes=[each for each in arguments if each.startswith(free)])
+
+    def _run_to_end(self, sweep: Sweep) -> None:
+        from llm.commands.conclude import conclude  # not needed by Hydra's scan for plugins
+
+        try:
+            self._run(sweep)
+            status = 0
+        except KeyboardInterrupt as error:
+            status = exit_status(error)
+        if conclude(sweep.folder) and not status:
+            status = 1
+        if self.closing:
+            print(shown(self.closing))
+        if status:
+            sys.exit(status)
 
     def _parsed(self, arguments: list[str]) -> dict[str, Override]:
         """The overrides of all jobs by their keys; of two for a key the last counts."""
@@ -135,20 +148,35 @@ class RecordedSweeper(Sweeper):
         """
         from llm.sweeps.watch import SweepProgress, watching
 
-        config, traits = self.config, traits_of(self.config.hydra.launcher)
-        gpus = divide_machine(config, self.at_once) if traits.side_by_side else []
-        side_by_side = traits.side_by_side and config.hydra.launcher.n_jobs > 1
+        config = self.config
+        side_by_side = self.traits.side_by_side and config.hydra.launcher.n_jobs > 1
         launcher = Plugins.instance().instantiate_launcher(self.hydra_context, self.task_function, config)
-        runner = Runner(sweep, launcher, traits, gpus)
+        runner = Runner(sweep, launcher, self.traits, self.gpus)
         progress = SweepProgress(sweep.folder, sweep.since, self.total)
         with stoppable(sweep.folder, side_by_side), watching(progress):
             for numbers in self.batches(sweep):
                 runner.run(numbers)
 
+    def planned(self, overrides: dict[str, Override], old: Old | None = None) -> Plan:
+        """What was typed, zipped and tabled, as settings of which no two are equal, after the old ones."""
+        schema = OmegaConf.get_type(self.config)
+        rows = read_table(Path(self.table), schema) if self.table else []
+        folder = Path(self.config.hydra.sweep.dir) if old else None
+        values = Values(schema, self._composed_or_none, folder)
+        plan = plan_jobs(overrides, groups_of_keys(self.zip), rows, old, values.of, values.default)
+        print(said_of(plan, old), end="")
+        return plan
+
+    def _composed_or_none(self, overrides: list[str]) -> DictConfig | None:
+        return None if self.refused(overrides) else self.composed(overrides)
+
+    def composed(self, overrides: list[str]) -> DictConfig:
+        return self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+
     def refused(self, overrides: list[str]) -> Exception | None:
         """Why Hydra does not take a job's overrides, if it does not."""
         try:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            config = self.composed(overrides)
             with open_dict(config):
                 del config["hydra"]
             refuse_unknown_keys(config, OmegaConf.get_type(config))
@@ -158,32 +186,57 @@ class RecordedSweeper(Sweeper):
 
 
 class GridSweeper(RecordedSweeper):
-    """Every combination of the values given for each key, as Hydra's own sweeper has them."""
+    """Every combination of the values given for each key, as Hydra's own sweeper has them, with keys whose
+    values go together, and settings from a file; see sweeping/planning.py."""
 
     def __init__(
-        self, params: Mapping[str, Any] | None = None, resume: bool = False, max_batch_size: int | None = None
+        self,
+        params: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        max_batch_size: int | None = None,
+        zip: Any = None,
+        table: str | None = None,
+        order: str = ORDERS[0],
+        extend: bool = False,
     ) -> None:
         """
         Args:
             max_batch_size: jobs handed to the launcher at once; None: all.
+            zip: a list of keys whose values go together, or several such lists.
+            table: a file of settings, see sweeping/table.py.
+            order: in which jobs run, one of `ORDERS`.
+            extend: add to the sweep that is continued what is typed.
         """
-        super().__init__(params, resume)
-        self.max_batch_size = max_batch_size
+        super().__init__({} if extend else params, resume)
+        self.max_batch_size, self.order, self.extend = max_batch_size, order, extend
+        self.zip, self.table = zip, table
 
-    def plan(self, overrides: dict[str, Override]) -> list[list[str]]:
-        values = [[f"{key}={value}" for value in values_of(each)] for key, each in overrides.items()]
-        jobs = [list(job) for job in product(*values)]
+    def plan(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
+        if self.order not in ORDERS:
+            raise UserError(f"sweep.order={self.order}: must be one of {', '.join(ORDERS)}")
+        jobs, varied = self._jobs(overrides, record)
+        values = dict.fromkeys(each for job in jobs for each in job)
         # Composing a config takes a tenth of a second, and there may be a thousand jobs: the first is tried
         # as a whole, and each value that this did not show to fit is tried once.
         fitting = set() if self.refused(jobs[0]) else set(jobs[0])
-        errors = {
-            value: self.refused([value]) for value in chain.from_iterable(values) if value not in fitting
-        }
+        errors = {value: self.refused([value]) for value in values if value not in fitting}
         self.misfits = {value: error for value, error in errors.items() if error}
-        if all(self._misfit(job) for job in jobs):
+        asked_for = jobs[len(record["jobs"]) :] if record and self.extend else jobs
+        if asked_for and all(self._misfit(job) for job in asked_for):
             raise next(iter(self.misfits.values()))
-        self.total, self.at_once = len(jobs), self.max_batch_size or len(jobs)
-        return jobs
+        self.at_once = self.max_batch_size or len(jobs)
+        return jobs, varied
+
+    def _jobs(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
+        """The jobs of the record, and those that were asked for."""
+        if record and not self.extend:
+            return record["jobs"], record["varied"]
+        old = None
+        if record:
+            overrides = {key: each for key, each in overrides.items() if not key.startswith("tracking")}
+            old = Old(record["jobs"], record["varied"])
+        plan = self.planned(overrides, old)
+        return plan.jobs, plan.varied
 
     def _misfit(self, overrides: list[str]) -> Exception | None:
         """Why a job cannot be composed, if it cannot."""
@@ -191,7 +244,7 @@ class GridSweeper(RecordedSweeper):
 
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
         numbers = []
-        for number in sweep.without_result():
+        for number in in_order(sweep.without_result(), sweep.jobs, self.order):
             if misfit := self._misfit(sweep.jobs[number]):
                 sweep.fail(number, reason_of(misfit))
             else:
@@ -227,7 +280,7 @@ class OptunaSweeper(RecordedSweeper):
         self.total, self.at_once = n_trials, n_jobs
         self.n_startup_trials, self.seed = n_startup_trials, seed
 
-    def plan(self, overrides: dict[str, Override]) -> list[list[str]]:
+    def plan(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
         try:
             from sweeping.search import Search, as_distribution
         except ModuleNotFoundError as error:
@@ -256,7 +309,7 @@ class OptunaSweeper(RecordedSweeper):
         ]
         if refusal := self.refused([*self.fixed, *self.search.example()]):
             raise refusal
-        return []
+        return (record["jobs"], record["varied"]) if record else ([], list(searched))
 
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
         yield from chunks(sweep.without_result(), self.at_once)
@@ -266,22 +319,6 @@ class OptunaSweeper(RecordedSweeper):
             sweep.jobs += [[*self.fixed, *overrides] for overrides in suggested]
             sweep.write_record()
             yield list(range(begun, begun + count))
-
-
-def values_of(override: Override) -> list[str]:
-    """The values of a grid for a key, one or several.
-
-    Raises:
-        UserError: the override gives an interval, which has no values to list.
-    """
-    if not override.is_sweep_override():
-        return [override.get_value_element_as_str()]
-    if not override.is_discrete_sweep():
-        raise UserError(
-            f"{override.input_line}: a grid needs values, as in {override.key_or_group}=1,2; "
-            f"hydra/sweeper=optuna searches an interval"
-        )
-    return list(override.sweep_string_iterator())
 
 
 def chunks(numbers: list[int], size: int) -> Iterator[list[int]]:

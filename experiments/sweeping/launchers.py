@@ -1,12 +1,12 @@
 """What this code needs to know of Hydra's launchers, and what a job of a sweep asks of Slurm."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra_versions import store
 from omegaconf import DictConfig
 
 
@@ -56,14 +56,29 @@ def deaths_as_results(traits: Traits) -> Iterator[None]:
         setattr(submitit.Job, "results", results)  # noqa: B010
 
 
-def configure_slurm() -> None:
+def configure_launchers() -> None:
+    """Replace what the plugins have by default; a plugin that is not installed has nothing."""
+    Plugins.instance()  # stores the plugins' defaults
+    with suppress(ImportError):
+        _configure_joblib()
+    with suppress(ImportError):
+        _configure_slurm()
+
+
+def _configure_joblib() -> None:
+    from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+
+    @dataclass
+    class JobsSharingGpus(JobLibLauncherConf):
+        jobs_per_device: int = 1  # how many jobs share a GPU, see machine.py
+
+    store("joblib", JobsSharingGpus, "hydra/launcher")
+
+
+def _configure_slurm() -> None:
     """Let a job ask for one GPU, and requeue it when it is preempted or out of time, for a run continues from
     its last checkpoint. The plugin's own defaults give up after an hour."""
-    Plugins.instance()  # stores the plugin's defaults, which these replace
-    try:
-        from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-    except ImportError:
-        return
+    from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 
     @dataclass
     class RequeuedSlurmJob(SlurmQueueConf):
@@ -73,4 +88,4 @@ def configure_slurm() -> None:
         array_parallelism: int = 16  # jobs at once
         max_num_timeout: int = 10  # times that a job is requeued
 
-    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=RequeuedSlurmJob)
+    store("submitit_slurm", RequeuedSlurmJob, "hydra/launcher")

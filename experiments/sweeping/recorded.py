@@ -17,15 +17,24 @@ from llm.config import leaf_keys
 from llm.errors import UserError
 from llm.sweeps.jobs import RECORD
 
+SWEEP_KEYS = tuple(f"sweep.{name}" for name in ("resume", "extend", "zip", "table", "order"))
 CONF = Path(__file__).parents[2] / "conf"
-CHOICES = {"hydra/sweeper": ("grid", "optuna", "race"), "hydra/launcher": ("basic", "joblib")}
+ORDERS = ("seeds_last", "given")  # in which jobs run
+CHOICES = {
+    "hydra/sweeper": ("grid", "optuna", "race"),
+    "hydra/launcher": ("basic", "joblib"),
+    "hydra.sweeper.order": ORDERS,
+}
 NUMBERS = (
     *(
         f"hydra.sweeper.{name}"
         for name in ("max_batch_size", "n_trials", "n_jobs", "n_startup_trials", "seed", "max_seeds", "level")
     ),
     "hydra.launcher.n_jobs",
+    "hydra.launcher.jobs_per_device",
 )
+# What a sweep's jobs were made of; the record holds the jobs themselves.
+PLANNED = ("hydra.sweeper.zip", "hydra.sweeper.table", "hydra.sweeper.extend", "hydra.sweeper.resume")
 RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # as ${oc.env:KEY}, unless a backslash makes it text
 OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a config group
 
@@ -44,7 +53,7 @@ def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str]
         UserError: an override is neither Hydra's nor the script's.
     """
     leaves = {*leaf_keys(schema)}
-    groups = {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
+    groups = config_groups()
     keys = leaves | {key.rpartition(".")[0] for key in leaves if "." in key}
     fitting, ignored = [], []
     for text in overrides:
@@ -53,11 +62,11 @@ def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str]
         if key.startswith("hydra"):
             if value in CHOICES.get(key, ()) or (key in NUMBERS and type(value) in (int, float)):
                 fitting.append(f"{key}={value}")
-            else:
+            elif key not in PLANNED:
                 ignored.append(key)
         elif RESOLVER.search(text) and key in keys - groups:
             ignored.append(key)
-        elif parsed.is_delete() or not (_is_option(value) if key in groups else key in keys):
+        elif parsed.is_delete() or not (is_option(value) if key in groups else key in keys):
             raise UserError(f"{folder / RECORD}: {text!r} is nothing that a sweep of this script sets")
         else:
             fitting.append(text)
@@ -78,6 +87,11 @@ def check_jobs(jobs: list[list[str]], schema: Any, folder: Path) -> set[str]:
     return set(others)
 
 
+def config_groups() -> set[str]:
+    """The groups of conf/, as `model/part`."""
+    return {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
+
+
 def _parsed(text: str, folder: Path) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
@@ -85,7 +99,8 @@ def _parsed(text: str, folder: Path) -> Override:
         raise UserError(f"{folder / RECORD} is damaged: {text!r} is not an override") from error
 
 
-def _is_option(value: Any) -> bool:
+def is_option(value: Any) -> bool:
+    """Whether it names an option of a group, or several, and no file elsewhere."""
     if isinstance(value, ChoiceSweep):
         value = value.list
     values = value if isinstance(value, list) else [value]

@@ -167,7 +167,9 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
         [*overrides, *changes_of(summary)]
         for (_, _, overrides), summary in zip(found, summaries, strict=True)
     ]
-    if varied and not any(map(changes_of, summaries)):
+    given = [{split_override(each)[0] for each in overrides} for overrides in effective]
+    is_complete = all(key in own for own in given for key in varied)  # not so for a table with empty cells
+    if varied and is_complete and not any(map(changes_of, summaries)):
         settings = [setting_of(overrides, varied) for overrides in effective]
     else:
         settings = settings_of(effective, [folder for folder, _, _ in found], varied)
@@ -211,12 +213,12 @@ def settings_of(
     incomplete = {key for key in keys if any(key not in own for own in given)}
     for own, folder in zip(given, folders or [], strict=False):
         if absent := [key for key in incomplete if key not in own]:
-            own |= _recorded_texts(folder, absent)
+            own |= recorded_texts(folder, absent)
     shown = [key for key in keys if key in varied or len({own.get(key) for own in given}) > 1]
     return [{key: own[key] for key in shown if key in own} for own in given]
 
 
-def _recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
+def recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
     """What a run has for keys, as its newest checkpoint says, or else Hydra's record; the options of groups
     are in that alone."""
     from llm.checkpoints.checkpoint import recorded_config  # imports torch, which most reports need not

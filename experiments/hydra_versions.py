@@ -1,0 +1,23 @@
+"""What Hydra 1.4 asks for and Hydra 1.3 does not know."""
+
+from inspect import signature
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+
+OUR_LOGGING = ["llm.progress.LineFormatter"]  # the class that conf/ names to Python's logging
+
+
+def main_options() -> dict[str, Any]:
+    """Arguments of `hydra.main`: 1.4 has a list of what logging may call, 1.3 a version to behave like."""
+    if "execution_whitelist" in signature(hydra.main).parameters:
+        return {"execution_whitelist": OUR_LOGGING}
+    return {"version_base": "1.3"}
+
+
+def store(name: str, node: Any, group: str | None = None) -> None:
+    """Store a config under a name that may be taken, which 1.4 wants to be told."""
+    is_told = "replace" in signature(ConfigStore.store).parameters
+    replacing: dict[str, Any] = {"replace": True} if is_told else {}
+    ConfigStore.instance().store(name=name, node=node, group=group, **replacing)
