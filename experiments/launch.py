@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from record import error_log, logged, write_record
 from sweeping.job import Place, claimed_place, complete, composed_config, is_called_off, place_of, unresolved
 from sweeping.launchers import configure_launchers
+from sweeping.machine import give_back_memory
 from sweeping.stopping import exit_status, watched_sweep
 
 from llm.config import own_defaults
@@ -96,6 +97,8 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
     with ExitStack() as stack:
         try:
             stack.callback(place.remove_if_empty)
+            if place.in_worker:
+                stack.callback(give_back_memory)
             resumes = bool(config.get("resume"))
             place = stack.enter_context(claimed_place(place, resumes))
             if recorded:

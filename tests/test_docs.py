@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra_errors import one_line
 from omegaconf import DictConfig, OmegaConf, open_dict
 from scripts import ROOT
+from sweeping.recorded import SWEEP_KEYS
 
 from llm import config as schemas
 
@@ -91,11 +92,13 @@ def check(typed: str) -> None:
     given = get_args_parser().parse_args(arguments)
     if given.shell_completion:
         return
-    overrides = [first_of(argument, given.multirun) for argument in given.overrides]
+    sweeping = given.multirun or any(argument.startswith("sweep.") for argument in given.overrides)
+    overrides = [first_of(argument, sweeping) for argument in given.overrides]
     if any(each.key_or_group == "sweep.resume" for each in overrides):
         others = [each for each in overrides if each.key_or_group != "sweep.resume"]
         assert all(each.key_or_group.startswith(("hydra", "tracking")) for each in others), typed
         overrides = others
+    overrides = [each for each in overrides if each.key_or_group not in SWEEP_KEYS]
     choices = [each for each in overrides if (CONF / each.key_or_group).is_dir() or "/" in each.key_or_group]
     config = composed(Path(path).stem, tuple(str(each.input_line) for each in choices)).copy()
     ConfigLoaderImpl._apply_overrides_to_config([each for each in overrides if each not in choices], config)

@@ -1,6 +1,8 @@
 """How the GPUs and cores of this machine are divided among jobs that run side by side."""
 
+import gc
 import os
+import sys
 
 from omegaconf import DictConfig, open_dict, read_write
 
@@ -59,3 +61,12 @@ def visible_gpus() -> list[str]:
     if torch.backends.mps.is_available():
         return ["Apple's"]
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def give_back_memory() -> None:
+    """Free what torch keeps of a GPU for the next tensors of this process. Other jobs that share the GPU may
+    want it before this process has its next job."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -91,7 +91,7 @@ def plan_jobs(
 def said_of(plan: Plan, old: Old | None) -> str:
     """A line about settings that are not run again, or jobs that are added; empty if there is neither."""
     if old:
-        there = f"; {plan.repeated} asked for that are there already" if plan.repeated else ""
+        there = f"; asked for and there already: {plan.repeated}" if plan.repeated else ""
         return f"jobs: {len(plan.jobs) - len(old.jobs)} new, {len(old.jobs)} from before{there}\n"
     if plan.repeated:
         return f"jobs: {len(plan.jobs)}; settings that equal others, and are run once: {plan.repeated}\n"

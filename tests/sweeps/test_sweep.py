@@ -30,7 +30,7 @@ from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from omegaconf import DictConfig
 from rich.console import Console
 from scripts import FORKED, ROOT
-from sweeping.launchers import BASIC, SUBMITIT, Traits, traits_of
+from sweeping.launchers import BASIC, SUBMITIT, Traits, configure_launchers, traits_of
 
 from llm.config import GenerateConfig, PretrainConfig, own_defaults
 from llm.errors import UserError
@@ -231,6 +231,7 @@ class FakeLauncher:
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLauncher]:
     """Sweep with overrides by a sweeper whose launcher is fake; returns the launcher."""
     ConfigStore.instance().store(name="pretrain_schema", node=own_defaults(PretrainConfig))
+    configure_launchers()
     monkeypatch.setattr("llm.commands.conclude.sweep_report", lambda *_: "none")  # see test_sweep_report.py
 
     def run(
@@ -320,13 +321,15 @@ def test_a_job_that_kills_its_launcher_fails_alone(
 
 
 @pytest.mark.parametrize(
-    ("visible", "n_jobs", "runtime", "gpus", "at_once"),
+    ("visible", "launched", "runtime", "gpus", "at_once"),
     [
-        ("3,5", -1, "runtime.processes=1", ["3", "5", "3"], 2),
-        ("3,5", 3, "runtime.processes=1", ["3", "5", "3"], 3),
-        ("3", -1, "runtime.processes=1", [None] * 3, 1),
-        ("3,5", -1, "runtime.processes=2", [None] * 3, 1),  # each has both
-        ("3,5", 3, "runtime.device=cpu", [None] * 3, 3),
+        ("3,5", "n_jobs=-1", "runtime.processes=1", ["3", "5", "3"], 2),
+        ("3,5", "n_jobs=3", "runtime.processes=1", ["3", "5", "3"], 3),
+        ("3", "n_jobs=-1", "runtime.processes=1", [None] * 3, 1),
+        ("3,5", "n_jobs=-1", "runtime.processes=2", [None] * 3, 1),  # each has both
+        ("3,5", "n_jobs=3", "runtime.device=cpu", [None] * 3, 3),
+        ("3,5", "jobs_per_device=2", "runtime.processes=1", ["3", "5", "3"], 3),
+        ("3", "jobs_per_device=2", "runtime.processes=1", ["3", "3", "3"], 2),
     ],
 )
 def test_side_by_side_each_job_has_a_gpu(
@@ -334,7 +337,7 @@ def test_side_by_side_each_job_has_a_gpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     visible: str,
-    n_jobs: int,
+    launched: str,
     runtime: str,
     gpus: list[str | None],
     at_once: int,
@@ -346,11 +349,28 @@ def test_side_by_side_each_job_has_a_gpu(
         given.append(job.get("+hydra.job.env_set.CUDA_VISIBLE_DEVICES"))
         return finished(job)
 
-    done = sweep(
-        GridSweeper(), act, "seed=range(3)", runtime, launcher=f"joblib hydra.launcher.n_jobs={n_jobs}"
-    )
+    done = sweep(GridSweeper(), act, "seed=range(3)", runtime, launcher=f"joblib hydra.launcher.{launched}")
     assert given == [gpu and f"'{gpu}'" for gpu in gpus]
     assert done.options.n_jobs == at_once
+    assert "jobs_per_device" not in done.options  # joblib would refuse it
+
+
+@pytest.mark.parametrize(
+    ("visible", "launched", "line"),
+    [
+        ("", "jobs_per_device=2", "there is none to use; set hydra.launcher.n_jobs"),
+        ("3,5", "jobs_per_device=0", "must be at least 1"),
+        ("3,5", "jobs_per_device=2 hydra.launcher.n_jobs=3", "n_jobs=3 says too how many jobs run"),
+        ("3,5", "jobs_per_device=2 runtime.processes=2", "set runtime.processes=1"),
+    ],
+)
+def test_jobs_that_cannot_share_a_gpu(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, launched: str, line: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=line):
+        sweep(GridSweeper(), finished, "seed=1,2", launcher=f"joblib hydra.launcher.{launched}")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_the_jobs_that_are_left_are_spread_over_the_gpus(
@@ -379,6 +399,25 @@ def test_a_value_that_does_not_fit_fails_its_jobs_alone(sweep: Sweep, tmp_path: 
     with pytest.raises(HydraException, match="lrr"):  # no job fits: nothing is begun
         sweep(GridSweeper(), finished, "optimizer.lrr=1,2", folder="nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_jobs_run_seed_by_seed_under_their_numbers(sweep: Sweep, tmp_path: Path) -> None:
+    arguments = ("optimizer.lr=0.1,0.2", "seed=1,2")
+    assert sweep(GridSweeper(), finished, *arguments).launched == [[0, 2, 1, 3]]
+    in_turn = sweep(GridSweeper(order="given", max_batch_size=3), finished, *arguments, folder="given")
+    assert in_turn.launched == [[0, 1, 2], [3]]
+    more = sweep(GridSweeper(resume=True, extend=True), finished, *arguments[:1], "seed=3,2")
+    assert more.launched == [[4, 5]]
+    assert [job.title for job in read_jobs([tmp_path / "sweep"])][3:] == [
+        "lr=0.2 seed=2",
+        "lr=0.1 seed=3",
+        "lr=0.2 seed=3",
+    ]
+    with pytest.raises(UserError, match=r"sweep\.order=random: must be one of"):
+        sweep(GridSweeper(order="random"), finished, *arguments, folder="no")
+    with pytest.raises(HydraException, match="abc"):  # none of the new jobs fits: nothing is added
+        sweep(GridSweeper(resume=True, extend=True), finished, "optimizer.lr=abc,abd")
+    assert len(read_record(tmp_path / "sweep")["jobs"]) == 6
 
 
 def hold(lock: Path, ready: Any, end: Any) -> None:
@@ -618,6 +657,17 @@ def test_a_race_adds_seeds_to_what_is_left_and_resumes_as_if_it_had_not_been_cut
         sweep(RaceSweeper(max_seeds=7, resume=True), noisy, *RACED, folder="cut")
     assert read_record(tmp_path / "cut")["jobs"] == read_record(tmp_path / "sweep")["jobs"]
     assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_zipped_settings_are_raced_and_the_record_decides_them(sweep: Sweep, tmp_path: Path) -> None:
+    zipped = ("optimizer.lr=0.1,0.3", "model.n_layers=1,2", "seed=5")
+    sweep(RaceSweeper(max_seeds=3, zip=[["optimizer.lr", "model.n_layers"]]), noisy, *zipped)
+    sweep(RaceSweeper(max_seeds=4, resume=True), noisy, *zipped)  # whose arguments do not say what is zipped
+    raced = {
+        (job.setting["optimizer.lr"], job.setting["model.n_layers"])
+        for job in read_jobs([tmp_path / "sweep"])
+    }
+    assert raced == {("0.1", "1"), ("0.3", "2")}
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,30 @@ def test_a_sweep_that_was_killed_resumes_as_if_it_had_not_been(
     assert (config["tracking"]["name"], config["tracking"]["group"]) == ("lr=5e-4", "sweep")
 
 
+def test_an_extended_sweep_keeps_its_jobs_and_is_killed_and_resumed_like_any(
+    begin: Begin, script: Script, tmp_path: Path, text: str
+) -> None:
+    steps = ("data=text", text, "training.max_steps=20", "checkpoint.every_steps=2")
+    assert script("pretrain", "-m", *TINY, *steps, "hydra.sweep.dir=sweep").returncode == 0
+    before = (tmp_path / "sweep" / "0" / "summary.json").read_bytes()
+    killed = begin("sweep.extend=sweep", "seed=7,123")  # the second by default
+    wait_for_checkpoint(killed, tmp_path / "sweep" / "1")
+    killed.send_signal(signal.SIGKILL, group=True)
+    assert killed.output()[0].startswith("jobs: 1 new, 1 from before; asked for and there already: 1\n")
+    resumed = script("pretrain", "sweep.resume=sweep")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "sweep" / "0" / "summary.json").read_bytes() == before
+    assert [(job.title, job.state) for job in read_jobs([tmp_path / "sweep"])] == [
+        ("seed=123", "finished"),
+        ("seed=7", "finished"),
+    ]
+    assert [line["step"] for line in numbers(tmp_path / "sweep" / "1") if "lr" in line] == [*range(20)]
+    summary = json.loads((tmp_path / "sweep" / "1" / "summary.json").read_text("utf-8"))
+    assert (summary["seed"], len(summary["resumed"])) == (7, 1)
+    again = script("pretrain", "sweep.resume=sweep", "seed=9")
+    assert again.stderr == "error: sweep.resume continues a sweep as it was begun: remove seed=9\n"
+
+
 def test_jobs_side_by_side_share_the_cores_and_one_that_is_killed_does_not_stop_the_others(
     begin: Begin, environment: dict[str, str], tmp_path: Path, text: str
 ) -> None:
