@@ -252,6 +252,8 @@ def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, s
             f"{folder} was begun by experiments/{record['script']}.py: {verb} it with that script"
         )
     recorded, ignored = harmless(record["arguments"], schema, folder)
+    if "hydra/launcher" in overrides:  # whose settings are others
+        recorded = [each for each in recorded if not each.startswith("hydra.launcher.")]
     left_open = {*ignored, *check_jobs(record["jobs"], schema, folder)}
     free = ("hydra", "tracking", *left_open)
     others = [each for key, each in overrides.items() if not key.startswith(free) or key in PLANNED]

@@ -1,10 +1,11 @@
-"""What Hydra 1.4 asks for and Hydra 1.3 does not know."""
+"""What Hydra 1.4 asks for, with its OmegaConf 2.4, and what 1.3 does not know."""
 
 from inspect import signature
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 OUR_LOGGING = ["llm.progress.LineFormatter"]  # the class that conf/ names to Python's logging
 
@@ -21,3 +22,12 @@ def store(name: str, node: Any, group: str | None = None) -> None:
     is_told = "replace" in signature(ConfigStore.store).parameters
     replacing: dict[str, Any] = {"replace": True} if is_told else {}
     ConfigStore.instance().store(name=name, node=node, group=group, **replacing)
+
+
+def as_yaml(config: DictConfig | ListConfig) -> str:
+    """A config for people to read. OmegaConf 2.4 cannot write what is not Unicode, which is refused by its
+    key once the config is checked."""
+    try:
+        return OmegaConf.to_yaml(config)
+    except UnicodeEncodeError:
+        return ""

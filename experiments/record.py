@@ -8,7 +8,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from omegaconf import DictConfig, OmegaConf
+from hydra_versions import as_yaml
+from omegaconf import DictConfig
 from sweeping.job import Place, composed_config
 
 from llm.errors import UserError
@@ -24,9 +25,9 @@ def write_record(config: DictConfig, place: Place) -> None:
     """Write `.hydra/` as Hydra does: interpolations stay as they were typed."""
     hydra_config = composed_config()
     folder = place.run_dir / ".hydra"
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-    write_text(folder / "hydra.yaml", OmegaConf.to_yaml(hydra_config))
-    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(hydra_config.hydra.overrides.task))
+    write_text(folder / "config.yaml", as_yaml(config))
+    write_text(folder / "hydra.yaml", as_yaml(hydra_config))
+    write_text(folder / "overrides.yaml", as_yaml(hydra_config.hydra.overrides.task))
 
 
 @contextmanager

@@ -5,13 +5,12 @@ Hydra finds sweepers only in the package `hydra_plugins`, and imports all of it 
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from sweeping.folder import claimed
 from sweeping.job import unresolved
-from sweeping.launchers import traits_of
+from sweeping.launchers import made_launcher, traits_of
 from sweeping.machine import divide_machine
 from sweeping.planning import Old, Plan, groups_of_keys, in_order, plan_jobs, said_of
 from sweeping.recorded import ORDERS, check_jobs
@@ -42,6 +41,8 @@ class RecordedSweeper(Sweeper):
 
     total = 0  # jobs that there will be, at least
     at_once: int  # jobs that the launcher is given at once, at most
+    n_jobs = 1  # that run at once in processes of this machine
+    gpus: Sequence[str] = ()  # that they are given in turn
     closing = ""  # what is said at the end, besides what every sweep says
     zip: Any = None  # what sweep.zip was given: keys whose values go together, or several lists of them
     table: str | None = None  # a file of settings
@@ -108,7 +109,8 @@ class RecordedSweeper(Sweeper):
         jobs, varied = self.plan(overrides, record)
         self.total = max(self.total, len(jobs))
         self.traits = traits_of(self.config.hydra.launcher)
-        self.gpus = divide_machine(self.config, self.at_once) if self.traits.side_by_side else []
+        if self.traits.side_by_side:
+            self.n_jobs, self.gpus = divide_machine(self.config, self.at_once)
         return jobs, varied
 
     def _recorded(self, folder: Path, overrides: dict[str, Override], arguments: list[str]) -> Sweep:
@@ -148,12 +150,10 @@ class RecordedSweeper(Sweeper):
         """
         from llm.sweeps.watch import SweepProgress, watching
 
-        config = self.config
-        side_by_side = self.traits.side_by_side and config.hydra.launcher.n_jobs > 1
-        launcher = Plugins.instance().instantiate_launcher(self.hydra_context, self.task_function, config)
+        launcher = made_launcher(self.hydra_context, self.task_function, self.config, self.n_jobs)
         runner = Runner(sweep, launcher, self.traits, self.gpus)
         progress = SweepProgress(sweep.folder, sweep.since, self.total)
-        with stoppable(sweep.folder, side_by_side), watching(progress):
+        with stoppable(sweep.folder, self.n_jobs > 1), watching(progress):
             for numbers in self.batches(sweep):
                 runner.run(numbers)
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra_versions import as_yaml
+from omegaconf import DictConfig, open_dict, read_write
 from sweeping.job import names_by_clock
 
 from llm.errors import UserError
@@ -30,7 +31,7 @@ def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
             if ours and (resume or not holds_run(folder)):
                 with read_write(config.hydra), open_dict(config.hydra):
                     config.hydra.sweep.dir = str(folder)
-                write_text(folder / "multirun.yaml", OmegaConf.to_yaml(config))  # where Hydra's users look
+                write_text(folder / "multirun.yaml", as_yaml(config))  # where Hydra's users look
                 yield folder
                 return
         if was_named:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from hydra_versions import store
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ LAUNCHERS = {
 def traits_of(launcher: DictConfig) -> Traits:
     """What is known of the launcher that `hydra.launcher` configures; an unknown one counts as basic."""
     return LAUNCHERS.get(launcher._target_, BASIC)
+
+
+def made_launcher(context: HydraContext, task: TaskFunction, config: DictConfig, n_jobs: int) -> Launcher:
+    """Hydra's launcher; joblib is told how many jobs run at once, and not how many share a GPU. The config of
+    the sweep stays as it was given, which Hydra 1.4 wants."""
+    told = config.copy()
+    launcher = told.hydra.launcher
+    if traits_of(launcher).side_by_side:
+        with read_write(launcher), open_dict(launcher):
+            launcher.n_jobs = n_jobs
+            launcher.pop("jobs_per_device", None)
+    made = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=told)
+    made.setup(hydra_context=context, task_function=task, config=config)
+    return made
 
 
 @contextmanager

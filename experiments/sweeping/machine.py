@@ -4,22 +4,23 @@ import gc
 import os
 import sys
 
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 
 from llm.errors import UserError
 
 
-def divide_machine(config: DictConfig, at_once: int) -> list[str]:
+def divide_machine(config: DictConfig, at_once: int) -> tuple[int, list[str]]:
     """Let joblib run a job per GPU, or per core without one, if `hydra.launcher.n_jobs` does not say how
     many, but no more than there are. `jobs_per_device` jobs share each GPU. Jobs of several processes each
     run one by one. Joblib itself divides the cores evenly among the jobs that run at once.
 
     Args:
-        config: the sweep's, with joblib as its launcher; `n_jobs` is set.
+        config: the sweep's, with joblib as its launcher.
         at_once: jobs that the sweeper has ready at once, at most.
 
     Returns:
-        The GPUs to hand out, as CUDA_VISIBLE_DEVICES takes them, each as often as jobs share it.
+        How many jobs run at once, and the GPUs to hand out, as CUDA_VISIBLE_DEVICES takes them, each as often
+        as jobs share it.
 
     Raises:
         UserError: jobs are to share GPUs, which cannot be.
@@ -29,15 +30,12 @@ def divide_machine(config: DictConfig, at_once: int) -> list[str]:
     runtime = config.get("runtime", {})  # scripts that do not compute have none
     alone = runtime.get("processes", 1) == 1
     gpus = visible_gpus() if alone and runtime.get("device") != "cpu" else []
-    launcher = config.hydra.launcher
-    with read_write(launcher), open_dict(launcher):
-        jobs_per_device = launcher.pop("jobs_per_device", 1)  # which joblib itself does not know
-        if jobs_per_device != 1:
-            _check_sharing(jobs_per_device, launcher.n_jobs, alone, gpus)
-        gpus *= jobs_per_device
-        fitting = (len(gpus) or cpu_count()) if alone else 1
-        launcher.n_jobs = min(at_once, launcher.n_jobs if launcher.n_jobs > 0 else fitting)
-    return gpus
+    n_jobs, sharing = config.hydra.launcher.n_jobs, config.hydra.launcher.get("jobs_per_device", 1)
+    if sharing != 1:
+        _check_sharing(sharing, n_jobs, alone, gpus)
+    gpus *= sharing
+    fitting = (len(gpus) or cpu_count()) if alone else 1
+    return min(at_once, n_jobs if n_jobs > 0 else fitting), gpus
 
 
 def _check_sharing(jobs_per_device: int, n_jobs: int, alone: bool, gpus: list[str]) -> None:

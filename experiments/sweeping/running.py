@@ -60,7 +60,7 @@ class Runner:
     sweep: Sweep
     launcher: Launcher
     traits: Traits
-    gpus: list[str]  # to hand out
+    gpus: Sequence[str]  # to hand out
 
     def run(self, numbers: list[int]) -> None:
         """Launch jobs together.

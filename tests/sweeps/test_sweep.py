@@ -210,10 +210,16 @@ def test_a_name_can_neither_control_the_terminal_nor_style_the_table(
 class FakeLauncher:
     """Writes what a job that trained would have left. `act` gives the summary, or raises."""
 
-    def __init__(self, act: Callable[[dict[str, str]], dict[str, Any]], options: DictConfig) -> None:
+    def __init__(self, act: Callable[[dict[str, str]], dict[str, Any]]) -> None:
         self.act = act
-        self.options = options
         self.launched: list[list[int]] = []
+
+    def told(self, *, config: DictConfig, **given: Any) -> "FakeLauncher":
+        self.options = config.hydra.launcher
+        return self
+
+    def setup(self, *, config: DictConfig, **given: Any) -> None:
+        self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         jobs = [dict(each.split("=", 1) for each in overrides) for overrides in job_overrides]
@@ -249,8 +255,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake
             HydraConfig.instance().set_config(config)
             loader = GlobalHydra.instance().config_loader()
             context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
-            fake = FakeLauncher(act, config.hydra.launcher)
-            monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: fake)
+            fake = FakeLauncher(act)
+            monkeypatch.setattr(Plugins, "instantiate_launcher", lambda _, **given: fake.told(**given))
             sweeper.setup(hydra_context=context, task_function=lambda config: None, config=config)
             sweeper.sweep(list(arguments))
         return fake
