@@ -67,7 +67,7 @@ def plan_jobs(
         others = [tuple(each for each in job if key_of(each) not in given) for job in old.jobs]
         candidates = [[*other, *setting] for other in dict.fromkeys(others) for setting in typed]
     jobs = list(kept)
-    keys = list(dict.fromkeys(key_of(each) for job in [*kept, *candidates] for each in job))
+    keys = list(dict.fromkeys(key_of(each) for job in [*kept, *rows, *candidates] for each in job))
     spelling: dict[tuple[str, Value], str] = {}
     seen: dict[tuple[Value, ...], None] = {}
     for number, job in enumerate([*kept, *candidates]):

@@ -214,7 +214,8 @@ def settings_of(
     for own, folder in zip(given, folders or [], strict=False):
         if absent := [key for key in incomplete if key not in own]:
             own |= recorded_texts(folder, absent)
-    shown = [key for key in keys if key in varied or len({own.get(key) for own in given}) > 1]
+    in_order = dict.fromkeys([*(key for key in varied if key in every_key), *keys])
+    shown = [key for key in in_order if key in varied or len({own.get(key) for own in given}) > 1]
     return [{key: own[key] for key in shown if key in own} for own in given]
 
 
