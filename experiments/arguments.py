@@ -243,8 +243,7 @@ def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, s
     if "sweep.resume" in overrides and "sweep.extend" in overrides:
         raise UserError("sweep.extend resumes what has not ended as well: remove sweep.resume")
     extends = "sweep.extend" in overrides
-    named = overrides.pop("sweep.extend" if extends else "sweep.resume")
-    folder = find_sweep(_value(named), script)
+    folder = find_sweep(_value(overrides.pop("sweep.extend" if extends else "sweep.resume")), script)
     record = read_record(folder)
     if record["script"] != script:
         verb = "extend" if extends else "resume"
@@ -265,7 +264,8 @@ def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, s
         recorded = [each for each in recorded if each.startswith("hydra")]
         recorded += sorted(each for each in alike if split_override(each)[0] not in left_open)
     elif others:
-        raise UserError(f"sweep.resume continues a sweep as it was begun: remove {' '.join(others)}")
+        named = " ".join(others).replace("hydra.sweeper.", "sweep.")
+        raise UserError(f"sweep.resume continues a sweep as it was begun: remove {named}")
     missing = sorted(left_open - set(overrides))
     if own := [key for key in missing if not key.startswith("hydra")]:
         raise UserError(

@@ -48,7 +48,7 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in OF_DISKS:
         return f"cannot write ({error.strerror}): free some room, or write elsewhere (hydra.run.dir=FOLDER)"
-    if schema and (bare := BARE.match(str(error))):
+    if schema and (bare := BARE.search(str(error))):
         return f"{bare[1]}: give KEY=VALUE{did_you_mean(bare[1], schema)}"
     if schema and (unknown := UNKNOWN.match(str(error))):
         return no_such_key(unknown[1], schema)

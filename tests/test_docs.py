@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra_errors import one_line
 from omegaconf import DictConfig, OmegaConf, open_dict
 from scripts import ROOT
+from sweeping.launchers import configure_launchers
 from sweeping.recorded import SWEEP_KEYS
 
 from llm import config as schemas
@@ -132,6 +133,7 @@ def composed(script: str, choices: tuple[str, ...]) -> DictConfig:
     ConfigStore.instance().store(
         f"{schema.__name__.removesuffix('Config').lower()}_schema", schemas.own_defaults(schema)
     )
+    configure_launchers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(script, list(choices), return_hydra_config=True)
 

@@ -61,16 +61,13 @@ def plan_jobs(
         [*row, *chain.from_iterable(combination)]
         for row, *combination in product(rows or [[]], *_columns(overrides, zips, extends=old is not None))
     ]
-    candidates, kept = typed, old.jobs if old else []
-    if old:
-        given = {key_of(each) for setting in typed for each in setting}
-        others = [tuple(each for each in job if key_of(each) not in given) for job in old.jobs]
-        candidates = [[*other, *setting] for other in dict.fromkeys(others) for setting in typed]
+    kept = old.jobs if old else []
+    asked_for = _with_others(typed, kept) if old else typed
     jobs = list(kept)
-    keys = list(dict.fromkeys(key_of(each) for job in [*kept, *rows, *candidates] for each in job))
+    keys = list(dict.fromkeys(key_of(each) for job in [*kept, *rows, *asked_for] for each in job))
     spelling: dict[tuple[str, Value], str] = {}
     seen: dict[tuple[Value, ...], None] = {}
-    for number, job in enumerate([*kept, *candidates]):
+    for number, job in enumerate([*kept, *asked_for]):
         own = {key_of(each): each for each in job}
         complete = {key: own.get(key) or default(number, job, key) for key in keys}
         values = {key: None if each is None else value(each) for key, each in complete.items()}
@@ -85,7 +82,7 @@ def plan_jobs(
     differing = [key for key, *values in zip(keys, *seen, strict=True) if len(set(values)) > 1]
     ordered = dict.fromkeys([*(old.varied if old else []), *keys])
     varied = [key for key in ordered if key in {*(old.varied if old else []), *swept, *differing}]
-    return Plan(jobs, varied, len(kept) + len(candidates) - len(jobs))
+    return Plan(jobs, varied, len(kept) + len(asked_for) - len(jobs))
 
 
 def said_of(plan: Plan, old: Old | None) -> str:
@@ -134,6 +131,13 @@ def _refuse_keys_given_twice(overrides: Mapping[str, Override], rows: Sequence[S
     typed = set(map(key_of, overrides))
     if twice := next((key for row in rows for each in row if (key := key_of(each)) in typed), None):
         raise UserError(f"{twice} is in the table and on the command line: remove one")
+
+
+def _with_others(typed: Sequence[Setting], jobs: Sequence[Setting]) -> list[Setting]:
+    """Settings with each combination that jobs have of the keys that these do not set."""
+    keys = {key_of(each) for setting in typed for each in setting}
+    others = dict.fromkeys(tuple(each for each in job if key_of(each) not in keys) for job in jobs)
+    return [[*other, *setting] for other in others for setting in typed]
 
 
 def _columns(
