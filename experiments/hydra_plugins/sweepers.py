@@ -160,7 +160,7 @@ class RecordedSweeper(Sweeper):
     def planned(self, overrides: dict[str, Override], old: Old | None = None) -> Plan:
         """What was typed, zipped and tabled, as settings of which no two are equal, after the old ones."""
         schema = OmegaConf.get_type(self.config)
-        rows = read_table(Path(self.table), schema) if self.table else []
+        rows = [] if self.table is None else read_table(Path(self.table), schema)
         folder = Path(self.config.hydra.sweep.dir) if old else None
         values = Values(schema, self._composed_or_none, folder)
         plan = plan_jobs(overrides, groups_of_keys(self.zip), rows, old, values.of, values.default)
