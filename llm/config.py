@@ -101,6 +101,13 @@ class ModelConfig:
     )
     norm_eps: float = key(1e-5, "added to the variance or mean square in norms", above=0, at_most=1)
     rotary_base: float = key(10_000.0, "rotary positions: the slowest pair turns 1/base a token", above=1)
+    mup_base_width: int | None = key(
+        None,
+        "the emb_dim that optimizer.lr was tuned at: initial weights, learning rates and weight decay are "
+        "transferred from there to this one (µP); null: they are the same at any width",
+        at_least=1,
+        at_most=10**6,
+    )
 
     @property
     def head_dim(self) -> int:
@@ -111,6 +118,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times as wide a model is as that which its learning rate was tuned for."""
+        return self.emb_dim / (self.mup_base_width or self.emb_dim)
 
 
 @dataclass
@@ -428,8 +440,9 @@ class GenerationBenchmarkConfig:
 class BenchmarkConfig:
     measure: str = key(
         "training",
-        "what is timed; device: whether the device computes right, and how fast",
-        choices=("training", "generation", "device"),
+        "what is timed; device: whether the device computes right, and how fast; coordinates: instead, how "
+        "activations grow with the width",
+        choices=("training", "generation", "device", "coordinates"),
     )
     model: ModelConfig = field(default_factory=modern_small)
     tokenizer: TokenizerConfig = field(default_factory=learnt_from_the_text)
@@ -438,7 +451,8 @@ class BenchmarkConfig:
     generation: GenerationBenchmarkConfig = field(default_factory=GenerationBenchmarkConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     batch_size: int = key(16, "windows in a batch", at_least=1)
-    steps: int = key(10, "timed updates of each variant", at_least=1)
+    steps: int = key(10, "timed updates of each variant; coordinates: updates of each model", at_least=1)
+    widths: list[int] = key([32, 64, 128, 256, 512], "coordinates: the emb_dim of each model", at_least=1)
     seed: int = key(123, "seed for weights and tokens", at_least=0)
 
 
@@ -452,6 +466,13 @@ class WorkspaceConfig:
 class ReportConfig:
     sweep: Any = key("latest", "a sweep's folder, a run's, a list of these, or latest: the newest sweep")
     to: str | None = key(None, "folder for the report; null: the sweep's own, or for a list this script's")
+    predict: float | None = key(
+        None,
+        "of a ladder, how many times the compute of its largest job: what would a run so large come to?",
+        above=1,
+        at_most=100,
+    )
+    run: bool = key(False, "train the run that is predicted, and report how far the prediction was off")
 
 
 @dataclass

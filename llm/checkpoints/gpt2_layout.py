@@ -84,7 +84,7 @@ def _block(described: Described) -> list[Names]:
 
 GPT2 = Layout(
     name="GPT-2",
-    keys=(*_SIZES, "drop_rate", "qkv_bias", "tie_weights", "init"),
+    keys=(*_SIZES, "drop_rate", "qkv_bias", "tie_weights", "init", "mup_base_width"),
     read=_read,
     describe=_describe,
     prefix="transformer.",

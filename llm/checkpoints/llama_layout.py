@@ -80,7 +80,10 @@ _LINEAR = {
 _NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
 _QK_NORMS = {"self_attn.q_norm": "att.query_norm", "self_attn.k_norm": "att.key_norm"}
 _PARTS: dict[str, Any] = {"norm": "rmsnorm", "position": "rotary", "activation": "swiglu"}
-_KEYS = ("n_kv_heads", "drop_rate", "qkv_bias", "bias", "tie_weights", "norm_eps", "rotary_base", "init")
+_KEYS = (
+    *("n_kv_heads", "drop_rate", "qkv_bias", "bias", "tie_weights", "norm_eps", "rotary_base"),
+    *("init", "mup_base_width"),
+)
 
 
 def _said(described: Described) -> Described:

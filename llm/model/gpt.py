@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
+from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention, Remember, RememberLayer
 from llm.model.cpu import Dropout
 from llm.model.loss import capped, chunk_tokens, linear_cross_entropy
@@ -90,6 +91,8 @@ class GPTModel(nn.Module):
         )
         if config.init != "torch":
             self._init_as_gpt2()
+        if config.mup_base_width is not None:
+            self._init_for_width()
 
     def _init_as_gpt2(self) -> None:
         """Radford et al. 2019, section 2.3: normal weights, those that end a residual branch scaled down
@@ -103,6 +106,19 @@ class GPTModel(nn.Module):
             elif parameter.dim() == 2:
                 branches = 2 * self.config.n_layers if ends_branch else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+
+    @torch.no_grad()
+    def _init_for_width(self) -> None:
+        """Initial weights by the width (Yang et al. 2022, Tensor Programs V, table 8), as they are at the
+        base: those of the blocks' matrices shrink with the root of the width, as torch's own do anyway; and
+        logits with the width. The latter is in the last norm, whose weights begin smaller and are stepped as
+        much less (llm/training/optimizers.py): to AdamW the same as to divide logits, and no other code has
+        to know of it."""
+        if self.config.init != "torch":
+            for matrix in block_matrices(self):
+                matrix.mul_(self.config.width_ratio**-0.5)
+        for parameter in self.final_norm.parameters():
+            parameter.div_(self.config.width_ratio)
 
     @property
     def head_weight(self) -> Tensor:
@@ -164,6 +180,15 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the matrix products within the blocks."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "trf_blocks" in name and parameter.dim() == 2
+    ]
+
+
 def description(config: ModelConfig) -> str:
     """A model's size, and its parts where they are not GPT-2's: "4 layers, width 128, …, rotary, rmsnorm"."""
     default = ModelConfig()
@@ -181,6 +206,7 @@ def description(config: ModelConfig) -> str:
         f"logits capped at {config.logit_softcap:g}" if config.logit_softcap else "",
         "projections from zero" if config.init == "zero_projections" else "",
         "" if config.bias else "no biases",
+        f"µP from width {config.mup_base_width}" if config.mup_base_width else "",
     ]
     return ", ".join(word for word in words if word)
 
@@ -191,6 +217,25 @@ def parameters_of(config: ModelConfig) -> int:
     with torch.device("meta"):  # just shapes: nothing is allocated
         less, more = (parameter_count(GPTModel(replace(config, n_layers=n))) for n in (few, few + 2))
     return less + (config.n_layers - few) // 2 * (more - less)
+
+
+def at_width(config: ModelConfig, width: int) -> ModelConfig:
+    """The same model at another width. Heads keep their size, so that their number grows with the width.
+
+    Raises:
+        UserError: it cannot be divided into whole heads.
+    """
+
+    kept = {name: getattr(config, name) for name in ("n_heads", "n_kv_heads", "hidden_dim")}
+    scaled = {name: size * width // config.emb_dim for name, size in kept.items() if size is not None}
+    wider = replace(config, emb_dim=width, **scaled)
+    if width % config.head_dim or wider.kv_heads * config.n_heads != wider.n_heads * config.kv_heads:
+        step = config.head_dim * config.n_heads // config.kv_heads
+        raise UserError(
+            f"width {width} cannot be divided into heads of {config.head_dim} as model.emb_dim="
+            f"{config.emb_dim} is: make it a multiple of {step}"
+        )
+    return wider
 
 
 def matrix_parameters(model: GPTModel) -> int:

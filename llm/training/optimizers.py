@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm.config import OptimizerConfig
 from llm.errors import UserError
+from llm.model.gpt import GPTModel, block_matrices
 from llm.runtime import Runtime
 from llm.training.muon import Muon, orthogonalising_flops
 
@@ -22,19 +24,22 @@ class Optimizers:
         # Whether a step can be queued before anybody knows what it depends on: the learning rate, and whether
         # the step is skipped, are then numbers on the device.
         self.can_queue = runtime.queues and all(map(_can_be_queued, parts))
-        self._lr = torch.zeros((), device=runtime.device) if self.can_queue else None
         if self.can_queue:
             for part in parts:  # a CUDA graph may capture steps; torch warns of those that none does
                 part._warned_capturable_if_run_uncaptured = True
                 for group in part.param_groups:
                     group["capturable"] = True
+        # By the share of the learning rate: a graph reads where it was captured with.
+        self._rates: dict[float, Tensor] = {}
+        if self.can_queue:
+            shares = {_share(group) for part in parts for group in part.param_groups}
+            self._rates = {share: torch.zeros((), device=runtime.device) for share in shares}
 
     def set_lr(self, lr: float) -> None:
-        if self._lr is not None:
-            self._lr.fill_(lr)
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr if self._lr is None else self._lr
+                scaled = lr * _share(group)
+                group["lr"] = self._rates[_share(group)].fill_(scaled) if self.can_queue else scaled
 
     def step(self) -> None:
         for part in self.parts:
@@ -96,6 +101,11 @@ class Optimizers:
             part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
 
 
+def _share(group: dict[str, Any]) -> float:
+    """What parameters of a group get of the learning rate; see model.mup_base_width."""
+    return group.get("lr_share", 1.0)
+
+
 def _can_be_queued(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it takes its learning rate, and `found_inf`, as tensors; torch's AdamW is an Adam."""
     fused_adam = isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults["fused"])
@@ -104,48 +114,65 @@ def _can_be_queued(optimizer: torch.optim.Optimizer) -> bool:
 
 def adamw(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019) over all parameters."""
-    return [_adamw(model.parameters(), config)]
+    return [_adamw(model, model.parameters(), config)]
 
 
 def muon(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
-    """Muon over the matrices of the blocks, AdamW over the rest."""
-    matrices = _block_matrices(model)
+    """Muon over the matrices of the blocks, AdamW over the rest.
+
+    Muon's steps are orthogonal, so all their singular values grow with `Muon`'s scale, the root of the longer
+    side. With the rate divided by the root of the width ratio they stay the same at any width, as those of a
+    weight have to for all widths to learn alike (Yang et al. 2023, "A Spectral Condition for Feature
+    Learning").
+    """
+    matrices = block_matrices(model)
     taken = set(map(id, matrices))
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    orthogonalised = Muon(matrices, config.lr, config.weight_decay, config.momentum, runtime)
-    return [orthogonalised, _adamw(rest, config)]
+    scale = _width_ratio(model) ** -0.5
+    orthogonalised = Muon(matrices, config.lr * scale, config.weight_decay / scale, config.momentum, runtime)
+    orthogonalised.param_groups[0]["lr_share"] = scale
+    return [orthogonalised, _adamw(model, rest, config)]
 
 
 def muon_flops(model: nn.Module) -> int:
     """Floating-point operations of Muon's iterations in one update."""
-    return sum(orthogonalising_flops(matrix) for matrix in _block_matrices(model))
+    return sum(orthogonalising_flops(matrix) for matrix in block_matrices(model))
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, unless config.decay_all."""
-    parameters = list(parameters)
-    decayed = [parameter for parameter in parameters if config.decay_all or parameter.dim() == 2]
-    others = [parameter for parameter in parameters if not (config.decay_all or parameter.dim() == 2)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def _adamw(
+    model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, unless config.decay_all.
+
+    Its steps' entries are of one size at any width, and those of a matrix add up over its inputs. So the rate
+    of the blocks' matrices is divided by the width ratio, and that of all others stays (Yang et al. 2022,
+    Tensor Programs V, table 8), but for the last norm's; see `GPTModel`.
+    """
+    ratio = _width_ratio(model)
+    narrowed = {*map(id, block_matrices(model))}
+    if isinstance(model, GPTModel):
+        narrowed |= {*map(id, model.final_norm.parameters())}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        scale = 1 / ratio if id(parameter) in narrowed else 1.0
+        # What a weight loses in an update is lr · weight_decay of it: as much at any width.
+        decay = config.weight_decay / scale if config.decay_all or parameter.dim() == 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
+        [
+            {"params": alike, "lr": config.lr * scale, "weight_decay": decay, "lr_share": scale}
+            for (scale, decay), alike in groups.items()
+        ],
         betas=(beta1, beta2),
         eps=config.eps,
         fused=True,
     )
 
 
-def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if "trf_blocks" in name and parameter.dim() == 2
-    ]
+def _width_ratio(model: nn.Module) -> float:
+    """See `ModelConfig`; 1 for a model of another library."""
+    return model.config.width_ratio if isinstance(model, GPTModel) else 1.0
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import ModelConfig
+from llm.errors import UserError
 from llm.model.attention import projected_together
-from llm.model.gpt import GPTModel, MultiHeadAttention, parameter_count, training_flops_per_token
+from llm.model.gpt import (
+    GPTModel,
+    MultiHeadAttention,
+    at_width,
+    parameter_count,
+    training_flops_per_token,
+)
 from llm.model.loss import CHUNK_TOKENS, token_loss
 
 
@@ -98,3 +105,13 @@ def test_flops_are_those_that_torch_counts(parts: dict[str, Any]) -> None:
         logits = model(idx)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten()).backward()
     assert counter.get_total_flops() / idx.numel() == training_flops_per_token(model)
+
+
+def test_a_model_at_another_width_keeps_its_heads_size() -> None:
+    config = ModelConfig(97, 8, 64, n_heads=4, n_layers=2, n_kv_heads=2, hidden_dim=160)
+    wider = at_width(config, 96)
+    assert (wider.n_heads, wider.n_kv_heads, wider.hidden_dim, wider.head_dim) == (6, 3, 240, 16)
+    assert at_width(config, 64) == config
+    for width in (40, 48):  # two heads and a half; three, of which 1.5 of keys
+        with pytest.raises(UserError, match="make it a multiple of 32"):
+            at_width(config, width)

@@ -1,7 +1,10 @@
 """Which parameters each optimizer steps, and AdamW and Muon against formulas worked out here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from parts import CPU
 
 from llm.config import ModelConfig, OptimizerConfig
@@ -9,6 +12,7 @@ from llm.model.gpt import GPTModel
 from llm.training.optimizers import build_optimizers
 
 CONFIG = ModelConfig(vocab_size=31, context_length=8, emb_dim=16, n_heads=2, n_layers=1)
+IDX = torch.arange(16).view(2, 8)
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
@@ -48,3 +52,75 @@ def test_muon_orthogonalises_the_blocks_matrices_alone() -> None:
             size = 0.2 * max(parameter.shape) ** 0.5
             assert singular_values.max() < 1.4 * size
             assert singular_values.median() > 0.5 * size
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_at_the_base_width_transfer_changes_nothing(name: str) -> None:
+    weights = []
+    for base in (None, CONFIG.emb_dim):
+        torch.manual_seed(0)
+        model = GPTModel(replace(CONFIG, mup_base_width=base))
+        optimizers = build_optimizers(model, OptimizerConfig(name), CPU)
+        for _ in range(2):
+            optimizers.set_lr(0.007)
+            model(IDX, IDX).backward()
+            optimizers.step()
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rates_and_decay_are_transferred_by_the_width(name: str) -> None:
+    """Worked out by hand for four times the base: matrices, Muon's by the root, and the last norm."""
+    base = replace(CONFIG, init="gpt2", mup_base_width=CONFIG.emb_dim)
+    model = GPTModel(replace(base, emb_dim=4 * base.emb_dim))
+    optimizers = build_optimizers(model, OptimizerConfig(name, lr=0.01, weight_decay=0.1), CPU)
+    optimizers.set_lr(0.02)
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for part in optimizers.parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    }
+    matrix = (0.005, pytest.approx(0.4)) if name == "adamw" else (0.01, pytest.approx(0.2))
+    block = model.trf_blocks[0]
+    assert found[id(block.att.W_query.weight)] == found[id(block.ff.layers[2].weight)] == matrix  # type: ignore[union-attr,index]
+    assert found[id(model.tok_emb.weight)] == (0.02, 0.1)
+    assert found[id(block.norm1.scale)] == (0.02, 0.0)  # type: ignore[union-attr]
+    assert found[id(model.final_norm.scale)] == (0.005, 0.0)
+
+
+@pytest.mark.parametrize("init", ["gpt2", "torch"])
+def test_initial_weights_are_transferred_by_the_width(init: str) -> None:
+    wide = replace(CONFIG, emb_dim=64, init=init)
+    torch.manual_seed(0)
+    plain = dict(GPTModel(wide).named_parameters())
+    torch.manual_seed(0)
+    for name, parameter in GPTModel(replace(wide, mup_base_width=16)).named_parameters():
+        in_block = name.startswith("trf_blocks") and parameter.dim() == 2
+        factor = 0.25 if name.startswith("final_norm") else 0.5 if in_block and init == "gpt2" else 1.0
+        torch.testing.assert_close(parameter, plain[name] * factor)
+
+
+def test_dividing_the_last_norm_is_dividing_the_logits() -> None:
+    """What Tensor Programs V has as a multiplier of the logits is here a smaller norm with a smaller rate."""
+    with_rule = replace(CONFIG, emb_dim=64, mup_base_width=16)
+    models = [GPTModel(with_rule), GPTModel(with_rule)]
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        models[1].final_norm.scale.mul_(4)  # as it begins without the rule
+    models[1].logits = lambda features: features @ models[1].head_weight.T / 4  # type: ignore[method-assign]
+    logits = []
+    for model in models:
+        optimizers = build_optimizers(model, OptimizerConfig("muon", eps=1e-30, weight_decay=0.0), CPU)
+        if model is models[1]:  # the last norm gets the rate of all others
+            for group in optimizers.parts[-1].param_groups:
+                if group["params"][0] is model.final_norm.scale:
+                    group["lr_share"] = 1.0
+        for _ in range(3):
+            optimizers.zero_grad()
+            optimizers.set_lr(0.003)
+            F.cross_entropy(model.logits(model.features(IDX)).flatten(0, 1), IDX.flatten()).backward()
+            optimizers.step()
+        logits.append(model.logits(model.features(IDX)).detach())
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-3)
