@@ -15,6 +15,10 @@ def run(config: BenchmarkConfig, invocation: Invocation) -> None:
         from llm.commands.benchmark_device import benchmark_device
 
         benchmark_device(config, invocation.run_dir)
+    elif config.measure == "coordinates":
+        from llm.commands.benchmark_coordinates import benchmark_coordinates
+
+        benchmark_coordinates(config, invocation.run_dir)
     else:
         from llm.commands.benchmark_training import benchmark_training
 

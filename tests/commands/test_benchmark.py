@@ -121,3 +121,28 @@ def test_a_training_whose_rate_is_wrong_by_a_hundredth_is_found(monkeypatch: pyt
     monkeypatch.setattr(device_checks, "_reference_losses", lambda optimizer: wanted)
     monkeypatch.setattr(device_checks, "OptimizerConfig", lambda name, lr: OptimizerConfig(name, 1.01 * lr))
     assert device_checks.training("adamw", CPU) > limit
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_activations_keep_their_size_in_wider_models(script: Script, tmp_path: Path, optimizer: str) -> None:
+    sizes = ("model=modern_tiny", "model.vocab_size=64", "model.context_length=16", "runtime.precision=fp32")
+    few = ("optimizer.lr=0.01", "widths=[32,64,256]", "model.emb_dim=64", "steps=4", "batch_size=4")
+    command = ("benchmark", "measure=coordinates", f"optimizer={optimizer}", *sizes, *few)
+    result = script(*command, "hydra.run.dir=run")
+    assert result.returncode == 0, result.stderr
+    with_rule, without = json.loads((tmp_path / "run" / "coordinates.json").read_text())[
+        "activations"
+    ].values()
+    assert [*with_rule] == ["32", "64", "256"]
+    for place in with_rule["64"]:
+        assert max(each[place] for each in with_rule.values()) < 2 * min(
+            each[place] for each in with_rule.values()
+        ), place
+    assert with_rule["64"] == without["64"]  # the base width
+    assert without["256"]["residual"] > 3 * without["32"]["residual"]
+    assert (tmp_path / "run" / "coordinates.png").stat().st_size > 10_000
+    refused = script(*command, "widths=[33]")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "error: width 33 cannot be divided into heads of 32 as model.emb_dim=64 is: make it a multiple of 32\n"
+    )
