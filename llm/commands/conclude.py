@@ -27,7 +27,9 @@ def conclude(folder: Path) -> bool:
     else:
         print(shown(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}"))
         if script == "pretrain" and jobs:
-            print(shown(f"report      {sweep_report(jobs, [folder], folder)}"))
+            report = sweep_report(jobs, [folder], folder)
+            for head, line in [("report", str(report.page)), *report.lines]:
+                print(shown(f"{head:<11} {line}"))
         if any(job.summary.get("wandb_folder") for job in jobs):
             print(shown(f"W&B         {sync_command(folder, '*/wandb/*run-*')}"))
     if any(job.state not in DONE for job in jobs):

@@ -1,38 +1,56 @@
 """What `experiments/report.py` does: a page, a table and a picture of a sweep, a study or a run."""
 
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from llm.config import ReportConfig
-from llm.errors import shown
+from llm.errors import UserError, shown
 from llm.sweeps.jobs import RECORD, Job, find_sweep, none_begun, read_jobs, read_record
-from llm.sweeps.report import study_report, sweep_report
+from llm.sweeps.report import Report, study_report, sweep_report
 from llm.sweeps.study import is_study
 
+Train = Callable[[list[str]], None]  # runs pretrain.py with such arguments
 
-def write_report(config: ReportConfig, run_dir: Path) -> Path:
+
+def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None) -> Path:
     """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png`: into the folder of
-    the sweep or run, for several into `run_dir`, or where `config.to` says.
+    the sweep or run, for several into `run_dir`, or where `config.to` says. Of a ladder, `scaling.json` and
+    `scaling.png` too, and what a larger run would come to, which `train` trains if `config.run` asks for it.
 
     Returns the page.
 
     Raises:
-        UserError: there is no such sweep or run, it has no jobs, or the files cannot be written.
+        UserError: there is no such sweep or run, it has no jobs, or the files cannot be written; a prediction
+            is asked for that cannot be made, or its run did not finish.
     """
+    if config.run and config.predict is None:
+        raise UserError("run=true trains a run that predict=… predicts: give how many times as large, as 2")
     names = config.sweep if isinstance(config.sweep, list) else [config.sweep]
     folders = [find_sweep(str(name)) for name in names]
     jobs = read_jobs(folders)
     if not jobs:
         raise none_begun(folders)
     target = Path(config.to) if config.to else folders[0] if len(folders) == 1 else run_dir
-    report = study_report if _is_study(folders, jobs) else sweep_report
-    page = report(jobs, folders, target)
+    if not _is_study(folders, jobs):
+        report = sweep_report(jobs, folders, target, config.predict)
+    elif config.predict is None:
+        report = Report(study_report(jobs, folders, target))
+    else:
+        raise UserError(f"predict={config.predict:g}: {folders[0]} is a study of samples, not a ladder")
     for name, file in (
-        ("report", page),
+        ("report", report.page),
         ("table", target / "report.csv"),
         ("picture", target / "report.png"),
+        *report.lines,
     ):
         print(shown(f"{name:<11} {file}", keep=""))
-    return page
+    commands = [line for name, line in report.lines if name == "command"]
+    if config.run and train and commands:
+        train(shlex.split(commands[-1])[2:])
+        return write_report(replace(config, run=False), run_dir)
+    return report.page
 
 
 def _is_study(folders: list[Path], jobs: list[Job]) -> bool:

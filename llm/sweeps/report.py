@@ -3,10 +3,11 @@
 import csv
 import io
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm.files import as_typed, write_text
+from llm.files import as_typed, write_json, write_text
 from llm.sweeps.comparing import comparisons
 from llm.sweeps.jobs import Job
 from llm.sweeps.page import writable, write_page
@@ -19,9 +20,28 @@ from llm.sweeps.study_picture import draw_study
 from llm.sweeps.sweep_page import sweep_page
 
 
-def sweep_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
+@dataclass(frozen=True)
+class Report:
+    """The page that was written, and what there is to say of it: heads and lines."""
+
+    page: Path
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+
+def sweep_report(jobs: list[Job], folders: list[Path], target: Path, times: float | None = None) -> Report:
     """Write `report.html`, `report.csv` and `report.png` of training runs that lie in `folders` into the
-    folder `target`; returns the page."""
+    folder `target`; of a ladder, `scaling.json` and `scaling.png` too.
+
+    Args:
+        times: of a ladder, the compute of a larger run to predict, in that of its largest job.
+
+    Raises:
+        UserError: a prediction is asked for, and there is no law to predict by.
+    """
+    # These import torch, which the start of a sweep need not wait for.
+    from llm.sweeps.scaling_picture import draw_scaling
+    from llm.sweeps.scaling_report import scaling_of, scaling_section
+
     compared = comparisons(jobs)
     text_of = {job.name: number for number, each in enumerate(compared) for job in each.jobs}
     results = read_results(jobs, [compared[text_of[job.name]].measure for job in jobs])
@@ -29,14 +49,21 @@ def sweep_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
         Ranking(each, by_setting([result for result in results if text_of[result.job.name] == number]))
         for number, each in enumerate(compared)
     ]
+    scaling = scaling_of(rankings, folders[0], times)
     write_text(target / "report.csv", _as_csv(_sweep_rows(results, rankings)))
     draw_sweep(rankings, target / "report.png")
-    write_page(target / "report.html", "sweep", sweep_page(results, rankings, folders))
-    return target / "report.html"
+    page = sweep_page(results, rankings, folders) | {"scaling": scaling and scaling_section(scaling)}
+    write_page(target / "report.html", "sweep", page)
+    if scaling is None:
+        return Report(target / "report.html")
+    write_json(target / "scaling.json", scaling.as_record())
+    if not isinstance(scaling.ladder, str):
+        draw_scaling(scaling.ladder, scaling.predictions, target / "scaling.png")
+    return Report(target / "report.html", [*scaling.lines()])
 
 
 def study_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
-    """The same of a study of samples."""
+    """The same of a study of samples; returns the page."""
     write_text(target / "report.csv", _as_csv(_study_rows(jobs)))
     draw_study(jobs, target / "report.png")
     write_page(target / "report.html", "study", study_page(jobs, folders))

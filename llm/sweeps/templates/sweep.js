@@ -129,6 +129,7 @@ if (keys.length && finished.length && jobs.length > 1) {
   addParallel();
 } else byId("by-value").hidden = true;
 chooseText(0);
+if (data.scaling) addScaling();
 document.querySelectorAll(".controls input").forEach(input => {
   if (input.type == "checkbox") input.checked = view[input.name];
   input.addEventListener("change", () => {

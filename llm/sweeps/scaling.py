@@ -1,0 +1,308 @@
+"""Scaling laws: how the loss falls with parameters, tokens and compute, fitted to sizes and budgets.
+
+All of it is a function of numbers. Losses are in any unit, as bits per byte; their logarithms are fitted, so
+that errors are shares of the loss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+DELTA = 1e-3  # of Huber's loss: residuals of the log that are larger count by their size, not their square
+REPLICATES = 1000
+LEVEL = 0.05  # of intervals: how often they miss
+ITERATIONS = 60
+LEAST_RUNGS = 3  # sizes, or budgets, that a law needs
+WITH_FLOOR = 5  # settings that a law in one quantity needs to tell where it levels off
+BOTH = 6  # settings that a law in parameters and tokens needs: one more than it has constants
+ALONE = 0.95  # correlation of two quantities' logarithms, from which on their effects cannot be told apart
+EXPONENTS = 0.01, 3.0
+SAME = 1.01  # factor within which two sizes are one
+
+Interval = tuple[float, float, float]  # a value, and the ends of its interval
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A setting of a ladder."""
+
+    parameters: float
+    tokens: float
+    compute: float  # floating-point operations of training
+    losses: tuple[float, ...]  # the final figure of each seed
+
+    @property
+    def loss(self) -> float:
+        """Their geometric mean, as logarithms are fitted."""
+        return math.exp(sum(map(math.log, self.losses)) / len(self.losses))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A law: E + the sum of a term for each quantity x, coefficient / x^exponent."""
+
+    name: str
+    formula: str
+    source: str
+    quantities: tuple[str, ...]  # of `Rung`
+    symbols: tuple[tuple[str, str], ...]  # of each coefficient and exponent
+    floor: bool = True  # whether E is fitted; else it is 0
+
+    @property
+    def constants(self) -> int:
+        return int(self.floor) + 2 * len(self.quantities)
+
+
+KAPLAN = "Kaplan et al. 2020, Scaling Laws for Neural Language Models"
+HOFFMANN = "Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, approach 3"
+PARAMETERS_AND_TOKENS = Form(
+    "parameters and tokens",
+    "L = E + A / N^α + B / D^β",
+    HOFFMANN,
+    ("parameters", "tokens"),
+    (("A", "α"), ("B", "β")),
+)
+_ALONE = {"parameters": ("N", "A", "α"), "tokens": ("D", "B", "β"), "compute": ("C", "K", "γ")}
+
+
+def law_of(quantity: str, floor: bool) -> Form:
+    """A power law in one quantity, with a floor or without."""
+    letter, coefficient, exponent = _ALONE[quantity]
+    formula = f"L = {'E + ' * floor}{coefficient} / {letter}^{exponent}"
+    return Form(quantity, formula, KAPLAN, (quantity,), ((coefficient, exponent),), floor)
+
+
+def form_for(rungs: Sequence[Rung]) -> Form | str:
+    """The law that a ladder can tell; or why there is none, in a line.
+
+    Both quantities, where there are three of each and they vary apart; compute, where they grow together; the
+    one that varies, where the other does not.
+    """
+    sizes = distinct([rung.parameters for rung in rungs])
+    budgets = distinct([rung.tokens for rung in rungs])
+    floor = len(rungs) >= WITH_FLOOR
+    there = f"{_counted(sizes, 'size')} and {_counted(budgets, 'budget')} of tokens"
+    if min(sizes, budgets) >= LEAST_RUNGS:
+        if len(rungs) < BOTH or _together(rungs):
+            return law_of("compute", floor)
+        return PARAMETERS_AND_TOKENS
+    if sizes >= LEAST_RUNGS and budgets == 1:
+        return law_of("parameters", floor)
+    if budgets >= LEAST_RUNGS and sizes == 1:
+        return law_of("tokens", floor)
+    return (
+        f"no scaling law can be fitted to {there}: it takes {LEAST_RUNGS} of one with the other the same, or "
+        f"{LEAST_RUNGS} of each"
+    )
+
+
+def distinct(values: Sequence[float]) -> int:
+    """How many values there are that differ by more than a hundredth."""
+    count, last = 0, 0.0
+    for value in sorted(values):
+        if value > last * SAME:
+            count, last = count + 1, value
+    return count
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _together(rungs: Sequence[Rung]) -> bool:
+    logs = np.log([[rung.parameters, rung.tokens] for rung in rungs]).T
+    return abs(float(np.corrcoef(logs)[0, 1])) > ALONE
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law with its constants, and as many others as the noise might have led to."""
+
+    form: Form
+    rungs: tuple[Rung, ...]
+    centre: np.ndarray  # mean log of each quantity, (quantities,)
+    theta: np.ndarray  # (1, constants): log E, then of each term its log at the centre and its exponent
+    replicates: np.ndarray  # (REPLICATES, constants)
+    off: np.ndarray  # (REPLICATES,): standard deviation of log losses about the law, but for seeds
+    noise: float  # that of the log losses of seeds about their mean; 0 where there is one seed
+    rate: tuple[float, float]  # (g, log c): operations a token are c · N^g
+
+    def losses(self, parameters: float, tokens: float, compute: float) -> np.ndarray:
+        """What the law says of a run, then what each of its replicates says: (1 + REPLICATES,)."""
+        there = {"parameters": parameters, "tokens": tokens, "compute": compute}
+        logs = np.log([[there[name] for name in self.form.quantities]]) - self.centre
+        return np.exp(_log_losses(self._all, logs, self.form.floor)[0][:, 0])
+
+    def predict(self, parameters: float, tokens: float, compute: float) -> Interval:
+        """The loss of one new run, with the interval that holds it in all but LEVEL of cases, if the law
+        holds beyond the ladder: which no interval can know."""
+        losses, random = self.losses(parameters, tokens, compute), np.random.default_rng(1)
+        spread = np.sqrt(self.off**2 + self.noise**2)
+        return _interval(losses[0], losses[1:] * np.exp(spread * random.standard_normal(len(spread))))
+
+    @cached_property
+    def constants(self) -> dict[str, Interval]:
+        """By their symbols, E first."""
+        rows, first = self._all, int(self.form.floor)
+        found = {"E": np.exp(rows[:, 0])} if self.form.floor else {}
+        for number, (coefficient, exponent) in enumerate(self.form.symbols):
+            log, power = rows[:, first + 2 * number], rows[:, first + 2 * number + 1]
+            found[coefficient] = np.exp(log + power * self.centre[number])
+            found[exponent] = power
+        return {name: _interval(values[0], values[1:]) for name, values in found.items()}
+
+    def optimum(self, compute: float) -> tuple[Interval, Interval] | None:
+        """The parameters and the tokens that give the lowest loss for so much compute; None if the law does
+        not tell them apart.
+
+        With c · N^g operations a token, A / N^α + B / D^β is lowest where its derivative along C = c N^g D is
+        0: N^(α + gβ) = (αA / gβB) · (C/c)^β, as Hoffmann et al. have it for g = 1 and c = 6.
+        """
+        if self.form is not PARAMETERS_AND_TOKENS:
+            return None
+        (g, log_c), (_, log_a, alpha, log_b, beta) = self.rate, self._all.T
+        log_a, log_b = log_a + alpha * self.centre[0], log_b + beta * self.centre[1]
+        log_n = log_a - log_b + np.log(alpha / (g * beta)) + beta * (math.log(compute) - log_c)
+        log_n = log_n / (alpha + g * beta)
+        sizes, tokens = np.exp(log_n), np.exp(math.log(compute) - log_c - g * log_n)
+        return _interval(sizes[0], sizes[1:]), _interval(tokens[0], tokens[1:])
+
+    @property
+    def residual(self) -> float:
+        """The root mean square of what the law misses the mean loss of each rung by, as a share."""
+        said = [self.losses(rung.parameters, rung.tokens, rung.compute)[0] for rung in self.rungs]
+        errors = np.log(said) - np.log([rung.loss for rung in self.rungs])
+        return float(np.sqrt(np.mean(errors**2)))
+
+    @property
+    def _all(self) -> np.ndarray:
+        return np.concatenate([self.theta, self.replicates])
+
+
+def fit(rungs: Sequence[Rung], form: Form, seed: int = 0) -> Fit:
+    """Fit a law to the mean loss of each rung, by Huber's loss of the log (Hoffmann et al. 2022).
+
+    For intervals, it is fitted again to losses as they might have come out: what the law says, with what
+    seeds are off the mean of their rung drawn anew from those of all rungs (a bootstrap of residuals, Efron &
+    Tibshirani 1993, "An Introduction to the Bootstrap", chapter 9), and with normal noise for as much as
+    rungs are off the law that seeds do not explain.
+
+    Args:
+        rungs: at least one more than the form has constants.
+        seed: of the bootstrap.
+    """
+    logs = np.log([[getattr(rung, name) for name in form.quantities] for rung in rungs])
+    centre = logs.mean(axis=0)
+    logs = logs - centre
+    means = np.log([rung.loss for rung in rungs])
+    starts = _starts(means, form)
+    found, costs = _descend(starts, logs, np.broadcast_to(means, (len(starts), len(means))), form.floor)
+    theta = found[[np.argmin(costs)]]
+    said = _log_losses(theta, logs, form.floor)[0][0]
+    freedom = len(rungs) - form.constants
+    seeds, deviations = _deviations(rungs)
+    noise = float(np.sqrt(np.mean(deviations**2))) if len(deviations) else 0.0
+    excess = float(np.sum((said - means) ** 2)) / freedom - noise**2 * float(np.mean(1 / seeds))
+    random = np.random.default_rng(seed)
+    off = np.sqrt(max(0.0, excess) * freedom / random.chisquare(freedom, REPLICATES))
+    drawn = said + off[:, None] * random.standard_normal((REPLICATES, len(rungs)))
+    if len(deviations):
+        for number, count in enumerate(seeds):
+            drawn[:, number] += random.choice(deviations, (REPLICATES, int(count))).mean(axis=1)
+    replicates, _ = _descend(np.repeat(theta, REPLICATES, axis=0), logs, drawn, form.floor)
+    sizes = np.log([rung.parameters for rung in rungs])
+    rate = np.polyfit(sizes, np.log([rung.compute / rung.tokens for rung in rungs]), int(np.ptp(sizes) > 0))
+    return Fit(form, tuple(rungs), centre, theta, replicates, off, noise, (float(rate[0]), float(rate[-1])))
+
+
+def _deviations(rungs: Sequence[Rung]) -> tuple[np.ndarray, np.ndarray]:
+    """The number of seeds of each rung; and of rungs with several, how far each seed's log loss is from their
+    mean, as large as it would be about the true mean."""
+    several = [np.log(rung.losses) for rung in rungs if len(rung.losses) > 1]
+    apart = [(each - each.mean()) * math.sqrt(len(each) / (len(each) - 1)) for each in several]
+    return np.array([len(rung.losses) for rung in rungs]), np.concatenate([np.empty(0), *apart])
+
+
+def _interval(value: float, replicates: np.ndarray) -> Interval:
+    low, high = np.quantile(replicates, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(value), float(low), float(high)
+
+
+# The least of Huber's loss
+
+
+def _log_losses(theta: np.ndarray, logs: np.ndarray, floor: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What laws (laws, constants) say of rungs at log quantities (rungs, quantities), about the centre: log
+    losses (laws, rungs) and their derivatives by the constants (laws, rungs, constants)."""
+    first = int(floor)
+    powers = theta[:, None, first::2] - theta[:, None, first + 1 :: 2] * logs  # (laws, rungs, quantities)
+    parts = powers if not floor else np.concatenate([np.repeat(theta[:, None, :1], len(logs), 1), powers], 2)
+    highest = parts.max(axis=2, keepdims=True)
+    shares = np.exp(parts - highest)
+    total = shares.sum(axis=2, keepdims=True)
+    shares /= total
+    slopes = np.empty((*shares.shape[:2], theta.shape[1]))
+    if floor:
+        slopes[:, :, 0] = shares[:, :, 0]
+    slopes[:, :, first::2] = shares[:, :, first:]
+    slopes[:, :, first + 1 :: 2] = -shares[:, :, first:] * logs
+    return (highest + np.log(total))[:, :, 0], slopes
+
+
+def _starts(means: np.ndarray, form: Form) -> np.ndarray:
+    """Constants to begin from, a grid: (starts, constants). The whole loss is split among floor and terms."""
+    floors = [0.05, 0.3, 0.6, 0.9] if form.floor else [0.0]
+    exponents = [0.1, 0.3, 0.8]
+    level, terms = means.mean(), len(form.quantities)
+    starts = []
+    for share in floors:
+        for powers in np.stack(np.meshgrid(*[exponents] * terms), axis=-1).reshape(-1, terms):
+            term = level + math.log((1 - share) / terms)
+            pairs = [value for power in powers for value in (term, power)]
+            starts.append([*([level + math.log(share)] if form.floor else []), *pairs])
+    return np.array(starts)
+
+
+def _descend(
+    theta: np.ndarray, logs: np.ndarray, wanted: np.ndarray, floor: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The constants (fits, constants) that Huber's loss of log losses wanted (fits, rungs) is least at, and
+    the loss there (fits,); of all fits at once, each by Levenberg's and Marquardt's method (Marquardt 1963)
+    with residuals weighted anew in each iteration, within bounds."""
+    first = int(floor)
+    low, high = np.full(theta.shape[1], wanted.min() - 7), np.full(theta.shape[1], wanted.max() + 3)
+    low[first + 1 :: 2], high[first + 1 :: 2] = EXPONENTS
+    if floor:
+        high[0] = wanted.min()
+    theta = np.clip(theta, low, high)
+    said, slopes = _log_losses(theta, logs, floor)
+    cost, damping = _huber(said - wanted), np.full(len(theta), 1e-2)
+    for _ in range(ITERATIONS):
+        errors = said - wanted
+        weights = 1 / np.maximum(np.abs(errors), DELTA)
+        gradient = np.einsum("fr,frc->fc", weights * errors, slopes)
+        stuck = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
+        free = slopes * ~stuck[:, None]
+        curvature = np.einsum("fr,fra,frb->fab", weights, free, free)
+        diagonal = np.einsum("faa->fa", curvature)
+        diagonal *= 1 + damping[:, None]
+        diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
+        tried = theta - np.linalg.solve(curvature, (gradient * ~stuck)[..., None])[..., 0]
+        tried = np.clip(tried, low, high)
+        tried_said, tried_slopes = _log_losses(tried, logs, floor)
+        tried_cost = _huber(tried_said - wanted)
+        better = tried_cost < cost
+        theta, said = np.where(better[:, None], tried, theta), np.where(better[:, None], tried_said, said)
+        slopes = np.where(better[:, None, None], tried_slopes, slopes)
+        cost = np.where(better, tried_cost, cost)
+        damping = np.clip(np.where(better, damping / 4, damping * 4), 1e-9, 1e9)
+    return theta, cost
+
+
+def _huber(errors: np.ndarray) -> np.ndarray:
+    """Summed over rungs, in units of DELTA: with half the square up to DELTA and straight lines beyond."""
+    size = np.abs(errors)
+    return np.where(size <= DELTA, size**2 / (2 * DELTA), size - DELTA / 2).sum(axis=1)
