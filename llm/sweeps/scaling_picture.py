@@ -43,11 +43,12 @@ def _draw_compute(axes: Any, ladder: Ladder, predictions: list[Prediction]) -> N
         axes.plot(*curve.T, color=colour, lw=1.5)
     most = max([each.size.compute for each in predictions] or [ladder.size.compute])
     frontier = np.geomspace(min(rung.compute for rung in rungs), most, CURVE)
-    if ladder.fit.optimum(most):
-        best = [ladder.fit.optimum(each) for each in frontier]
-        losses = [
-            ladder.fit.losses(*(x[0] for x in at), c)[0] for at, c in zip(best, frontier, strict=True) if at
-        ]
+    losses = []
+    for each in frontier:
+        if best := ladder.fit.optimum(each):
+            (size, *_), (tokens, *_) = best
+            losses.append(ladder.fit.losses(size, tokens, each)[0])
+    if losses:
         axes.plot(frontier, losses, "--", color="black", lw=1, label="best size for the compute")
     for number, each in enumerate(predictions):
         value, low, high = each.loss
@@ -77,7 +78,7 @@ def _draw_over(axes: Any, ladder: Ladder, over: str, of: str) -> None:
     places = np.geomspace(min(ends), max(ends), CURVE)
     for value in values:
         pairs = [(place, value) if over == "parameters" else (value, place) for place in places]
-        losses = [fit.losses(*pair, compute=1.0)[0] for pair in pairs]
+        losses = [fit.losses(n, d, compute=1.0)[0] for n, d in pairs]
         name = f"{format_count(value)} {of}" if len(values) <= MOST_NAMED else None
         axes.plot(places, losses, color=colours[value], lw=1.5, label=name)
     _finish(axes, over)

@@ -143,6 +143,4 @@ def test_activations_keep_their_size_in_wider_models(script: Script, tmp_path: P
     assert (tmp_path / "run" / "coordinates.png").stat().st_size > 10_000
     refused = script(*command, "widths=[33]")
     assert refused.returncode == 1
-    assert refused.stderr == (
-        "error: width 33 cannot be divided into heads of 32 as model.emb_dim=64 is: make it a multiple of 32\n"
-    )
+    assert "width 33 cannot be divided into heads of 32 as model.emb_dim=64 is" in refused.stderr
