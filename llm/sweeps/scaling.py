@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
@@ -17,7 +18,8 @@ LEVEL = 0.05  # of intervals: how often they miss
 ITERATIONS = 60
 LEAST_RUNGS = 3  # sizes, or budgets, that a law needs
 WITH_FLOOR = 5  # settings that a law in one quantity needs to tell where it levels off
-BOTH = 6  # settings that a law in parameters and tokens needs: one more than it has constants
+BOTH = 6  # settings that a law in parameters and tokens needs: more than it has constants
+HELD_OUT = 0.25  # share of a ladder, its largest rungs, that forms are tried on
 ALONE = 0.95  # correlation of two quantities' logarithms, from which on their effects cannot be told apart
 EXPONENTS = 0.01, 3.0
 SAME = 1.01  # factor within which two sizes are one
@@ -42,14 +44,14 @@ class Rung:
 
 @dataclass(frozen=True)
 class Form:
-    """A law: E + the sum of a term for each quantity x, coefficient / x^exponent."""
+    """A law: E + the sum of a term for each quantity x, coefficient / x^exponent. Or a power of that sum."""
 
-    name: str
     formula: str
     source: str
     quantities: tuple[str, ...]  # of `Rung`
     symbols: tuple[tuple[str, str], ...]  # of each coefficient and exponent
     floor: bool = True  # whether E is fitted; else it is 0
+    power: bool = False  # whether it is Kaplan's law in both quantities
 
     @property
     def constants(self) -> int:
@@ -58,12 +60,17 @@ class Form:
 
 KAPLAN = "Kaplan et al. 2020, Scaling Laws for Neural Language Models"
 HOFFMANN = "Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, approach 3"
-PARAMETERS_AND_TOKENS = Form(
-    "parameters and tokens",
-    "L = E + A / N^α + B / D^β",
-    HOFFMANN,
-    ("parameters", "tokens"),
-    (("A", "α"), ("B", "β")),
+BOTH_QUANTITIES = "parameters", "tokens"
+# Parameters gain as much at any number of tokens, down to a floor.
+SUM = Form("L = E + A / N^α + B / D^β", HOFFMANN, BOTH_QUANTITIES, (("A", "α"), ("B", "β")))
+# They gain less where tokens are few.
+POWER = Form(
+    "L = ((N_c / N)^(α_N / α_D) + D_c / D)^α_D",
+    f"{KAPLAN}, equation 1.5",
+    BOTH_QUANTITIES,
+    (("N_c", "α_N"), ("D_c", "α_D")),
+    floor=False,
+    power=True,
 )
 _ALONE = {"parameters": ("N", "A", "α"), "tokens": ("D", "B", "β"), "compute": ("C", "K", "γ")}
 
@@ -72,13 +79,14 @@ def law_of(quantity: str, floor: bool) -> Form:
     """A power law in one quantity, with a floor or without."""
     letter, coefficient, exponent = _ALONE[quantity]
     formula = f"L = {'E + ' * floor}{coefficient} / {letter}^{exponent}"
-    return Form(quantity, formula, KAPLAN, (quantity,), ((coefficient, exponent),), floor)
+    return Form(formula, KAPLAN, (quantity,), ((coefficient, exponent),), floor)
 
 
 def form_for(rungs: Sequence[Rung]) -> Form | str:
     """The law that a ladder can tell; or why there is none, in a line.
 
-    Both quantities, where there are three of each and they vary apart; compute, where they grow together; the
+    One in both quantities, where there are three of each and they vary apart: of the two that there are, the
+    one that tells the largest rungs better from the others. One in compute, where they grow together; in the
     one that varies, where the other does not.
     """
     sizes = distinct([rung.parameters for rung in rungs])
@@ -88,7 +96,7 @@ def form_for(rungs: Sequence[Rung]) -> Form | str:
     if min(sizes, budgets) >= LEAST_RUNGS:
         if len(rungs) < BOTH or _together(rungs):
             return law_of("compute", floor)
-        return PARAMETERS_AND_TOKENS
+        return min((SUM, POWER), key=lambda form: held_out(rungs, form))
     if sizes >= LEAST_RUNGS and budgets == 1:
         return law_of("parameters", floor)
     if budgets >= LEAST_RUNGS and sizes == 1:
@@ -134,7 +142,7 @@ class Fit:
         """What the law says of a run, then what each of its replicates says: (1 + REPLICATES,)."""
         there = {"parameters": parameters, "tokens": tokens, "compute": compute}
         logs = np.log([[there[name] for name in self.form.quantities]]) - self.centre
-        return np.exp(_log_losses(self._all, logs, self.form.floor)[0][:, 0])
+        return np.exp(_log_losses(self._all, logs, self.form)[0][:, 0])
 
     def predict(self, parameters: float, tokens: float, compute: float) -> Interval:
         """The loss of one new run, with the interval that holds it in all but LEVEL of cases, if the law
@@ -150,8 +158,10 @@ class Fit:
         found = {"E": np.exp(rows[:, 0])} if self.form.floor else {}
         for number, (coefficient, exponent) in enumerate(self.form.symbols):
             log, power = rows[:, first + 2 * number], rows[:, first + 2 * number + 1]
-            found[coefficient] = np.exp(log + power * self.centre[number])
-            found[exponent] = power
+            found[coefficient], found[exponent] = np.exp(log + power * self.centre[number]), power
+        if self.form.power:
+            (u, a, v, p), (n, d) = rows.T, self.centre
+            found = {"N_c": np.exp(n + u / a), "α_N": a * p, "D_c": np.exp(d + v), "α_D": p}
         return {name: _interval(values[0], values[1:]) for name, values in found.items()}
 
     def optimum(self, compute: float) -> tuple[Interval, Interval] | None:
@@ -159,16 +169,24 @@ class Fit:
         not tell them apart.
 
         With c · N^g operations a token, A / N^α + B / D^β is lowest where its derivative along C = c N^g D is
-        0: N^(α + gβ) = (αA / gβB) · (C/c)^β, as Hoffmann et al. have it for g = 1 and c = 6.
+        0: N^(α + gβ) = (αA / gβB) · (C/c)^β, as Hoffmann et al. have it for g = 1 and c = 6. A power of
+        such a sum is lowest where the sum is.
         """
-        if self.form is not PARAMETERS_AND_TOKENS:
+        if len(self.form.quantities) < 2:
             return None
-        (g, log_c), (_, log_a, alpha, log_b, beta) = self.rate, self._all.T
+        (g, log_c), (log_a, alpha, log_b, beta) = self.rate, self._all.T[int(self.form.floor) :]
+        if self.form.power:
+            beta = np.ones_like(beta)
         log_a, log_b = log_a + alpha * self.centre[0], log_b + beta * self.centre[1]
         log_n = log_a - log_b + np.log(alpha / (g * beta)) + beta * (math.log(compute) - log_c)
         log_n = log_n / (alpha + g * beta)
         sizes, tokens = np.exp(log_n), np.exp(math.log(compute) - log_c - g * log_n)
         return _interval(sizes[0], sizes[1:]), _interval(tokens[0], tokens[1:])
+
+    @cached_property
+    def held_out(self) -> float:
+        """See `held_out`: how far off predictions like those of larger runs have been within the ladder."""
+        return held_out(self.rungs, self.form)
 
     @property
     def residual(self) -> float:
@@ -194,14 +212,9 @@ def fit(rungs: Sequence[Rung], form: Form, seed: int = 0) -> Fit:
         rungs: at least one more than the form has constants.
         seed: of the bootstrap.
     """
-    logs = np.log([[getattr(rung, name) for name in form.quantities] for rung in rungs])
-    centre = logs.mean(axis=0)
-    logs = logs - centre
-    means = np.log([rung.loss for rung in rungs])
-    starts = _starts(means, form)
-    found, costs = _descend(starts, logs, np.broadcast_to(means, (len(starts), len(means))), form.floor)
-    theta = found[[np.argmin(costs)]]
-    said = _log_losses(theta, logs, form.floor)[0][0]
+    theta, centre = _least(rungs, form)
+    logs, means = _logs(rungs, form) - centre, np.log([rung.loss for rung in rungs])
+    said = _log_losses(theta, logs, form)[0][0]
     freedom = len(rungs) - form.constants
     seeds, deviations = _deviations(rungs)
     noise = float(np.sqrt(np.mean(deviations**2))) if len(deviations) else 0.0
@@ -212,10 +225,33 @@ def fit(rungs: Sequence[Rung], form: Form, seed: int = 0) -> Fit:
     if len(deviations):
         for number, count in enumerate(seeds):
             drawn[:, number] += random.choice(deviations, (REPLICATES, int(count))).mean(axis=1)
-    replicates, _ = _descend(np.repeat(theta, REPLICATES, axis=0), logs, drawn, form.floor)
+    replicates, _ = _descend(np.repeat(theta, REPLICATES, axis=0), logs, drawn, form)
     sizes = np.log([rung.parameters for rung in rungs])
     rate = np.polyfit(sizes, np.log([rung.compute / rung.tokens for rung in rungs]), int(np.ptp(sizes) > 0))
     return Fit(form, tuple(rungs), centre, theta, replicates, off, noise, (float(rate[0]), float(rate[-1])))
+
+
+def held_out(rungs: Sequence[Rung], form: Form) -> float:
+    """What a law fitted to all but the largest rungs misses the losses of these by: root mean square, as a
+    share."""
+    ordered = sorted(rungs, key=lambda rung: rung.compute)
+    kept = len(ordered) - max(1, round(HELD_OUT * len(ordered)))
+    theta, centre = _least(ordered[:kept], form)
+    said = _log_losses(theta, _logs(ordered[kept:], form) - centre, form)[0][0]
+    return float(np.sqrt(np.mean((said - np.log([rung.loss for rung in ordered[kept:]])) ** 2)))
+
+
+def _least(rungs: Sequence[Rung], form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """The constants (1, constants) with which a law fits best, about the centre (quantities,)."""
+    logs, means = _logs(rungs, form), np.log([rung.loss for rung in rungs])
+    centre, starts = logs.mean(axis=0), _starts(means, form)
+    found, costs = _descend(starts, logs - centre, np.broadcast_to(means, (len(starts), len(means))), form)
+    return found[[np.argmin(costs)]], centre
+
+
+def _logs(rungs: Sequence[Rung], form: Form) -> np.ndarray:
+    """The log quantities of rungs: (rungs, quantities)."""
+    return np.log([[getattr(rung, name) for name in form.quantities] for rung in rungs])
 
 
 def _deviations(rungs: Sequence[Rung]) -> tuple[np.ndarray, np.ndarray]:
@@ -234,51 +270,62 @@ def _interval(value: float, replicates: np.ndarray) -> Interval:
 # The least of Huber's loss
 
 
-def _log_losses(theta: np.ndarray, logs: np.ndarray, floor: bool) -> tuple[np.ndarray, np.ndarray]:
+def _log_losses(theta: np.ndarray, logs: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
     """What laws (laws, constants) say of rungs at log quantities (rungs, quantities), about the centre: log
     losses (laws, rungs) and their derivatives by the constants (laws, rungs, constants)."""
-    first = int(floor)
-    powers = theta[:, None, first::2] - theta[:, None, first + 1 :: 2] * logs  # (laws, rungs, quantities)
-    parts = powers if not floor else np.concatenate([np.repeat(theta[:, None, :1], len(logs), 1), powers], 2)
+    first = int(form.floor)
+    exponents = theta[:, None, first + 1 :: 2]  # (laws, 1, quantities), as what follows
+    if form.power:
+        exponents = np.stack([exponents[..., 0], np.ones_like(exponents[..., 1])], axis=2)
+    parts = theta[:, None, first::2] - exponents * logs
+    if form.floor:
+        parts = np.concatenate([np.repeat(theta[:, None, :1], len(logs), axis=1), parts], axis=2)
     highest = parts.max(axis=2, keepdims=True)
     shares = np.exp(parts - highest)
     total = shares.sum(axis=2, keepdims=True)
     shares /= total
-    slopes = np.empty((*shares.shape[:2], theta.shape[1]))
-    if floor:
-        slopes[:, :, 0] = shares[:, :, 0]
+    sums = (highest + np.log(total))[:, :, 0]
+    slopes = np.empty((*sums.shape, theta.shape[1]))
+    slopes[:, :, 0] = shares[:, :, 0]
     slopes[:, :, first::2] = shares[:, :, first:]
     slopes[:, :, first + 1 :: 2] = -shares[:, :, first:] * logs
-    return (highest + np.log(total))[:, :, 0], slopes
+    if form.power:
+        slopes *= theta[:, None, 3:]
+        slopes[:, :, 3] = sums
+        sums = sums * theta[:, 3:]
+    return sums, slopes
 
 
 def _starts(means: np.ndarray, form: Form) -> np.ndarray:
     """Constants to begin from, a grid: (starts, constants). The whole loss is split among floor and terms."""
-    floors = [0.05, 0.3, 0.6, 0.9] if form.floor else [0.0]
-    exponents = [0.1, 0.3, 0.8]
-    level, terms = means.mean(), len(form.quantities)
-    starts = []
-    for share in floors:
-        for powers in np.stack(np.meshgrid(*[exponents] * terms), axis=-1).reshape(-1, terms):
+    exponents, level, terms = (0.1, 0.3, 0.8), means.mean(), len(form.quantities)
+    starts: list[list[float]] = []
+    if form.power:
+        for power in (0.03, 0.1, 0.3):
+            term = level / power - math.log(2)
+            starts += [[term, exponent, term, power] for exponent in (0.5, 1.0, 2.0)]
+        return np.array(starts)
+    for share in (0.05, 0.3, 0.6, 0.9) if form.floor else (0.0,):
+        for powers in product(exponents, repeat=terms):
             term = level + math.log((1 - share) / terms)
-            pairs = [value for power in powers for value in (term, power)]
-            starts.append([*([level + math.log(share)] if form.floor else []), *pairs])
+            floor = [level + math.log(share)] if form.floor else []
+            starts.append([*floor, *(value for power in powers for value in (term, power))])
     return np.array(starts)
 
 
 def _descend(
-    theta: np.ndarray, logs: np.ndarray, wanted: np.ndarray, floor: bool
+    theta: np.ndarray, logs: np.ndarray, wanted: np.ndarray, form: Form
 ) -> tuple[np.ndarray, np.ndarray]:
     """The constants (fits, constants) that Huber's loss of log losses wanted (fits, rungs) is least at, and
     the loss there (fits,); of all fits at once, each by Levenberg's and Marquardt's method (Marquardt 1963)
     with residuals weighted anew in each iteration, within bounds."""
-    first = int(floor)
-    low, high = np.full(theta.shape[1], wanted.min() - 7), np.full(theta.shape[1], wanted.max() + 3)
+    first, room = int(form.floor), 200.0 if form.power else 7.0
+    low, high = np.full(theta.shape[1], wanted.min() - room), np.full(theta.shape[1], wanted.max() + room)
     low[first + 1 :: 2], high[first + 1 :: 2] = EXPONENTS
-    if floor:
+    if form.floor:
         high[0] = wanted.min()
     theta = np.clip(theta, low, high)
-    said, slopes = _log_losses(theta, logs, floor)
+    said, slopes = _log_losses(theta, logs, form)
     cost, damping = _huber(said - wanted), np.full(len(theta), 1e-2)
     for _ in range(ITERATIONS):
         errors = said - wanted
@@ -289,10 +336,10 @@ def _descend(
         curvature = np.einsum("fr,fra,frb->fab", weights, free, free)
         diagonal = np.einsum("faa->fa", curvature)
         diagonal *= 1 + damping[:, None]
-        diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
+        diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300  # none is 0
         tried = theta - np.linalg.solve(curvature, (gradient * ~stuck)[..., None])[..., 0]
         tried = np.clip(tried, low, high)
-        tried_said, tried_slopes = _log_losses(tried, logs, floor)
+        tried_said, tried_slopes = _log_losses(tried, logs, form)
         tried_cost = _huber(tried_said - wanted)
         better = tried_cost < cost
         theta, said = np.where(better[:, None], tried, theta), np.where(better[:, None], tried_said, said)

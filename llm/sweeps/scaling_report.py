@@ -59,6 +59,7 @@ class Scaling:
             "measure": self.ladder.measure.name,
             "constants": fit.constants,
             "residual": fit.residual,
+            "held_out": fit.held_out,
             "noise": fit.noise,
             "rungs": [asdict(rung) for rung in fit.rungs],
             "optimum": [
@@ -130,7 +131,7 @@ def about(ladder: Ladder) -> str:
     constants = ", ".join(f"{name} {_number(value[0])}" for name, value in fit.constants.items())
     return (
         f"{fit.form.formula}: {constants} ({fit.form.source}); {len(fit.rungs)} settings, off by "
-        f"{fit.residual:.2%}"
+        f"{fit.residual:.2%}; the largest, told from the others, by {fit.held_out:.2%}"
     )
 
 
@@ -198,6 +199,7 @@ def scaling_section(scaling: Scaling) -> dict[str, Any]:
     return {
         "law": f"{fit.form.formula}, L in {unit}, {QUANTITIES} ({fit.form.source})",
         "residual": f"{fit.residual:.2%}",
+        "held_out": f"{fit.held_out:.2%}",
         "constants": [[name, *map(_number, value)] for name, value in fit.constants.items()],
         "optima": [
             [f"{times:g}×", f"{compute:.2g}", _spread(sizes, format_count), _spread(tokens, format_count)]

@@ -13,7 +13,8 @@ function addScaling() {
   byId("scaling").hidden = false;
   byId("lawful").hidden = Boolean(scaling.why);
   byId("law").textContent = scaling.why ? "There is no law: " + scaling.why + "." :
-    scaling.law + ". It is off by " + scaling.residual + " (root mean square over settings).";
+    scaling.law + ". It is off by " + scaling.residual + " (root mean square over settings); fitted to all but the " +
+    "largest quarter of them, it is off by " + scaling.held_out + " there.";
   if (scaling.why) return;
   addRows(byId("constants"), "constants of the law", ["constant", "value", "from", "to"], scaling.constants);
   byId("has-optima").hidden = !scaling.optima.length;
