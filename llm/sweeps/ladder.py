@@ -31,7 +31,6 @@ SIZES = (
 BUDGETS = ("data.batch_size", "training.accumulate", *(f"training.{limit}" for limit in LIMITS))
 WIDTHS = ("emb_dim", "n_heads", "n_kv_heads", "hidden_dim")  # what grows with the width
 WIDEST = 8  # times as wide as the largest job, up to where a larger model is looked for
-MOST_EPOCHS = 4  # passes over a text that are nearly as good as new text
 LAST_LINES = 10_000  # bytes at the end of metrics that hold whole lines
 
 
@@ -57,6 +56,7 @@ class Prediction:
     times: float  # the compute of the ladder's largest job
     size: Size
     epochs: float  # passes over the text
+    epochs_known: float  # those of the ladder's largest job
     loss: Interval
     folder: Path  # where the run is, or is to be
     command: str | None  # that trains or resumes it
@@ -109,8 +109,9 @@ class Ladder:
     def _prediction(self, times: float, size: Size, folder: Path) -> Prediction:
         loss = self.fit.predict(size.parameters, size.tokens, size.compute)
         outcome = Job(folder, "", [], {}, read_summary(folder)).final(self.measure.name)
-        epochs = _epochs(self.largest.folder) * size.tokens / self.size.tokens
-        return Prediction(times, size, epochs, loss, folder, self._command(size, folder), outcome)
+        known = _epochs(self.largest.folder)
+        epochs = known * size.tokens / self.size.tokens
+        return Prediction(times, size, epochs, known, loss, folder, self._command(size, folder), outcome)
 
     def _candidates(self, times: float) -> Iterator[Size]:
         model, size = self.size.model, self.size

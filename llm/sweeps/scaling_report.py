@@ -13,7 +13,6 @@ from llm.overrides import short_key
 from llm.progress import format_count
 from llm.sweeps.ladder import (
     BUDGETS,
-    MOST_EPOCHS,
     SIZES,
     Ladder,
     Prediction,
@@ -138,10 +137,11 @@ def about(ladder: Ladder) -> str:
 def predicted_in_words(each: Prediction, unit: str) -> str:
     value, low, high = each.loss
     size = f"{each.size.title}, {format_count(each.size.parameters)} parameters"
-    if each.epochs > 1:
-        size += f", {each.epochs:.1f} passes over the text"
-    if each.epochs > MOST_EPOCHS:
-        size += f"; beyond {MOST_EPOCHS}, they count for less than new text, Muennighoff et al. 2023"
+    if each.epochs > max(1.0, each.epochs_known):
+        size += (
+            f", {each.epochs:.1f} passes over the text where the ladder made at most {each.epochs_known:.1f};"
+            " repeated text counts for less, Muennighoff et al. 2023"
+        )
     loss = f"{value:.3f} {unit}, 95 % interval {low:.3f} to {high:.3f}"
     return f"{each.times:.2g} times the compute ({size}): {loss}"
 
