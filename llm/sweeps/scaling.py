@@ -145,10 +145,11 @@ class Fit:
         return np.exp(_log_losses(self._all, logs, self.form)[0][:, 0])
 
     def predict(self, parameters: float, tokens: float, compute: float) -> Interval:
-        """The loss of one new run, with the interval that holds it in all but LEVEL of cases, if the law
-        holds beyond the ladder: which no interval can know."""
+        """The loss of one new run, with an interval: for what the constants may be, the noise of its seed, and
+        as much error of the law beyond what it was fitted to as there was within the ladder, see `held_out`.
+        It misses at most LEVEL of runs where the law is true."""
         losses, random = self.losses(parameters, tokens, compute), np.random.default_rng(1)
-        spread = np.sqrt(self.off**2 + self.noise**2)
+        spread = np.sqrt(self.off**2 + self.noise**2 + self.held_out**2)
         return _interval(losses[0], losses[1:] * np.exp(spread * random.standard_normal(len(spread))))
 
     @cached_property

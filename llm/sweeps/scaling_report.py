@@ -152,7 +152,7 @@ def outcome_in_words(each: Prediction, unit: str) -> str:
     assert each.off_in_intervals is not None
     inside = "within" if abs(each.off_in_intervals) <= 1 else "outside"
     return (
-        f"{each.outcome:.3f} {unit}: {each.off:+.3f} off the prediction, {abs(each.off_in_intervals):.1f} "
+        f"{each.outcome:.3f} {unit}: {each.off:+.3f} off the prediction, {abs(each.off_in_intervals):.2f} "
         f"times what its interval reaches, so {inside} it"
     )
 
@@ -192,7 +192,7 @@ def scaling_section(scaling: Scaling) -> dict[str, Any]:
             _spread(each.loss, "{:.3f}".format),
             "–" if each.outcome is None else f"{each.outcome:.3f}",
             "–" if each.off is None else f"{each.off:+.3f}",
-            "–" if each.off_in_intervals is None else f"{abs(each.off_in_intervals):.1f}",
+            "–" if each.off_in_intervals is None else f"{abs(each.off_in_intervals):.2f}",
         ]
         for each in scaling.predictions
     ]

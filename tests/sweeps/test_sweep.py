@@ -47,6 +47,7 @@ from llm.sweeps.jobs import (
     settings_of,
     write_record,
 )
+from llm.sweeps.report import Report
 from llm.sweeps.watch import SweepProgress, live_table, sweep_table, watching
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -238,7 +239,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake
     """Sweep with overrides by a sweeper whose launcher is fake; returns the launcher."""
     ConfigStore.instance().store(name="pretrain_schema", node=own_defaults(PretrainConfig))
     configure_launchers()
-    monkeypatch.setattr("llm.commands.conclude.sweep_report", lambda *_: "none")  # see test_sweep_report.py
+    none = Report(Path("none"))  # see test_sweep_report.py
+    monkeypatch.setattr("llm.commands.conclude.sweep_report", lambda *_: none)
 
     def run(
         sweeper: RecordedSweeper,
