@@ -92,9 +92,9 @@ def form_for(rungs: Sequence[Rung]) -> Form | str:
     sizes = distinct([rung.parameters for rung in rungs])
     budgets = distinct([rung.tokens for rung in rungs])
     floor = len(rungs) >= WITH_FLOOR
-    there = f"{_counted(sizes, 'size')} and {_counted(budgets, 'budget')} of tokens"
+    there = f"{sizes} size{'s' * (sizes != 1)} and {budgets} budget{'s' * (budgets != 1)} of tokens"
     if min(sizes, budgets) >= LEAST_RUNGS:
-        if len(rungs) < BOTH or _together(rungs):
+        if len(rungs) < BOTH or abs(np.corrcoef(_logs(rungs, SUM).T)[0, 1]) > ALONE:
             return law_of("compute", floor)
         return min((SUM, POWER), key=lambda form: held_out(rungs, form))
     if sizes >= LEAST_RUNGS and budgets == 1:
@@ -114,15 +114,6 @@ def distinct(values: Sequence[float]) -> int:
         if value > last * SAME:
             count, last = count + 1, value
     return count
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _together(rungs: Sequence[Rung]) -> bool:
-    logs = np.log([[rung.parameters, rung.tokens] for rung in rungs]).T
-    return abs(float(np.corrcoef(logs)[0, 1])) > ALONE
 
 
 @dataclass(frozen=True)
@@ -145,9 +136,8 @@ class Fit:
         return np.exp(_log_losses(self._all, logs, self.form)[0][:, 0])
 
     def predict(self, parameters: float, tokens: float, compute: float) -> Interval:
-        """The loss of one new run, with an interval: for what the constants may be, the noise of its seed, and
-        as much error of the law beyond what it was fitted to as there was within the ladder, see `held_out`.
-        It misses at most LEVEL of runs where the law is true."""
+        """The loss of one new run, with an interval: of what the constants may be, of the noise of its seed,
+        and of as much error beyond the ladder as there was within it, see `held_out`."""
         losses, random = self.losses(parameters, tokens, compute), np.random.default_rng(1)
         spread = np.sqrt(self.off**2 + self.noise**2 + self.held_out**2)
         return _interval(losses[0], losses[1:] * np.exp(spread * random.standard_normal(len(spread))))
