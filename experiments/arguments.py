@@ -30,7 +30,7 @@ SHOWING_FLAGS = ONE_CONFIG_FLAGS | {"-h", "--help", "--hydra-help", "--version",
 PLANS_SWEEP = re.compile(r"\+*sweep\.(?!resume=)\w+=")  # which is of no use without -m
 ESCAPED = r"\${"
 REFERENCE = re.compile(r"(?<!\\)(\\\\)*\$\{")  # ${…}, unless a backslash makes it text
-FREE_ON_RERUN = ("rerun", "resume", "tracking", "hydra", "data.path", "data.cache_dir")
+FREE_ON_RERUN = ("rerun", "resume", "if_done", "tracking", "hydra", "data.path", "data.cache_dir")
 
 
 def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:

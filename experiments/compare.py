@@ -3,12 +3,13 @@
 from launch import Invocation, launch
 
 from llm.config import CompareConfig
+from llm.outcome import Outcome
 
 
-def run(config: CompareConfig, invocation: Invocation) -> None:
+def run(config: CompareConfig, invocation: Invocation) -> Outcome:
     from llm.commands.compare import compare  # imports torch and scipy, which --help need not wait for
 
-    compare(config, invocation.run_dir)
+    return compare(config, invocation.run_dir)
 
 
 if __name__ == "__main__":

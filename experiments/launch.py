@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from arguments import flags_refused_in_a_line, rewritten
+from answer import answered, form_of, tell, tell_error
+from arguments import flags_refused_in_a_line, only_shows, rewritten
 from given import given_keys
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -24,7 +25,16 @@ from hydra_versions import main_options, store
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from record import error_log, logged, write_record
-from sweeping.job import Place, claimed_place, complete, composed_config, is_called_off, place_of, unresolved
+from repeating import Repeat, made_before, noted, show_again
+from sweeping.job import (
+    Place,
+    claimed_place,
+    complete,
+    composed_config,
+    is_called_off,
+    place_of,
+    unresolved,
+)
 from sweeping.launchers import configure_launchers
 from sweeping.machine import give_back_memory
 from sweeping.stopping import exit_status, watched_sweep
@@ -32,6 +42,7 @@ from sweeping.stopping import exit_status, watched_sweep
 from llm.config import own_defaults
 from llm.errors import UserError, shown
 from llm.files import as_typed, modified
+from llm.outcome import Outcome
 from llm.run_folder import SUMMARY, mark_failed, write_summary
 
 HERE = Path(__file__).parent
@@ -50,25 +61,39 @@ class Invocation:
     in_sweep: bool = False
 
 
-Work = Callable[[Any, Invocation], float | None]
+Work = Callable[[Any, Invocation], Outcome]
 
 
-def launch(config_name: str, schema: type, work: Work, recorded: bool = True) -> None:
+def launch(
+    config_name: str, schema: type, work: Work, recorded: bool = True, repeat: Repeat | None = None
+) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
-    `work` gets the config as a `schema` dataclass, and returns the figure that sweeps compare. A `UserError`,
-    or an override that does not fit, is one line and exit status 1. In a sweep, a job that fails so does not
-    stop the others.
+    `work` gets the config as a `schema` dataclass. A `UserError`, or an override that does not fit, is one
+    line and exit status 1. In a sweep, a job that fails so does not stop the others. With `output=json`, what
+    came of it is told as one object, see answer.py.
 
     Args:
         recorded: the work is a run, whose config and log are kept in its folder.
+        repeat: what to do instead where the same run is done already.
     """
     _prepare_process(schema)
+    try:
+        form, arguments = form_of(sys.argv[1:])
+    except UserError as error:
+        tell_error(str(error))
+        sys.exit(1)
+    sys.argv[1:] = arguments
+    with answered(config_name) if form == "json" and not only_shows(arguments) else nullcontext():
+        _launch(config_name, schema, work, recorded, repeat)
+
+
+def _launch(config_name: str, schema: type, work: Work, recorded: bool, repeat: Repeat | None) -> None:
     try:
         sys.argv = [sys.argv[0], *rewritten(sys.argv[1:], config_name, schema)]
 
         def run(config: DictConfig) -> float | None:
-            return run_once(config, work, recorded)
+            return run_once(config, work, recorded, repeat)
 
         conf = str(HERE.parent / "conf")
         with flags_refused_in_a_line(schema):
@@ -81,12 +106,13 @@ def launch(config_name: str, schema: type, work: Work, recorded: bool = True) ->
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         if not is_users(error):
             raise
-        print(f"error: {shown(one_line(error, schema), keep='')}", file=sys.stderr)
+        tell_error(shown(one_line(error, schema), keep=""))
         sys.exit(1)
 
 
-def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
-    """Do the work of one config that Hydra has composed: of a run, or of a job of a sweep.
+def run_once(config: DictConfig, work: Work, recorded: bool, repeat: Repeat | None) -> float | None:
+    """Do the work of one config that Hydra has composed, of a run or of a job of a sweep; or take over what
+    came of it before. Returns the figure that sweeps compare.
 
     Hydra itself writes nothing: the folder is claimed first; see conf/common.yaml and record.py.
     """
@@ -94,8 +120,12 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
     place, overrides = place_of(hydra_config), unresolved(composed_config().hydra.overrides.task)
     if is_called_off(place):
         return math.nan
+    made_with, done = made_before(config, place) if repeat else (None, None)
     with ExitStack() as stack:
         try:
+            if repeat and done and not place.sweep:
+                show_again(repeat, OmegaConf.to_object(config), done)
+                return None
             stack.callback(place.remove_if_empty)
             if place.in_worker:
                 stack.callback(give_back_memory)
@@ -115,11 +145,20 @@ def run_once(config: DictConfig, work: Work, recorded: bool) -> float | None:
                 Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"
             ]
             given = given_keys(overrides, folders, values=resumes)
+            if repeat and done:
+                from llm.commands.done import take_over
+
+                take_over(done, place.run_dir)
+                return repeat.outcome(place.run_dir).result
+            if repeat:
+                resumed_with = (given if resumes else ()) if getattr(settings, "resume", None) else None
+                stack.enter_context(noted(place.run_dir, made_with, resumed_with))
             before = modified(place.run_dir / SUMMARY)
-            result = work(settings, Invocation(as_typed(place.run_dir), given, in_sweep=bool(place.sweep)))
+            outcome = work(settings, Invocation(as_typed(place.run_dir), given, in_sweep=bool(place.sweep)))
             if place.sweep and modified(place.run_dir / SUMMARY) == before:  # by which a sweep knows its jobs
-                write_summary(place.run_dir, {"status": "finished", "result": result})
-            return result
+                write_summary(place.run_dir, {"status": "finished", "result": outcome.result})
+            tell(outcome, place.run_dir)
+            return outcome.result
         except (Exception, Interrupted, KeyboardInterrupt) as error:
             return _end_without_result(error, place)
 
@@ -132,7 +171,7 @@ def _end_without_result(error: BaseException, place: Place) -> float:
         case UserError():
             error_log.error("error: %s", error)
             if not place.sweep:
-                print(f"error: {error}", file=sys.stderr)
+                tell_error(str(error))
                 sys.exit(1)
             mark_failed(place.run_dir, str(error))
             return math.nan

@@ -3,12 +3,13 @@
 from launch import Invocation, launch
 
 from llm.config import PretrainConfig
+from llm.outcome import Outcome
 
 
-def run(config: PretrainConfig, invocation: Invocation) -> None:
+def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
     from llm.commands.prepare import prepare  # imports torch, which --help need not wait for
 
-    prepare(config)
+    return prepare(config)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 
+from answer import tell
 from arguments import only_shows
 from launch import Interrupted, Invocation, launch, torchrun_rank
+from repeating import Repeat
 
 from llm.config import PretrainConfig
 from llm.errors import UserError
+from llm.outcome import Outcome
 
 
-def run(config: PretrainConfig, invocation: Invocation) -> float:
+def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
     """Pretrain; sweeps compare the validation loss over the whole split.
 
     A job that was stopped early has none, and counts as infinitely bad. Its best loss along the way will not
@@ -22,12 +26,26 @@ def run(config: PretrainConfig, invocation: Invocation) -> float:
     from llm.commands.pretrain import pretrain_in  # imports torch, which --help need not wait for
 
     summary = pretrain_in(invocation.run_dir, config, invocation.given)
+    outcome = outcome_of(invocation.run_dir)
     if summary.stopped_early:
-        return math.inf
-    if summary.val_loss is None:
+        outcome.result = math.inf
+    elif summary.val_loss is None:
         assert summary.stopped_by
+        tell(outcome, invocation.run_dir)
         raise Interrupted(signal.Signals[summary.stopped_by])
-    return summary.val_loss
+    return outcome
+
+
+def outcome_of(run_dir: Path) -> Outcome:
+    from llm.commands.pretrain import outcome_of
+
+    return outcome_of(run_dir)
+
+
+def show(_: PretrainConfig, run_dir: Path) -> None:
+    from llm.commands.pretrain import show_again
+
+    show_again(run_dir)
 
 
 def follow_the_first() -> None:
@@ -51,4 +69,4 @@ if __name__ == "__main__":
     if torchrun_rank():  # not the first
         follow_the_first()
     else:
-        launch("pretrain", PretrainConfig, run)
+        launch("pretrain", PretrainConfig, run, repeat=Repeat(outcome_of, show))

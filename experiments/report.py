@@ -8,12 +8,13 @@ from launch import Invocation, launch
 
 from llm.config import ReportConfig
 from llm.errors import UserError
+from llm.outcome import Outcome
 
 
-def run(config: ReportConfig, invocation: Invocation) -> None:
+def run(config: ReportConfig, invocation: Invocation) -> Outcome:
     from llm.commands.report import write_report  # imports numpy, which --help need not wait for
 
-    write_report(config, invocation.run_dir, train)
+    return write_report(config, invocation.run_dir, train)
 
 
 def train(arguments: list[str]) -> None:

@@ -4,13 +4,16 @@ from launch import Invocation, launch
 
 from llm.config import WorkspaceConfig
 from llm.errors import shown
+from llm.outcome import Outcome
 
 
-def run(config: WorkspaceConfig, invocation: Invocation) -> None:
+def run(config: WorkspaceConfig, invocation: Invocation) -> Outcome:
     """Save the workspace and say where it is."""
     from llm.commands.workspace import save_workspace
 
-    print(shown(f"workspace   {save_workspace(config)}"))
+    address = save_workspace(config)
+    print(shown(f"workspace   {address}"))
+    return Outcome({"workspace": address})
 
 
 if __name__ == "__main__":

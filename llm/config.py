@@ -54,6 +54,11 @@ WEIGHTS_MEANING = (
     "run folder, checkpoint folder, latest, best, a folder in Hugging Face's GPT-2 or Llama format, a name "
     "on its hub, or the book's .pth file"
 )
+IF_DONE = ("reuse", "again")
+IF_DONE_MEANING = (
+    "what to do if a run with the same config, code and data is done already: reuse it, or do it again. Such "
+    "a run is looked for below outputs/; where a run's or a sweep's folder is named, in that folder alone"
+)
 
 
 @dataclass
@@ -347,6 +352,7 @@ class PretrainConfig:
     init_from: str | None = key(None, f"initial weights: {WEIGHTS_MEANING}")
     resume: str | None = key(None, "run or checkpoint folder to resume, or latest")
     rerun: str | None = key(None, "run folder to repeat from its record and compare with, or latest")
+    if_done: str = key(IF_DONE[0], IF_DONE_MEANING, choices=IF_DONE)
 
 
 @dataclass
@@ -397,6 +403,7 @@ class GenerateConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = key(123, "sample i of prompt p has its own random stream (seed, p, i)", at_least=0)
+    if_done: str = key(IF_DONE[0], IF_DONE_MEANING, choices=IF_DONE)
 
 
 @dataclass
@@ -412,6 +419,7 @@ class EvaluateConfig:
     batch_size: int = key(16, "windows in a batch", at_least=1)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    if_done: str = key(IF_DONE[0], IF_DONE_MEANING, choices=IF_DONE)
 
 
 @dataclass

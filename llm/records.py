@@ -86,6 +86,7 @@ _TEXTS = (
         "run_dir",
         "status",
         "stopped_early",
+        "taken_from",
         "stopped_by",
         "error",
         "device",

@@ -20,9 +20,11 @@ RECORDS = ("metrics.jsonl", "samples.jsonl")  # the files that grow line by line
 SUMMARY = "summary.json"
 LOSS_PLOT = "loss.png"
 RUN_ID = "run-id.txt"
+FINGERPRINT = "fingerprint.json"  # see llm/commands/done.py
 LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, so that the lock holds
 CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
-AT_FIRST = (".hydra", LOCK, CHECKPOINTS, RUN_ID, "wandb")  # and a log: what there is before the first update
+# What there is before the first update, besides a log.
+AT_FIRST = (".hydra", FINGERPRINT, LOCK, CHECKPOINTS, RUN_ID, "wandb")
 LINKS = ("last", "best")  # in it
 SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
 SWEEP_LOCK = ".sweep.lock"  # there too: held by the process that runs the sweep

@@ -114,7 +114,7 @@ def run_title(run_dir: Path, summary: Record) -> str:
         given |= {
             key: "null" if value is None else str(value) for key, (_, value) in resumed["changed"].items()
         }
-    ours = ("hydra.", "hydra/", "tracking", "resume")
+    ours = ("hydra.", "hydra/", "tracking", "resume", "if_done")
     plain = {key: unquoted(value) for key, value in given.items() if not key.startswith(ours)}
     return title_of(plain) or "default"
 

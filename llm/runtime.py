@@ -135,15 +135,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         torch.set_num_threads(config.threads)
     elif config.processes > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
-    kind = config.device
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind == "auto":
-        kind = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if not available[kind]:
-        raise UserError(
-            f"runtime.device={kind}: torch {torch.__version__} finds no such device here; "
-            f"use runtime.device=auto or cpu"
-        )
+    kind = device_kind(config)
     if kind == "cuda" and local_processes > torch.cuda.device_count():
         raise UserError(
             f"runtime.processes={local_processes}: each needs a GPU of its own, "
@@ -185,6 +177,24 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         precision = "bf16" if computes_in_bf16(device) else "fp32"
     set_product_precision(precision)
     return Runtime(device, precision, rank, config.processes, config.compile is True, config.graph)
+
+
+def device_kind(config: RuntimeConfig) -> str:
+    """`cpu`, `cuda` or `mps`: what was asked for, or the fastest that there is.
+
+    Raises:
+        UserError: it is not there.
+    """
+    kind = config.device
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind == "auto":
+        kind = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[kind]:
+        raise UserError(
+            f"runtime.device={kind}: torch {torch.__version__} finds no such device here; "
+            f"use runtime.device=auto or cpu"
+        )
+    return kind
 
 
 def set_product_precision(precision: str) -> None:

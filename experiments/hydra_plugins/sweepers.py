@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from answer import tell
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -129,7 +130,9 @@ class RecordedSweeper(Sweeper):
             status = 0
         except KeyboardInterrupt as error:
             status = exit_status(error)
-        if conclude(sweep.folder) and not status:
+        outcome = conclude(sweep.folder)
+        tell(outcome, sweep.folder)
+        if outcome.failed and not status:
             status = 1
         if self.closing:
             print(shown(self.closing))

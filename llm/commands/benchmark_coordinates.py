@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llm.config import BenchmarkConfig, ModelConfig, validate
 from llm.files import replacing, write_json
 from llm.model.gpt import GPTModel, at_width
+from llm.outcome import Outcome
 from llm.progress import Progress
 from llm.runtime import Runtime, start_runtime
 from llm.sweeps.pictures import COLOURS
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 Sizes = dict[str, float]  # root mean squares of activations, by where they are
 
 
-def benchmark_coordinates(config: BenchmarkConfig, run_dir: Path) -> dict[str, dict[int, Sizes]]:
+def benchmark_coordinates(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     """Measure activations after `config.steps` updates at each of `config.widths`: a coordinate check (Yang
     et al. 2022, Tensor Programs V, appendix D.1). Print a table, and write `coordinates.json` and
     `coordinates.png` into `run_dir`.
@@ -59,7 +60,8 @@ def benchmark_coordinates(config: BenchmarkConfig, run_dir: Path) -> dict[str, d
     write_json(run_dir / "coordinates.json", {"config": asdict(config), "activations": found})
     _draw(found, config, run_dir / "coordinates.png")
     log.info("picture     %s", run_dir / "coordinates.png")
-    return found
+    files = {"figures": run_dir / "coordinates.json", "picture": run_dir / "coordinates.png"}
+    return Outcome({"activations": found}, files)
 
 
 def spread(sizes: list[float]) -> float:

@@ -24,6 +24,7 @@ from llm.errors import UserError, first_line
 from llm.files import write_json
 from llm.generation.inference import for_inference
 from llm.model.gpt import GPTModel
+from llm.outcome import Outcome
 from llm.progress import Progress, format_count
 from llm.runtime import Runtime, precisions_of, set_product_precision, start_runtime
 from llm.tables import fitted, format_table
@@ -40,7 +41,7 @@ GPT124M_ROWS, DECODED_ROWS, NEW_TOKENS = 32, (1, 32), 100
 COPIED_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 27}  # far more than a cache holds
 
 
-def benchmark_device(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
+def benchmark_device(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     """Run every check in each precision that the device has, then time it; print both and write
     `run_dir/benchmark.json`. 124M parameters are timed on GPUs, if they fit; on a CPU they take minutes.
 
@@ -73,7 +74,7 @@ def benchmark_device(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
             f"{'; '.join(row['check'] for row in failed)}"
         )
     log.info("all %d checks are ok", len(rows))
-    return rows
+    return Outcome({"rows": rows}, {"figures": run_dir / "benchmark.json"})
 
 
 def _number(value: float | None) -> str:

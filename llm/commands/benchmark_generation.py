@@ -27,6 +27,7 @@ from llm.generation.inference import for_inference
 from llm.generation.sampling import draw_from, next_token
 from llm.generation.texts import generate_texts
 from llm.model.gpt import GPTModel, matrix_parameters
+from llm.outcome import Outcome
 from llm.progress import Progress
 from llm.runtime import computes_in_bf16, start_runtime
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
 
 
-def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
+def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     """Measure the new tokens per second of each variant at each batch size; print a table and write
     `run_dir/benchmark.json`.
 
@@ -165,7 +166,7 @@ def _report(
             "" if row["share_of_bound"] is None else f"{row['share_of_bound']:.0%}",
         )
     write_json(run_dir / "benchmark.json", {"config": asdict(config), "bandwidth": bandwidth, "rows": rows})
-    return rows
+    return Outcome({"rows": rows}, {"figures": run_dir / "benchmark.json"})
 
 
 def _version() -> str:

@@ -22,6 +22,7 @@ from llm.cuda_graph import captured
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
 from llm.model.gpt import GPTModel, training_flops_per_token
+from llm.outcome import Outcome
 from llm.progress import Progress
 from llm.runtime import (
     Runtime,
@@ -38,7 +39,7 @@ GPT2_PARTS, DETERMINISTIC, GRAPH = "GPT-2's parts", "deterministic", "one graph"
 HEADER = "variant", "ms/update", "tokens/s", "MFU", "speed"
 
 
-def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
+def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     """Measure the median speed of a whole update (forward, backward, optimizer) of each variant; print a
     table and write `run_dir/benchmark.json`.
 
@@ -124,7 +125,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> list[dict]:
         taken = f" {memory[name] / 2**30:7.1f}G" if on_cuda else ""
         log.info("%-30s %12.2f %10.0f %7.0f%% %7.2fx%s", name, *figures, taken)
     write_json(run_dir / "benchmark.json", {"config": asdict(config), "rows": rows})
-    return rows
+    return Outcome({"rows": rows}, {"figures": run_dir / "benchmark.json"})
 
 
 def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:

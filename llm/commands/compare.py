@@ -10,6 +10,7 @@ from llm.checkpoints.checkpoint import recorded_config
 from llm.config import CompareConfig, PretrainConfig, leaf_keys, value_of
 from llm.errors import UserError, shown
 from llm.files import as_typed, write_json
+from llm.outcome import Outcome
 from llm.overrides import compact, short_key, title_of
 from llm.records import Record
 from llm.sweeps.comparing import BITS_PER_BYTE, LOSS, Measure, comparisons
@@ -52,7 +53,7 @@ class Side:
         return {job.seed for job in self.jobs}
 
 
-def compare(config: CompareConfig, run_dir: Path) -> Difference:
+def compare(config: CompareConfig, run_dir: Path) -> Outcome:
     """Print a verdict on two settings in a sentence, and below it what it rests on; write `verdict.json` and
     `verdict.png` into `run_dir`.
 
@@ -80,10 +81,12 @@ def compare(config: CompareConfig, run_dir: Path) -> Difference:
         }
         for side, each in zip((a, b), figures, strict=True)
     }
-    write_json(run_dir / "verdict.json", record | of_sides)
+    record |= of_sides
+    write_json(run_dir / "verdict.json", record)
     draw_difference((a.title, b.title), figures, found, measure, run_dir / "verdict.png")
     print(shown(f"{'picture':<11} {as_typed(run_dir / 'verdict.png')}", keep=""))
-    return found
+    files = {"verdict": run_dir / "verdict.json", "picture": run_dir / "verdict.png"}
+    return Outcome(record, files)
 
 
 # What is compared

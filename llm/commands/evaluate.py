@@ -2,7 +2,7 @@
 token."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from llm.data.tokenizer import bytes_of, bytes_of_tokens, identity_of
 from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
-from llm.files import write_json
+from llm.files import parse_json, read_content, write_json
 from llm.generation.inference import load_for_inference
 from llm.generation.sampling import next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
-from llm.progress import Progress, format_count, format_windows
+from llm.outcome import Outcome
+from llm.progress import Progress, format_count, format_figure, format_windows
+from llm.records import read_record
 from llm.run_folder import write_summary
 from llm.runtime import start_runtime
 from llm.training import plots
@@ -32,12 +34,13 @@ from llm.training.evaluation import METRICS, evaluate
 
 log = logging.getLogger(__name__)
 
+EVALUATION = "evaluation.json"
+NEXT_TOKEN = "next_token.png"
 SHOWN_TOKENS = 20  # likeliest next tokens in the picture
 
 
-def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False) -> float:
-    """Evaluate, print the figures and write them to `run_dir/evaluation.json`; returns the loss in nats per
-    token.
+def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False) -> Outcome:
+    """Evaluate, print the figures and write them to `run_dir/evaluation.json`.
 
     A split is cut into the same windows as in training's own evaluation, so that it reproduces a run's
     figures. In a file or a text, every token but the first is predicted from those before it in its window of
@@ -85,21 +88,40 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
         following = distribution_stages(model, token_ids, config.sampling)
         _print_table(table)
         picture = plots.plot_next_token(
-            run_dir / "next_token.png", *_likeliest(following, tokenizer), text=config.text
+            run_dir / NEXT_TOKEN, *_likeliest(following, tokenizer), text=config.text
         )
         figures |= {"token_table": table, "sampling": asdict(config.sampling)}
-    write_json(run_dir / "evaluation.json", figures)
+    write_json(run_dir / EVALUATION, figures)
     if in_sweep:
         write_summary(run_dir, {"status": "finished", "tokenizer": identity_of(tokenizer), **figures})
     log.info("%s%s: %s predicted tokens", what, extent, f"{count:,}")
+    _print_metrics(metrics)
+    if config.text is not None:
+        log.info("next-token probabilities, before and after each sampling step: %s", picture)
+    log.info("saved to %s", run_dir / EVALUATION)
+    return outcome_of(run_dir)
+
+
+def _print_metrics(metrics: Mapping[str, Any]) -> None:
     width = max(len(metric.title) for metric in METRICS.values())
     for name, metric in METRICS.items():
         unit = " nats per token" if name == "loss" else ""
-        log.info("%s  %s%s", metric.title.ljust(width), metric.form.format(metrics[name]), unit)
-    if config.text is not None:
-        log.info("next-token probabilities, before and after each sampling step: %s", picture)
-    log.info("saved to %s", run_dir / "evaluation.json")
-    return metrics["loss"]
+        log.info("%s  %s%s", metric.title.ljust(width), format_figure(metrics.get(name), metric.form), unit)
+
+
+def outcome_of(run_dir: Path) -> Outcome:
+    """What came of the evaluation in a folder; sweeps compare the loss in nats per token."""
+    read = parse_json(read_content(run_dir / EVALUATION))
+    figures = read if isinstance(read, dict) else {}
+    files = {"evaluation": run_dir / EVALUATION, "picture": run_dir / NEXT_TOKEN}
+    loss = read_record(run_dir / EVALUATION).get("loss")
+    return Outcome(figures, {name: file for name, file in files.items() if file.exists()}, result=loss)
+
+
+def show_again(run_dir: Path) -> None:
+    """Print what came of the evaluation in a folder."""
+    _print_metrics(read_record(run_dir / EVALUATION))
+    log.info("saved to %s", run_dir / EVALUATION)
 
 
 def _token_ids(config: EvaluateConfig, tokenizer: tiktoken.Encoding, lengths: Tensor) -> np.ndarray:

@@ -10,13 +10,14 @@ from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights, build_model
 from llm.config import ExportConfig, OptimizerConfig, validate
 from llm.errors import UserError
+from llm.outcome import Outcome
 from llm.training.optimizers import OPTIMIZERS, State
 
 log = logging.getLogger(__name__)
 
 
-def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
-    """Write a checkpoint of ours, or any weights that can be opened, in another format; returns the folder.
+def export_checkpoint(config: ExportConfig, run_dir: Path) -> Outcome:
+    """Write a checkpoint of ours, or any weights that can be opened, in another format.
 
     Raises:
         UserError: there are no such weights, the format cannot describe the model, or the target exists.
@@ -52,7 +53,7 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Path:
             log.info("model_and_optimizer.pth is not written: %s", omitted)
         elif not optimizer.decay_all:
             log.info("the book's AdamW decays all parameters; in this run, only matrices were decayed")
-    return target
+    return Outcome({"format": config.format, "weights": weights.origin}, {"folder": target})
 
 
 def _adamw_state(weights: Weights) -> tuple[State | None, str]:

@@ -23,8 +23,9 @@ from llm.generation.copying import NgramIndex, load_ngram_index
 from llm.generation.inference import Loaded, load_for_inference
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
-from llm.records import read_config_text, read_config_texts, read_overrides
-from llm.run_folder import write_summary
+from llm.outcome import Outcome
+from llm.records import read_config_text, read_config_texts, read_overrides, read_samples
+from llm.run_folder import read_summary, write_summary
 from llm.runtime import start_runtime
 from llm.sweeps.jobs import Job
 from llm.sweeps.report import study_report
@@ -34,10 +35,11 @@ from llm.tracking import Tracker, sync_command
 
 log = logging.getLogger(__name__)
 
+SAMPLES = "samples.jsonl"
 STUDY_SAMPLES = 32
 
 
-def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
+def run_generation(config: GenerateConfig, run_dir: Path) -> Outcome:
     """Generate samples, print them and write them to `run_dir/samples.jsonl`; a study writes `summary.json`
     too.
 
@@ -52,16 +54,33 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> list[Sample]:
         _keep_log_off_standard_output()
     sizes = f"{config.batch_size} samples are generated side by side; lower batch_size or max_new_tokens"
     with device_errors_in_one_line(lambda: sizes):
-        return _study(config, run_dir) if config.study else _generate(config, run_dir)[0]
+        about = _study(config, run_dir) if config.study else _generate(config, run_dir)
+    return Outcome({**about, **outcome_of(run_dir).figures}, {"samples": run_dir / SAMPLES})
 
 
-def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
+def outcome_of(run_dir: Path) -> Outcome:
+    """The samples in a folder, and of a study, what it measured of them."""
+    samples = read_samples(run_dir / SAMPLES)
+    return Outcome({**read_summary(run_dir), "samples": samples}, {"samples": run_dir / SAMPLES})
+
+
+def show_again(config: GenerateConfig, run_dir: Path) -> None:
+    """Print the samples in a folder, as they were when they were generated."""
+    samples = read_samples(run_dir / SAMPLES)
+    if config.quiet:
+        _keep_log_off_standard_output()
+    end, between = ("\n", f"{END_OF_TEXT}\n") if config.quiet else ("\n\n", "")
+    _printer(config.quiet)(between.join(f"{sample['text']}{end}" for sample in samples))
+    log.info("%d samples; saved to %s", len(samples), run_dir / SAMPLES)
+
+
+def _study(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {"status": "failed", "sampling": asdict(config.sampling), "seed": config.seed}
     tracker = Tracker(run_dir, config.tracking, asdict(config), "generate")
     try:
-        samples, about = _generate(config, run_dir)
+        about = _generate(config, run_dir)
         summary |= about | {"status": "finished"}
-        return samples
+        return about
     except BaseException as error:
         if isinstance(error, Exception):
             is_users = isinstance(error, UserError)
@@ -74,9 +93,9 @@ def _study(config: GenerateConfig, run_dir: Path) -> list[Sample]:
         tracker.finish(summary, failed=summary["status"] == "failed")
 
 
-def conclude_study(folder: Path, jobs: list[Job]) -> None:
+def conclude_study(folder: Path, jobs: list[Job]) -> Path:
     """Close a sweep of studies: print a table, write a report to its folder, and log it as a W&B run beside
-    those of the jobs."""
+    those of the jobs. Returns the report's page."""
     page = study_report(jobs, [folder], folder)
     failed = [job for job in jobs if job.error]
     tracking = replace(_recorded_tracking(jobs), name="study", group=str(folder))
@@ -94,6 +113,7 @@ def conclude_study(folder: Path, jobs: list[Job]) -> None:
     print(shown(f"\nreport      {page}"))
     if tracker.wandb_folder:
         print(shown(f"W&B         {sync_command(folder, 'wandb/*run-*', '*/wandb/*run-*')}"))
+    return page
 
 
 def _recorded_tracking(jobs: list[Job]) -> TrackingConfig:
@@ -109,8 +129,8 @@ def _recorded_tracking(jobs: list[Job]) -> TrackingConfig:
     return TrackingConfig("disabled")
 
 
-def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples, and the figures for their summary."""
+def _generate(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
+    """Print and save the samples; returns the figures for their summary."""
     runtime = start_runtime(config.runtime)
     loaded = load_for_inference(config.checkpoint, runtime, config.model.n_heads, config.tokenizer.name)
     names, prompts = zip(*_prompts(config).items(), strict=True)
@@ -119,7 +139,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
     log.info("checkpoint %s · %s · %s\n", loaded.name, runtime.device, runtime.precision)
     streaming = not config.study and (count == 1 or config.batch_size == 1)
     index = _training_index(loaded) if config.study else None
-    remove(run_dir / "samples.jsonl")  # left by a job of a sweep that was interrupted and starts again
+    remove(run_dir / SAMPLES)  # left by a job of a sweep that was interrupted and starts again
     begin = time.perf_counter()
     show = _printer(config.quiet)
     samples, copying = [], []
@@ -142,7 +162,7 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
         if index:
             copying.append(copying_of(sample, index, loaded.tokenizer))
         line = {"step": loaded.step, **sample.line(), **(copying[-1] if index else {})}
-        append_json_lines(run_dir / "samples.jsonl", [{**line, "sampling": asdict(config.sampling)}])
+        append_json_lines(run_dir / SAMPLES, [{**line, "sampling": asdict(config.sampling)}])
         text = "" if streaming else sample.text
         if config.quiet:
             show(f"{text}\n{END_OF_TEXT}\n" if len(samples) < count else f"{text}\n")
@@ -167,10 +187,8 @@ def _generate(config: GenerateConfig, run_dir: Path) -> tuple[list[Sample], dict
         about |= sample_metrics(samples)
     if index:
         about |= copying_metrics(samples, copying)
-    log.info(
-        "%d tokens at %.1f tokens/s; saved to %s", new_tokens, new_tokens / seconds, run_dir / "samples.jsonl"
-    )
-    return samples, about
+    log.info("%d tokens at %.1f tokens/s; saved to %s", new_tokens, new_tokens / seconds, run_dir / SAMPLES)
+    return about
 
 
 def _prompts(config: GenerateConfig) -> dict[str, str]:

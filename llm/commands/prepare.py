@@ -10,13 +10,14 @@ from llm.data.corpus import find_splits
 from llm.data.token_file import token_files
 from llm.data.tokenizer import LEARNT
 from llm.data.windows import TrainingBatches, cut_windows
+from llm.outcome import Outcome
 from llm.progress import format_count, format_seconds
 from llm.runtime import start_runtime
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PretrainConfig) -> None:
+def prepare(config: PretrainConfig) -> Outcome:
     """Tokenise the texts of a run into the cache, where the run will find them, and log their sizes.
 
     Raises:
@@ -50,3 +51,11 @@ def prepare(config: PretrainConfig) -> None:
     updates = len(TrainingBatches(windows_pair[0], config.data, config.seed)) / config.training.accumulate
     log.info("an epoch    %s updates", f"{updates:,.2f}".removesuffix(".00"))
     log.info("took        %s", format_seconds(time.perf_counter() - begin))
+    names = ("training", "validation")
+    figures = {
+        f"{name}_tokens": len(tokens.ids) for name, tokens in zip(names, token_file_pair, strict=True)
+    } | {f"{name}_windows": len(windows) for name, windows in zip(names, windows_pair, strict=True)}
+    return Outcome(
+        {"bytes": size, "vocab_size": tokenizer.n_vocab, **figures, "updates_per_epoch": updates},
+        {name: tokens.path for name, tokens in zip(names, token_file_pair, strict=True)},
+    )

@@ -12,16 +12,22 @@ from llm.config import PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
+from llm.files import as_typed
+from llm.outcome import Outcome
+from llm.overrides import as_command, as_override
 from llm.processes import follow, processes
-from llm.progress import LineFormatter
-from llm.run_folder import claimed
+from llm.progress import LineFormatter, format_figure
+from llm.run_folder import CHECKPOINTS, LOSS_PLOT, RECORDS, SUMMARY, claimed, read_summary
 from llm.runs import find_run
 from llm.runtime import launched_processes
 from llm.training import console
+from llm.training.evaluation import METRICS
 from llm.training.lifecycle import execute, status_after
 from llm.training.reruns import compare_rerun
 from llm.training.start import find_start, keys_unlike_default
 from llm.training.summary import Summary
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -84,6 +90,36 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
     if start.rerun_of and summary.status == "finished":
         compare_rerun(run_dir, start.rerun_of)
     return summary
+
+
+def outcome_of(run_dir: Path) -> Outcome:
+    """What came of the run in a folder."""
+    summary = read_summary(run_dir)
+    names = {
+        "loss plot": LOSS_PLOT,
+        "metrics": RECORDS[0],
+        "summary": SUMMARY,
+        "checkpoint": f"{CHECKPOINTS}/last",
+    }
+    return Outcome(
+        summary,
+        {name: path for name, file in names.items() if (path := run_dir / file).exists()},
+        {
+            "sample": as_command("generate", as_override("checkpoint", as_typed(run_dir))),
+            "resume": as_command("pretrain", as_override("resume", as_typed(run_dir))),
+        },
+        summary.get("val_loss"),
+    )
+
+
+def show_again(run_dir: Path) -> None:
+    """Print what came of the run in a folder."""
+    outcome = outcome_of(run_dir)
+    for name, metric in METRICS.items():
+        figure = format_figure(outcome.figures.get(f"val_{name}"), metric.form)
+        log.info("validation %-14s %s", metric.title, figure)
+    for name, line in [*outcome.files.items(), *outcome.next.items()]:
+        log.info("%-11s %s", name, line)
 
 
 def take_part() -> None:

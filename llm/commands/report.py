@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llm.config import ReportConfig
 from llm.errors import UserError, shown
+from llm.outcome import Outcome
 from llm.sweeps.jobs import RECORD, Job, find_sweep, none_begun, read_jobs, read_record
 from llm.sweeps.report import Report, study_report, sweep_report
 from llm.sweeps.study import is_study
@@ -14,12 +15,10 @@ from llm.sweeps.study import is_study
 Train = Callable[[list[str]], None]  # runs pretrain.py with such arguments
 
 
-def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None) -> Path:
+def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None) -> Outcome:
     """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png`: into the folder of
     the sweep or run, for several into `run_dir`, or where `config.to` says. Of a ladder, `scaling.json` and
     `scaling.png` too, and what a larger run would come to, which `train` trains if `config.run` asks for it.
-
-    Returns the page.
 
     Raises:
         UserError: there is no such sweep or run, it has no jobs, or the files cannot be written; a prediction
@@ -39,18 +38,14 @@ def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None
         report = Report(study_report(jobs, folders, target))
     else:
         raise UserError(f"predict={config.predict:g}: {folders[0]} is a study of samples, not a ladder")
-    for name, file in (
-        ("report", report.page),
-        ("table", target / "report.csv"),
-        ("picture", target / "report.png"),
-        *report.lines,
-    ):
-        print(shown(f"{name:<11} {file}", keep=""))
+    files = {"report": report.page, "table": target / "report.csv", "picture": target / "report.png"}
+    for name, line in [*files.items(), *report.lines]:
+        print(shown(f"{name:<11} {line}", keep=""))
     commands = [line for name, line in report.lines if name == "command"]
     if config.run and train and commands:
         train(shlex.split(commands[-1])[2:])
         return write_report(replace(config, run=False), run_dir)
-    return report.page
+    return Outcome(dict(report.lines), files)
 
 
 def _is_study(folders: list[Path], jobs: list[Job]) -> bool:

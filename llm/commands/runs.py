@@ -9,6 +9,7 @@ from pathlib import Path
 from llm.config import RunsConfig, validate
 from llm.errors import UserError, shown
 from llm.files import as_typed
+from llm.outcome import Outcome
 from llm.overrides import title_of
 from llm.progress import format_figure, format_seconds
 from llm.records import Record, lines_from_end
@@ -23,7 +24,7 @@ HEADING = ["state", "updates", "bits/byte", "trained", "run", "asked for"]
 ALONG_THE_WAY = "~"
 
 
-def list_runs(config: RunsConfig) -> None:
+def list_runs(config: RunsConfig) -> Outcome:
     """Print a table of the training runs below a folder, the newest first; on a terminal, runs of one folder
     together, and no line longer than it is wide.
 
@@ -47,12 +48,15 @@ def list_runs(config: RunsConfig) -> None:
                 rows.append((as_typed(run), [state, *_figures(run, summary, state), about]))
     if not rows:
         print(shown(f"there is no run under {root}/{f' that is {config.state}' if config.state else ''}"))
-        return
+        return Outcome({"runs": []})
     print(_grouped(rows, terminal_width()) if sys.stdout.isatty() else _flat(rows))
     if count > len(rows):
         print(f"… and {count - len(rows)} more: limit=null lists all")
     if any(ALONG_THE_WAY in cells[2] for _, cells in rows):
         print(f"{ALONG_THE_WAY} over a few batches, along the way; the others at the end of the run")
+    names = ("state", "updates", "bits_per_byte", "trained", "asked_for")
+    listed = [{"folder": str(run), **dict(zip(names, cells, strict=True))} for run, cells in rows]
+    return Outcome({"runs": listed, "more": count - len(rows)})
 
 
 class _Sweeps:

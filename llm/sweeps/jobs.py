@@ -33,7 +33,7 @@ from llm.runs import LATEST, LISTED, OUTPUTS, folders_with, newest, newest_runs,
 
 RECORD = SWEEP  # see write_record
 STOP = ".stop"  # there once a sweep whose jobs run side by side was asked to stop
-NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun")  # keys that do not change what a job does
+NEVER_VARIED = ("hydra.", "tracking", "resume", "rerun", "if_done")  # keys that do not change what a job does
 DONE = ("finished", "stopped")  # states with a result, whose jobs are not run again
 SCRIPT = re.compile("[a-z]+")
 

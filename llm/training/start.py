@@ -164,7 +164,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     if wanted.init_from:  # what the model is came from the weights
         wanted = with_weights(wanted, recorded.model, recorded.tokenizer, name, given)
     changes = differences(recorded, wanted)
-    changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun")}
+    changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun", "if_done")}
     refused = [key for key in changes if key.startswith(FIXED) and key not in FREE_DATA_KEYS]
     if refused:
         listed = ", ".join(f"{key}={changes[key][1]} (it is {changes[key][0]})" for key in refused)

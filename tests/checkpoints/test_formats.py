@@ -796,7 +796,7 @@ def test_fine_tuning_sampling_and_export_through_the_commands(script: Script, tm
 
     with pytest.raises(UserError, match="export already exists: give the name of a new folder"):
         export_checkpoint(ExportConfig(str(tmp_path / "tuned"), to=str(tmp_path / "export")), tmp_path)
-    folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path)
+    folder = export_checkpoint(ExportConfig(str(tmp_path / "tuned"), "book"), tmp_path).files["folder"]
     assert sorted(file.name for file in folder.iterdir()) == [
         "model.json",
         "model.pth",

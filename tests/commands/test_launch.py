@@ -15,6 +15,7 @@ from launch import Interrupted, Invocation, launch
 
 from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig
 from llm.errors import UserError
+from llm.outcome import Outcome
 from llm.overrides import as_command, as_override
 
 BOOK_GROUPS = {"model", "data", "optimizer", "schedule", "sampling", "runtime"}
@@ -26,9 +27,9 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
     monkeypatch.chdir(tmp_path)
     calls: list[tuple[Any, Invocation]] = []
 
-    def work(config: Any, invocation: Invocation) -> float:
+    def work(config: Any, invocation: Invocation) -> Outcome:
         calls.append((config, invocation))
-        return 1.5
+        return Outcome(result=1.5)
 
     def run(name: str, *arguments: str) -> list[tuple[Any, Invocation]]:
         calls.clear()
@@ -103,7 +104,7 @@ def test_in_a_sweep_a_jobs_own_overrides_are_given(launched: Launched, tmp_path:
 def test_what_becomes_of_work_without_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, single: int, swept: int
 ) -> None:
-    def work(config: Any, invocation: Invocation) -> float:
+    def work(config: Any, invocation: Invocation) -> Outcome:
         raise error
 
     monkeypatch.chdir(tmp_path)

@@ -70,7 +70,7 @@ def write_job(
 def report(folder: Path | list[Path], **config: Any) -> dict[str, Any]:
     """What the page shows."""
     sweep = [str(each) for each in folder] if isinstance(folder, list) else str(folder)
-    return data_of(write_report(ReportConfig(sweep, **config), Path("unused")))
+    return data_of(write_report(ReportConfig(sweep, **config), Path("unused")).files["report"])
 
 
 def csv_of(folder: Path) -> list[dict[str, str]]:
@@ -331,11 +331,13 @@ def test_a_study_has_its_own_report(tmp_path: Path) -> None:
     (job / ".hydra" / "overrides.yaml").write_text("[checkpoint=run, sampling.top_k=5]")
     about = {"status": "finished", "sampling": {}, "precision": "fp32", "seed": 1, "new_tokens": 3}
     (job / "summary.json").write_text(json.dumps(about | {"checkpoint": "run", "step": 7}))
-    text = write_report(ReportConfig(str(tmp_path)), tmp_path / "unused").read_text("utf-8")
+    text = write_report(ReportConfig(str(tmp_path)), tmp_path / "unused").files["report"].read_text("utf-8")
     assert "Sampling study" in text
     (job / "summary.json").unlink()
     write_record(tmp_path, "generate", [], [], [["checkpoint=run"]])
-    assert "Sampling study" in write_report(ReportConfig(str(tmp_path)), tmp_path).read_text("utf-8")
+    assert "Sampling study" in write_report(ReportConfig(str(tmp_path)), tmp_path).files["report"].read_text(
+        "utf-8"
+    )
 
 
 def test_the_script_leaves_no_empty_folder(script: Script, sweep: Path) -> None:

@@ -1,0 +1,78 @@
+"""What becomes of a run that was made before: a job of a sweep takes it over, a single one shows it again."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from answer import tell
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from sweeping.job import Place, composed_config, names_by_clock
+
+from llm.errors import UserError, shown
+from llm.files import as_typed
+from llm.outcome import Outcome
+from llm.runs import OUTPUTS
+from llm.sweeps.jobs import NEVER_VARIED
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How a script tells of a run that is done already."""
+
+    outcome: Callable[[Path], Outcome]  # of the run in a folder
+    show: Callable[[Any, Path], None]  # print what came of it, as the run itself did; by the config asked for
+
+
+def made_before(config: DictConfig, place: Place) -> tuple[str | None, Path | None]:
+    """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
+
+    There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
+    where something is wrong, as the run itself will say.
+    """
+    with suppress(UserError, OmegaConfBaseException, OSError):
+        settings: Any = OmegaConf.to_object(config)
+        if any(getattr(settings, key, None) for key in ("resume", "rerun")):
+            return None, None
+        from llm.commands.done import find_done, fingerprint  # imports torch
+
+        made_with = fingerprint(settings)
+        if made_with and settings.if_done == "reuse":
+            return made_with, find_done(made_with, _root(place))
+        return made_with, None
+    return None, None
+
+
+def _root(place: Place) -> Path:
+    """Where a run that is done is looked for: in the folder that was named, if one was."""
+    if place.sweep:
+        return OUTPUTS if names_by_clock(composed_config().hydra.sweep) else place.sweep
+    return OUTPUTS if place.is_made_up else place.run_dir
+
+
+def show_again(repeat: Repeat, config: Any, folder: Path) -> None:
+    why = "done already, with the same config, code and data; if_done=again does it again"
+    print(f"{shown(str(as_typed(folder)))}: {why}", file=sys.stderr)
+    repeat.show(config, folder)
+    tell(repeat.outcome(folder), folder, reused=True)
+
+
+@contextmanager
+def noted(run_dir: Path, made_with: str | None, resumed_with: Collection[str] | None) -> Iterator[None]:
+    """Record what a run is made with, and, once its work has ended well, that it is done.
+
+    Args:
+        resumed_with: the keys that were given to a run that is resumed; None: it is a new one.
+    """
+    from llm.commands import done
+
+    if resumed_with is not None:
+        changed = [key for key in resumed_with if not key.startswith(NEVER_VARIED)]
+        done.resume(run_dir, bool(changed))
+    elif made_with:
+        done.begin(run_dir, made_with)
+    yield
+    done.end(run_dir)

@@ -1,0 +1,151 @@
+"""Runs that need not be done again: those that were made with the same config, code and data."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llm
+from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint
+from llm.checkpoints.opening import is_ours
+from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig, validate
+from llm.data.corpus import find_files, find_splits
+from llm.files import as_typed, parse_json, read_content, remove, sha256, write_json
+from llm.run_folder import FINGERPRINT, LOCK, SUMMARY, read_summary, write_summary
+from llm.runs import OUTPUTS, folders_with
+from llm.runtime import device_kind, launched_processes
+
+RECORD_BYTES = 10_000  # more is no such record
+
+# Keys that do not change what comes out. The text counts by its content, and weights by theirs.
+IRRELEVANT = ("if_done", "tracking", "quiet", "resume", "checkpoint", "init_from", "prompt_file", "path")
+OF_DATA = ("source", "path", "cache_dir")
+NOT_TAKEN = (LOCK, ".hydra", "wandb")  # of a run's folder, for another: what says where and how it was begun
+
+Repeatable = PretrainConfig | GenerateConfig | EvaluateConfig
+
+
+def fingerprint(config: Repeatable) -> str | None:
+    """What decides the outcome of a run: every key, this package's code, torch's version, the kind of device
+    and the number of processes, and the content of texts and weights. None if that is not known ahead.
+
+    Raises:
+        UserError: a value is out of range, or a text or a checkpoint is not there.
+    """
+    validate(config)
+    about = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    read: list[str] = []
+    match config:
+        case PretrainConfig():
+            about["data"] = {key: value for key, value in about["data"].items() if key not in OF_DATA}
+            about["checkpoint"] = asdict(config.checkpoint)
+            read = [split.sha256 for split in find_splits(config.data)]
+            read += [_weights(config.init_from)] if config.init_from else []
+        case GenerateConfig(prompt_file="-") | EvaluateConfig(text=str()):
+            return None  # standard input can be read only once; and a text is evaluated in no time
+        case GenerateConfig():
+            read = [_weights(config.checkpoint), *_content(config.prompt_file, "prompt_file")]
+        case EvaluateConfig():
+            read = [_weights(config.checkpoint), *_content(config.path, "path")]
+    if config.tokenizer.name:
+        read.append(_weights(config.tokenizer.name))  # perhaps a folder
+    made_with = [_code(), version("torch"), device_kind(config.runtime), launched_processes()]
+    described = json.dumps([type(config).__name__, about, read, made_with], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    folder = Path(llm.__file__).parent
+    return _hash(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+
+
+def _hash(contents: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in contents)).hexdigest()
+
+
+def _weights(name: str) -> str:
+    """What tells weights, or a tokenizer, of this name from others. Those of other programs count as the same
+    while their files have the same sizes and times."""
+    if is_ours(name):
+        return sha256(find_checkpoint(name) / CHECKSUMS)
+    if not (path := Path(name)).exists():
+        return name  # on the hub
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _content(path: str | None, key: str) -> list[str]:
+    return [] if path is None else [sha256(file) for file in find_files(path, key)]
+
+
+def begin(run_dir: Path, identity: str) -> None:
+    """Record what a run is made with, before it begins."""
+    _write(run_dir, identity, is_done=False)
+
+
+def end(run_dir: Path) -> None:
+    """Record that a run is done."""
+    if recorded := _recorded(run_dir):
+        _write(run_dir, recorded["fingerprint"], is_done=True)
+
+
+def resume(run_dir: Path, is_changed: bool) -> None:
+    """Record that a run goes on: by another config or code, it is no longer what its record says."""
+    recorded = _recorded(run_dir)
+    if recorded and not is_changed and recorded["code"] == _code():
+        _write(run_dir, recorded["fingerprint"], is_done=False)
+    else:
+        remove(run_dir / FINGERPRINT)
+
+
+def _write(run_dir: Path, identity: str, is_done: bool) -> None:
+    write_json(run_dir / FINGERPRINT, {"fingerprint": identity, "code": _code(), "done": is_done})
+
+
+def _recorded(run_dir: Path) -> dict[str, Any]:
+    record = parse_json(read_content(run_dir / FINGERPRINT, RECORD_BYTES))
+    kinds = {"fingerprint": str, "code": str, "done": bool}
+    is_whole = isinstance(record, dict) and all(type(record.get(key)) is kind for key, kind in kinds.items())
+    return record if is_whole else {}
+
+
+def find_done(identity: str, root: Path = OUTPUTS) -> Path | None:
+    """The newest run below a folder that is done and has this fingerprint, if there is one."""
+    found = []
+    for folder in folders_with(root, FINGERPRINT):
+        recorded = _recorded(folder)
+        if recorded and recorded["done"] and recorded["fingerprint"] == identity:
+            found.append(folder)
+    return max(found, key=lambda folder: (folder / FINGERPRINT).stat().st_mtime, default=None)
+
+
+def take_over(done: Path, run_dir: Path) -> None:
+    """Make a job's folder what the folder of a run that is done is, and say so in its summary. Checkpoints,
+    which nobody writes to again, are the same files on disk where the file system can share them."""
+    for entry in sorted(done.iterdir()):
+        target = run_dir / entry.name
+        if entry.name in NOT_TAKEN or entry.suffix in (".log", ".tmp"):
+            continue
+        remove(target)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link_or_copy)
+        else:
+            shutil.copy2(entry, target, follow_symlinks=False)
+    summary = read_summary(run_dir)
+    if (run_dir / SUMMARY).exists():
+        summary = {name: value for name, value in summary.items() if name != "wandb_folder"}
+        write_summary(run_dir, {**summary, "run_dir": str(run_dir), "taken_from": str(as_typed(done))})
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
