@@ -10,7 +10,7 @@ from typing import Any
 from answer import tell
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from sweeping.job import Place, composed_config, names_by_clock
+from sweeping.job import Place
 
 from llm.errors import UserError, shown
 from llm.files import as_typed
@@ -47,9 +47,10 @@ def made_before(config: DictConfig, place: Place) -> tuple[str | None, Path | No
 
 
 def _root(place: Place) -> Path:
-    """Where a run that is done is looked for: in the folder that was named, if one was."""
+    """Where a run that is done is looked for: in the folder that was named for it, if one was, and in a sweep
+    that lies elsewhere than runs do; else where all runs lie."""
     if place.sweep:
-        return OUTPUTS if names_by_clock(composed_config().hydra.sweep) else place.sweep
+        return OUTPUTS if as_typed(place.sweep).is_relative_to(OUTPUTS) else place.sweep
     return OUTPUTS if place.is_made_up else place.run_dir
 
 

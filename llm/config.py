@@ -57,7 +57,7 @@ WEIGHTS_MEANING = (
 IF_DONE = ("reuse", "again")
 IF_DONE_MEANING = (
     "what to do if a run with the same config, code and data is done already: reuse it, or do it again. Such "
-    "a run is looked for below outputs/; where a run's or a sweep's folder is named, in that folder alone"
+    "a run is looked for below outputs/; by one whose folder is named (hydra.run.dir), in that folder alone"
 )
 
 

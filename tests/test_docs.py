@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from answer import form_of
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
@@ -90,7 +91,7 @@ def check(typed: str) -> None:
     """
     path, *arguments = shlex.split(typed, comments=True)
     assert (ROOT / path).exists(), f"there is no {path}"
-    given = get_args_parser().parse_args(arguments)
+    given = get_args_parser().parse_args(form_of(arguments)[1])
     if given.shell_completion:
         return
     sweeping = given.multirun or any(argument.startswith("sweep.") for argument in given.overrides)

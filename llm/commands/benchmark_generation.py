@@ -115,7 +115,7 @@ def _report(
     model: GPTModel,
     seconds: dict[tuple[int, str], list[float]],
     bandwidth: float,
-) -> list[dict[str, Any]]:
+) -> Outcome:
     sizes = config.generation
     tokens_per_second = {
         (batch, name): batch * sizes.new_tokens / statistics.median(values)

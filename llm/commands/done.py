@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ RECORD_BYTES = 10_000  # more is no such record
 IRRELEVANT = ("if_done", "tracking", "quiet", "resume", "checkpoint", "init_from", "prompt_file", "path")
 OF_DATA = ("source", "path", "cache_dir")
 NOT_TAKEN = (LOCK, ".hydra", "wandb")  # of a run's folder, for another: what says where and how it was begun
+
+log = logging.getLogger(__name__)
 
 Repeatable = PretrainConfig | GenerateConfig | EvaluateConfig
 
@@ -99,9 +102,7 @@ def end(run_dir: Path) -> None:
 def resume(run_dir: Path, is_changed: bool) -> None:
     """Record that a run goes on: by another config or code, it is no longer what its record says."""
     recorded = _recorded(run_dir)
-    if recorded and not is_changed and recorded["code"] == _code():
-        _write(run_dir, recorded["fingerprint"], is_done=False)
-    else:
+    if not recorded or is_changed or recorded["code"] != _code():
         remove(run_dir / FINGERPRINT)
 
 
@@ -138,10 +139,11 @@ def take_over(done: Path, run_dir: Path) -> None:
             shutil.copytree(entry, target, symlinks=True, copy_function=_link_or_copy)
         else:
             shutil.copy2(entry, target, follow_symlinks=False)
-    summary = read_summary(run_dir)
+    origin = str(as_typed(done))
+    log.info("%s is done already, with the same config, code and data: this is what came of it", origin)
     if (run_dir / SUMMARY).exists():
-        summary = {name: value for name, value in summary.items() if name != "wandb_folder"}
-        write_summary(run_dir, {**summary, "run_dir": str(run_dir), "taken_from": str(as_typed(done))})
+        summary = {name: value for name, value in read_summary(run_dir).items() if name != "wandb_folder"}
+        write_summary(run_dir, {**summary, "run_dir": str(run_dir), "taken_from": origin})
 
 
 def _link_or_copy(source: str, target: str) -> None:
