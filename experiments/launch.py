@@ -120,7 +120,7 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeat: Repeat | No
     place, overrides = place_of(hydra_config), unresolved(composed_config().hydra.overrides.task)
     if is_called_off(place):
         return math.nan
-    made_with, done = made_before(config, place) if repeat else (None, None)
+    made_with, done = made_before(repeat, config, place) if repeat else (None, None)
     with ExitStack() as stack:
         try:
             if repeat and done and not place.sweep:

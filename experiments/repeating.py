@@ -15,6 +15,7 @@ from sweeping.job import Place
 from llm.errors import UserError, shown
 from llm.files import as_typed
 from llm.outcome import Outcome
+from llm.run_folder import refuse_links
 from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
@@ -27,7 +28,7 @@ class Repeat:
     show: Callable[[Any, Path], None]  # print what came of it, as the run itself did; by the config asked for
 
 
-def made_before(config: DictConfig, place: Place) -> tuple[str | None, Path | None]:
+def made_before(repeat: Repeat, config: DictConfig, place: Place) -> tuple[str | None, Path | None]:
     """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
 
     There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
@@ -40,10 +41,20 @@ def made_before(config: DictConfig, place: Place) -> tuple[str | None, Path | No
         from llm.commands.done import find_done, fingerprint  # imports torch
 
         made_with = fingerprint(settings)
-        if made_with and settings.if_done == "reuse":
-            return made_with, find_done(made_with, _root(place))
+        if not made_with or settings.if_done == "again":
+            return made_with, None
+        found = find_done(made_with, _root(place))
+        if found and _is_whole(repeat, found):
+            return made_with, found
         return made_with, None
     return None, None
+
+
+def _is_whole(repeat: Repeat, folder: Path) -> bool:
+    with suppress(UserError):
+        refuse_links(folder)
+        return bool(repeat.outcome(folder).figures)
+    return False
 
 
 def _root(place: Place) -> Path:

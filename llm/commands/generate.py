@@ -61,7 +61,8 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> Outcome:
 def outcome_of(run_dir: Path) -> Outcome:
     """The samples in a folder, and of a study, what it measured of them."""
     samples = read_samples(run_dir / SAMPLES)
-    return Outcome({**read_summary(run_dir), "samples": samples}, {"samples": run_dir / SAMPLES})
+    figures = {**read_summary(run_dir), "samples": samples} if samples else {}
+    return Outcome(figures, {"samples": run_dir / SAMPLES})
 
 
 def show_again(config: GenerateConfig, run_dir: Path) -> None:
