@@ -481,6 +481,7 @@ class ReportConfig:
         at_most=100,
     )
     run: bool = key(False, "train the run that is predicted, and report how far the prediction was off")
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass
@@ -491,6 +492,7 @@ class CompareConfig:
         "seeds; a list of runs and sweeps; or latest: the newest sweep",
     )
     b: Any = key(None, "the other setting; null: a holds both")
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass

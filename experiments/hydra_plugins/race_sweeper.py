@@ -9,6 +9,7 @@ from sweeping.planning import key_of
 from sweeping.running import Sweep
 
 from llm.errors import UserError
+from llm.files import write_json
 from llm.overrides import split_override, title_of
 from llm.sweeps.comparing import TEXT_KEYS, comparisons
 from llm.sweeps.jobs import SweepRecord, read_jobs, setting_of
@@ -84,14 +85,16 @@ class RaceSweeper(RecordedSweeper):
         return [*self.settings[number], f"seed={self.first_seed + place}"]
 
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
-        from llm.sweeps.race import ruled_out  # imports numpy, which no other sweep waits for
+        from llm.sweeps.race import OUTCOME, ruled_out  # imports numpy, which no other sweep waits for
 
         yield from chunks(sweep.without_result(), self.at_once)
         while True:
             seeds = self._seeds(sweep)
             left = ruled_out(self._figures(sweep), seeds, self.level)
             racing = [number for number, at in enumerate(left) if at is None]
-            self.closing = self._told(left, seeds, len(sweep.jobs))
+            outcome = self._outcome(left, seeds, len(sweep.jobs))
+            write_json(sweep.folder / OUTCOME, outcome)
+            self.closing = f"race        {outcome['verdict']}"
             if len(racing) < 2 or seeds >= self.max_seeds:
                 return
             begun = len(sweep.jobs)
@@ -116,21 +119,25 @@ class RaceSweeper(RecordedSweeper):
                 figures.append(figure)
         return found
 
-    def _told(self, left: list[int | None], seeds: int, jobs: int) -> str:
-        """The outcome in a sentence."""
+    def _outcome(self, left: list[int | None], seeds: int, jobs: int) -> dict[str, Any]:
+        """What the race came to so far, in a sentence and as figures; see `read_race`."""
         titles = [title_of(setting_of(setting, self.varied_keys)) for setting in self.settings]
         racing = [title for title, at in zip(titles, left, strict=True) if at is None]
         out = [f"{title} after {at}" for title, at in zip(titles, left, strict=True) if at is not None]
         ended = f"after {seeds} seeds, in {jobs} jobs"
+        best = racing[0] if len(racing) == 1 else None
         if not racing:
-            return f"race        no setting is left {ended}: ruled out {', '.join(out)}"
-        if len(racing) > 1:
+            verdict = f"no setting is left {ended}: ruled out {', '.join(out)}"
+        elif best is None:
             ruled = f"; ruled out: {', '.join(out)}" if out else ""
-            return f"race        not decided {ended}: {', '.join(racing)} cannot be told apart{ruled}"
-        return (
-            f"race        {racing[0]} is the best, {ended} (ruled out: {', '.join(out)}; a better one with a "
-            f"probability of {self.level:g} at most)"
-        )
+            verdict = f"not decided {ended}: {', '.join(racing)} cannot be told apart{ruled}"
+        else:
+            verdict = (
+                f"{best} is the best, {ended} (ruled out: {', '.join(out)}; a better one with a probability "
+                f"of {self.level:g} at most)"
+            )
+        figures = {"seeds": seeds, "jobs": jobs, "level": self.level}
+        return {"verdict": verdict, "decided": best is not None, "best": best, **figures}
 
 
 def seed_of(job: list[str]) -> int:

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from llm.checkpoints.checkpoint import recorded_config
-from llm.config import CompareConfig, PretrainConfig, leaf_keys, value_of
+from llm.config import CompareConfig, PretrainConfig, leaf_keys, validate, value_of
 from llm.errors import UserError, shown
 from llm.files import as_typed, write_json
 from llm.outcome import Outcome
@@ -25,9 +25,11 @@ from llm.sweeps.jobs import (
     read_record,
     repetitions,
 )
+from llm.sweeps.tracked import log_findings, tracking_for, verdict_findings
 from llm.sweeps.verdict import Difference, Figures, difference, figures_by_seed
 from llm.sweeps.verdict_picture import draw_difference
 from llm.tables import fitted, format_table, terminal_width
+from llm.tracking import sync_command
 
 # What the budget may differ by: two batch sizes seldom divide it evenly.
 SAME_TOKENS = 0.01
@@ -55,11 +57,12 @@ class Side:
 
 def compare(config: CompareConfig, run_dir: Path) -> Outcome:
     """Print a verdict on two settings in a sentence, and below it what it rests on; write `verdict.json` and
-    `verdict.png` into `run_dir`.
+    `verdict.png` into `run_dir`. Where the runs were tracked, W&B gets it too, see `tracking_for`.
 
     Raises:
         UserError: they cannot be compared, or there are too few seeds to know their noise.
     """
+    validate(config)
     a, b = sides(config)
     measure = _measure(a, b)
     _same_budget(a, b)
@@ -83,10 +86,15 @@ def compare(config: CompareConfig, run_dir: Path) -> Outcome:
     }
     record |= of_sides
     write_json(run_dir / "verdict.json", record)
-    draw_difference((a.title, b.title), figures, found, measure, run_dir / "verdict.png")
-    print(shown(f"{'picture':<11} {as_typed(run_dir / 'verdict.png')}", keep=""))
-    files = {"verdict": run_dir / "verdict.json", "picture": run_dir / "verdict.png"}
-    return Outcome(record, files)
+    titles, picture, jobs = (a.title, b.title), run_dir / "verdict.png", [*a.jobs, *b.jobs]
+    draw_difference(titles, figures, found, measure, picture)
+    print(shown(f"{'picture':<11} {as_typed(picture)}", keep=""))
+    outcome = Outcome(record, {"verdict": run_dir / "verdict.json", "picture": picture})
+    findings = verdict_findings(said, titles, figures, found, measure.name, picture)
+    if unsynced := log_findings(findings, run_dir, jobs, tracking_for(config.tracking, jobs)):
+        outcome.next["sync"] = sync_command(unsynced)
+        print(shown(f"{'W&B':<11} {outcome.next['sync']}", keep=""))
+    return outcome
 
 
 # What is compared

@@ -10,12 +10,13 @@ from llm.overrides import as_command, as_override
 from llm.sweeps.jobs import DONE, Job, read_jobs, read_record
 from llm.sweeps.report import sweep_report
 from llm.sweeps.study import is_study
+from llm.sweeps.tracked import log_findings, tracking_of
 from llm.sweeps.watch import sweep_table
 from llm.tracking import sync_command
 
 
 def conclude(folder: Path) -> Outcome:
-    """Say what came of a sweep and write its report.
+    """Say what came of a sweep and write its report, which W&B gets too if its jobs were tracked.
 
     Raises:
         UserError: the report cannot be written.
@@ -28,14 +29,18 @@ def conclude(folder: Path) -> Outcome:
 
         outcome.files["report"] = conclude_study(folder, jobs)
     else:
+        own: list[str] = []
         print(shown(f"\n{sweep_table(jobs)}\n\nsweep folder {folder}"))
         if script == "pretrain" and jobs:
             report = sweep_report(jobs, [folder], folder)
             outcome.files["report"] = report.page
             for head, line in [("report", str(report.page)), *report.lines]:
                 print(shown(f"{head:<11} {line}"))
-        if any(job.summary.get("wandb_folder") for job in jobs):
-            print(shown(f"W&B         {sync_command(folder, '*/wandb/*run-*')}"))
+            own = ["wandb/*run-*"] * bool(log_findings(report.findings, folder, jobs, tracking_of(jobs)))
+        unsynced = ["*/wandb/*run-*"] * any(job.summary.get("wandb_folder") for job in jobs)
+        if patterns := [*own, *unsynced]:
+            outcome.next["sync"] = sync_command(folder, *patterns)
+            print(shown(f"W&B         {outcome.next['sync']}"))
     if taken := sum("taken_from" in job.summary for job in jobs):
         print(f"done before {taken} of {len(jobs)} jobs, taken from there; if_done=again trains them again")
     if any(job.state not in DONE for job in jobs):

@@ -7,11 +7,11 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llm.config import GenerateConfig, TrackingConfig, validate
+from llm.config import GenerateConfig, validate
 from llm.data.byte_level import END_OF_TEXT
 from llm.data.corpus import find_files, read_text, text_of
 from llm.data.token_file import token_files
@@ -24,12 +24,13 @@ from llm.generation.inference import Loaded, load_for_inference
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
 from llm.outcome import Outcome
-from llm.records import read_config_text, read_config_texts, read_overrides, read_samples
+from llm.records import read_samples
 from llm.run_folder import read_summary, write_summary
 from llm.runtime import start_runtime
 from llm.sweeps.jobs import Job
 from llm.sweeps.report import study_report
-from llm.sweeps.study import MAIN_METRICS, METRICS, notes_on, table_row, written
+from llm.sweeps.study import MAIN_METRICS, METRICS, notes_on, written
+from llm.sweeps.tracked import log_findings, tracking_of
 from llm.tables import fitted, format_table, terminal_width
 from llm.tracking import Tracker, sync_command
 
@@ -97,13 +98,9 @@ def _study(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
 def conclude_study(folder: Path, jobs: list[Job]) -> Path:
     """Close a sweep of studies: print a table, write a report to its folder, and log it as a W&B run beside
     those of the jobs. Returns the report's page."""
-    page = study_report(jobs, [folder], folder)
+    report = study_report(jobs, [folder], folder)
+    unsynced = log_findings(report.findings, folder, jobs, tracking_of(jobs))
     failed = [job for job in jobs if job.error]
-    tracking = replace(_recorded_tracking(jobs), name="study", group=str(folder))
-    tracker = Tracker(folder, tracking, {}, "study")
-    tracker.log_table("settings", [table_row(job) for job in jobs])
-    tracker.log_picture("report", folder / "report.png")
-    tracker.finish({"settings": len(jobs), "failed": len(failed)}, failed=bool(failed))
     cells = [["job", "set", *(METRICS[metric][0].lower() for metric in MAIN_METRICS)]]
     cells += [[job.name, job.title, *(written(job, metric) for metric in MAIN_METRICS)] for job in jobs]
     width = terminal_width()
@@ -111,23 +108,10 @@ def conclude_study(folder: Path, jobs: list[Job]) -> Path:
     print("\n" + format_table(cells, {0, 1}, wrapped=1, spare=spare, width=width))
     for text in [f"job {job.name}: {job.error}" for job in failed] + notes_on(jobs):
         print(fitted(text, width))
-    print(shown(f"\nreport      {page}"))
-    if tracker.wandb_folder:
+    print(shown(f"\nreport      {report.page}"))
+    if unsynced:
         print(shown(f"W&B         {sync_command(folder, 'wandb/*run-*', '*/wandb/*run-*')}"))
-    return page
-
-
-def _recorded_tracking(jobs: list[Job]) -> TrackingConfig:
-    """Where the jobs of a study were tracked; nowhere, if that is not known."""
-    for job in jobs:
-        names = ("mode", "project", "entity")
-        texts = {name: read_config_text(job.folder, f"tracking.{name}") for name in names}
-        if texts["mode"] or read_overrides(job.folder):  # no mode: as W&B's own variables say
-            found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
-            tracking = TrackingConfig(**found, tags=read_config_texts(job.folder, "tracking.tags"))
-            validate(tracking, "tracking.")
-            return tracking
-    return TrackingConfig("disabled")
+    return report.page
 
 
 def _generate(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:

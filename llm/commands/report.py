@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llm.config import ReportConfig
+from llm.config import ReportConfig, validate
 from llm.errors import UserError, shown
 from llm.outcome import Outcome
 from llm.sweeps.jobs import RECORD, Job, find_sweep, none_begun, read_jobs, read_record
-from llm.sweeps.report import Report, study_report, sweep_report
+from llm.sweeps.report import study_report, sweep_report
 from llm.sweeps.study import is_study
+from llm.sweeps.tracked import log_findings, tracking_for
+from llm.tracking import sync_command
 
 Train = Callable[[list[str]], None]  # runs pretrain.py with such arguments
 
@@ -19,11 +21,13 @@ def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None
     """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png`: into the folder of
     the sweep or run, for several into `run_dir`, or where `config.to` says. Of a ladder, `scaling.json` and
     `scaling.png` too, and what a larger run would come to, which `train` trains if `config.run` asks for it.
+    Where the runs were tracked, W&B gets the findings, see `tracking_for`.
 
     Raises:
         UserError: there is no such sweep or run, it has no jobs, or the files cannot be written; a prediction
             is asked for that cannot be made, or its run did not finish.
     """
+    validate(config)
     if config.run and config.predict is None:
         raise UserError("run=true trains a run that predict=… predicts: give how many times as large, as 2")
     names = config.sweep if isinstance(config.sweep, list) else [config.sweep]
@@ -35,7 +39,7 @@ def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None
     if not _is_study(folders, jobs):
         report = sweep_report(jobs, folders, target, config.predict)
     elif config.predict is None:
-        report = Report(study_report(jobs, folders, target))
+        report = study_report(jobs, folders, target)
     else:
         raise UserError(f"predict={config.predict:g}: {folders[0]} is a study of samples, not a ladder")
     files = {"report": report.page, "table": target / "report.csv", "picture": target / "report.png"}
@@ -45,7 +49,11 @@ def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None
     if config.run and train and commands:
         train(shlex.split(commands[-1])[2:])
         return write_report(replace(config, run=False), run_dir)
-    return Outcome(dict(report.lines), files)
+    outcome = Outcome(dict(report.lines), files)
+    if unsynced := log_findings(report.findings, target, jobs, tracking_for(config.tracking, jobs)):
+        outcome.next["sync"] = sync_command(unsynced)
+        print(shown(f"{'W&B':<11} {outcome.next['sync']}", keep=""))
+    return outcome
 
 
 def _is_study(folders: list[Path], jobs: list[Job]) -> bool:

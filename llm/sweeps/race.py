@@ -9,8 +9,15 @@ together (Ville 1939).
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+
+from llm.files import parse_json, read_content
+from llm.records import RECORD_BYTES, Record, figure, flag, text
+
+OUTCOME = "race.json"  # in the sweep's folder: what came of the race, or how it stands
+KINDS = {"verdict": text, "decided": flag, "best": text, "seeds": figure, "jobs": figure, "level": figure}
 
 # The variance of the prior for the size of an effect, in standard deviations of a pair's difference. With 10,
 # differences of 2, 3 and 5 deviations take 6, 5 and 4 seeds.
@@ -61,6 +68,12 @@ def ruled_out(settings: Sequence[Sequence[float]], seeds: int, level: float) -> 
             ):
                 left[number] = count
     return left
+
+
+def read_race(folder: Path) -> Record:
+    """What came of the race in a sweep's folder; empty if it is none, or the record is damaged."""
+    values = parse_json(read_content(folder / OUTCOME, RECORD_BYTES))
+    return {name: kind(values.get(name)) for name, kind in KINDS.items()} if isinstance(values, dict) else {}
 
 
 def _beats(rival: Sequence[float], figures: Sequence[float], enough: float) -> bool:

@@ -35,13 +35,13 @@ class Ranking:
     @cached_property
     def possibly_best(self) -> list[bool | None]:
         """Whether each setting may be the best, see `llm.sweeps.verdict`; None where there is one seed."""
-        return possibly_best([_by_seed(group) for group in self.groups])
+        return possibly_best([figures_of(group) for group in self.groups])
 
     @cached_property
     def noise(self) -> float | None:
         """What seeds alone change: the standard deviation, over the settings that may be the best."""
         kept = [group for group, may in zip(self.groups, self.possibly_best, strict=True) if may]
-        return noise([_by_seed(group) for group in kept or self.groups])
+        return noise([figures_of(group) for group in kept or self.groups])
 
 
 def by_setting(results: list[Result]) -> list[list[Result]]:
@@ -49,7 +49,7 @@ def by_setting(results: list[Result]) -> list[list[Result]]:
     return sorted(repetitions(results, lambda result: result.setting), key=mean_rank)
 
 
-def _by_seed(group: list[Result]) -> Figures:
+def figures_of(group: list[Result]) -> Figures:
     """The final figures of a setting."""
     return figures_by_seed((each.job.seed, each.final) for each in group if each.final is not None)
 

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from llm.sweeps.study import METRICS, table_row
 from llm.sweeps.study_page import study_page
 from llm.sweeps.study_picture import draw_study
 from llm.sweeps.sweep_page import sweep_page
+from llm.sweeps.tracked import Findings, report_findings
 
 
 @dataclass(frozen=True)
 class Report:
-    """The page that was written, and what there is to say of it: heads and lines."""
+    """The page that was written, what there is to say of it, heads and lines, and what W&B gets."""
 
     page: Path
-    lines: list[tuple[str, str]] = field(default_factory=list)
+    lines: list[tuple[str, str]]
+    findings: Findings
 
 
 def sweep_report(jobs: list[Job], folders: list[Path], target: Path, times: float | None = None) -> Report:
@@ -54,20 +56,23 @@ def sweep_report(jobs: list[Job], folders: list[Path], target: Path, times: floa
     draw_sweep(rankings, target / "report.png")
     page = sweep_page(results, rankings, folders) | {"scaling": scaling and scaling_section(scaling)}
     write_page(target / "report.html", "sweep", page)
-    if scaling is None:
-        return Report(target / "report.html")
-    write_json(target / "scaling.json", scaling.as_record())
-    if not isinstance(scaling.ladder, str):
-        draw_scaling(scaling.ladder, scaling.predictions, target / "scaling.png")
-    return Report(target / "report.html", [*scaling.lines()])
+    if scaling:
+        write_json(target / "scaling.json", scaling.as_record())
+        if not isinstance(scaling.ladder, str):
+            draw_scaling(scaling.ladder, scaling.predictions, target / "scaling.png")
+    lines = [*scaling.lines()] if scaling else []
+    return Report(target / "report.html", lines, report_findings(rankings, scaling, folders, target))
 
 
-def study_report(jobs: list[Job], folders: list[Path], target: Path) -> Path:
-    """The same of a study of samples; returns the page."""
+def study_report(jobs: list[Job], folders: list[Path], target: Path) -> Report:
+    """The same of a study of samples."""
     write_text(target / "report.csv", _as_csv(_study_rows(jobs)))
     draw_study(jobs, target / "report.png")
     write_page(target / "report.html", "study", study_page(jobs, folders))
-    return target / "report.html"
+    summary = {"settings": len(jobs), "failed": sum(bool(job.error) for job in jobs)}
+    tables = {"settings": [table_row(job) for job in jobs]}
+    findings = Findings("study", "study", summary, tables, {"report": target / "report.png"})
+    return Report(target / "report.html", [], findings)
 
 
 def _sweep_rows(results: list[Result], rankings: list[Ranking]) -> Iterable[list[Any]]:

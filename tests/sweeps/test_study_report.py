@@ -45,7 +45,7 @@ def write_job(folder: Path, number: int, setting: dict[str, str], **summary: Any
 
 def report(folder: Path) -> dict[str, Any]:
     """What the page shows."""
-    return data_of(study_report(read_jobs([folder]), [folder], folder))
+    return data_of(study_report(read_jobs([folder]), [folder], folder).page)
 
 
 Cell = tuple[int, str]

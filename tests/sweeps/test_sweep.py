@@ -48,6 +48,7 @@ from llm.sweeps.jobs import (
     write_record,
 )
 from llm.sweeps.report import Report
+from llm.sweeps.tracked import Findings
 from llm.sweeps.watch import SweepProgress, live_table, sweep_table, watching
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -239,7 +240,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake
     """Sweep with overrides by a sweeper whose launcher is fake; returns the launcher."""
     ConfigStore.instance().store(name="pretrain_schema", node=own_defaults(PretrainConfig))
     configure_launchers()
-    none = Report(Path("none"))  # see test_sweep_report.py
+    none = Report(Path("none"), [], Findings("report", "report", {}))  # see test_sweep_report.py
     monkeypatch.setattr("llm.commands.conclude.sweep_report", lambda *_: none)
 
     def run(
