@@ -10,10 +10,22 @@ from llm.tracking import tracking_project
 CURVES = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens_per_second")
 VARIED = ("optimizer.lr", "seed", "model.emb_dim", "model.n_layers", "model.n_heads", "model.context_length")
 RESULT = "val_bits_per_byte"  # at the end, in a run's summary; compares between tokenizers
+# What llm/sweeps/tracked.py logs of reports, races, ladders and verdicts.
+SENTENCES = ("verdict/sentence", "race/verdict", "best/possibly", "scaling/law")
+INTERVALS = {
+    "Difference, b - a, and its 95 % interval": ("verdict/low", "verdict/difference", "verdict/high"),
+    "Lowest mean and the noise of seeds": ("noise/low", "best/mean", "noise/high"),
+    "Predicted loss, its interval, and what was measured": (
+        *("scaling/predicted_low", "scaling/predicted", "scaling/predicted_high"),
+        "scaling/measured",
+    ),
+}
+TABLES = ("ranking", "seeds", "ladder", "optima", "predictions")
+PICTURES = ("verdict", "report", "scaling")
 
 
 def save_workspace(config: WorkspaceConfig) -> str:
-    """Save a workspace with the curves, hyperparameters and samples of a project; returns its URL.
+    """Save a workspace with the curves, hyperparameters, verdicts and samples of a project; returns its URL.
 
     Raises:
         UserError: wandb-workspaces is not installed, there is no API key, or W&B refuses it or the workspace,
@@ -63,6 +75,11 @@ def _sections() -> list[Any]:
                 columns=[panels.ParallelCoordinatesPlotColumn(axis) for axis in axes]
             ),
             panels.ParameterImportancePlot(with_respect_to=RESULT),
+        ],
+        "Verdicts": [
+            *(panels.WeavePanelSummaryTable(table_name=name) for name in (*SENTENCES, *TABLES)),
+            *(panels.BarPlot(title=title, metrics=[*names]) for title, names in INTERVALS.items()),
+            panels.MediaBrowser(title="Pictures", media_keys=[*PICTURES], num_columns=1),
         ],
         "Samples": [panels.WeavePanelSummaryTable(table_name="samples")],
     }

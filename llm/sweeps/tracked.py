@@ -31,7 +31,8 @@ ASCII = str.maketrans({"α": "alpha", "β": "beta", "γ": "gamma"})  # W&B filte
 
 @dataclass(frozen=True)
 class Findings:
-    """What one run of W&B says of several others."""
+    """What one run of W&B says of several others. No table has the name of a picture, nor a figure that of
+    either."""
 
     job_type: str  # report, study or verdict
     name: str
@@ -303,4 +304,4 @@ def verdict_findings(
         for seed in sorted(a.keys() | b.keys())
     ]
     summary = {f"verdict/{key}": value for key, value in summary.items()}
-    return Findings("verdict", " or ".join(titles), summary, {"verdict": rows}, {"verdict": picture})
+    return Findings("verdict", " or ".join(titles), summary, {"seeds": rows}, {"verdict": picture})
