@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -22,11 +23,22 @@ from wandb_server import KEY, ArrivedRun, WandbServer
 
 from llm import tracking
 from llm.checkpoints.checkpoint import run_id
+from llm.commands.compare import compare
 from llm.commands.pretrain import pretrain
+from llm.commands.report import write_report
 from llm.commands.workspace import CURVES, save_workspace
-from llm.config import ModelConfig, PretrainConfig, TrackingConfig, WorkspaceConfig
+from llm.config import (
+    CompareConfig,
+    ModelConfig,
+    PretrainConfig,
+    ReportConfig,
+    TrackingConfig,
+    WorkspaceConfig,
+)
 from llm.errors import UserError
-from llm.files import as_typed, read_json_lines
+from llm.files import as_typed, read_json_lines, remove, write_json, write_text
+from llm.sweeps.jobs import read_jobs, write_record
+from llm.sweeps.tracked import tracking_for, tracking_of
 from llm.tracking import Tracker, sync_command
 from llm.training import lifecycle, loop
 from llm.training.run import Launched, Run
@@ -344,9 +356,102 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(
     assert result.returncode == 0, result.stderr
     runs = [server.runs[run_id(tmp_path / "sweep" / number)].fields for number in "01"]
     assert [run["displayName"] for run in runs] == ["seed=1", "seed=2"]
-    assert {run["groupName"] for run in runs} == {"their group"}
-    assert len(server.runs) == 2
+    [report] = (run for run in server.runs.values() if run.fields["jobType"] == "report")
+    assert {run["groupName"] for run in [*runs, report.fields]} == {"their group"}
+    assert report.summary["noise/sd"] > 0
+    assert len(server.runs) == 3
     assert "ab12cd34" not in server.runs
+
+
+def tracked_sweep(sweep: Path, bits: dict[str, list[float]], kept: str = "offline-run") -> str:
+    """A sweep over learning rates and seeds whose jobs were tracked in a project of theirs."""
+    jobs: list[list[str]] = []
+    for lr, figures in bits.items():
+        for seed, figure in enumerate(figures, 1):
+            job = sweep / str(len(jobs))
+            (job / "wandb" / f"{kept}-20260101_000000-ab12cd3{seed}").mkdir(parents=True)
+            jobs.append([f"optimizer.lr={lr}", f"seed={seed}"])
+            write_text(job / ".hydra" / "config.yaml", "tracking: {project: theirs, tags: [one]}")
+            write_json(job / ".hydra" / "overrides.yaml", jobs[-1])
+            known = {"status": "finished", "seed": seed, "tokens_seen": 64, "val_loss": figure / 2}
+            write_json(job / "summary.json", {**known, "val_bits_per_byte": figure})
+    write_record(sweep, "pretrain", [], ["optimizer.lr", "seed"], jobs)
+    return str(sweep)
+
+
+BITS = {"0.1": [1.921, 1.972, 1.95], "0.2": [1.90, 1.95, 1.93]}
+
+
+def test_a_verdict_and_a_report_arrive_beside_their_runs(server: WandbServer, tmp_path: Path) -> None:
+    sweep = tracked_sweep(tmp_path / "sweep", BITS)
+    (tmp_path / "out").mkdir()
+    compare(CompareConfig(sweep, tracking=TrackingConfig("online", name="mine")), tmp_path / "out")
+    [verdict] = server.runs.values()
+    names = ("project", "groupName", "jobType", "displayName", "tags")
+    wanted = ["theirs", "sweep", "verdict", "mine", ["one"]]
+    assert [verdict.fields[name] for name in names] == wanted
+    # The differences are -0.021, -0.022 and -0.020: see test_compare.py.
+    figures = {"difference": -0.021, "low": -0.0235, "high": -0.0185, "p": 0.00075, "seeds": 3}
+    for name, value in figures.items():
+        assert verdict.summary[f"verdict/{name}"] == pytest.approx(value, abs=5e-5)
+    assert verdict.summary["verdict/decided"]
+    assert verdict.summary["verdict/sentence"].startswith("b (lr=0.2) is better than a (lr=0.1) by 0.0210")
+    assert verdict.summary["seeds"]["nrows"] == 3
+    assert verdict.summary["verdict"]["_type"] == "image-file"
+    assert {name.split("/")[1] for name in verdict.uploads if "media" in name} == {"images", "table"}
+    for _ in range(2):  # the second time over the first
+        write_report(ReportConfig(sweep), tmp_path)
+    [folder] = (tmp_path / "sweep" / "wandb").glob("*run-*")  # offline, as nothing was asked for
+    [table] = folder.glob("files/media/table/ranking*")
+    rows = json.loads(table.read_text("utf-8"))
+    ranked = [dict(zip(rows["columns"], row, strict=True)) for row in rows["data"]]
+    assert [(row["setting"], row["optimizer.lr"], row["seeds"]) for row in ranked] == [
+        ("lr=0.2", 0.2, 3),
+        ("lr=0.1", 0.1, 3),
+    ]
+    assert [row["possibly_best"] for row in ranked] == [True, False]
+    assert [row["sd"] for row in ranked] == pytest.approx([stdev(BITS[lr]) / 2 for lr in ("0.2", "0.1")])
+    assert len(server.runs) == 1
+    sync(folder)
+    [report] = (run for run in server.runs.values() if run is not verdict)
+    assert [report.fields[name] for name in names] == ["theirs", "sweep", "report", "report", ["one"]]
+    noise, best = stdev(BITS["0.2"]) / 2, mean(BITS["0.2"]) / 2
+    assert [report.summary[f"noise/{name}"] for name in ("sd", "low", "high")] == pytest.approx(
+        [noise, best - noise, best + noise]
+    )
+    assert (report.summary["best/setting"], report.summary["best/possibly"]) == ("lr=0.2", ["lr=0.2"])
+    assert report.summary["report"]["_type"] == "image-file"
+
+
+def test_what_was_not_tracked_is_logged_only_if_asked_for(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = tracked_sweep(tmp_path / "sweep", BITS)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr("llm.sweeps.report.draw_sweep", lambda *_: None)
+    jobs = read_jobs([tmp_path / "sweep"])
+    assert tracking_for(TrackingConfig(), jobs[:1]).mode == "disabled"  # one run, which W&B has
+    for job in jobs:
+        remove(job.folder / "wandb")
+    write_report(ReportConfig(sweep), tmp_path)
+    assert not [*tmp_path.glob("sweep/**/wandb")]
+    assert not server.runs
+    # W&B that fails is no reason for a report to.
+    monkeypatch.delenv("WANDB_API_KEY")
+    asked = TrackingConfig("online")
+    assert write_report(ReportConfig(sweep, tracking=asked), tmp_path).read_text("utf-8")
+    assert "tracking=online: Weights & Biases did not start" in caplog.text
+
+
+def test_sweeps_end_in_the_mode_of_their_jobs(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "other")]
+    tracked_sweep(folders[0], BITS, "run")
+    tracked_sweep(folders[1], BITS)
+    online, both = tracking_of(read_jobs(folders[:1])), tracking_of(read_jobs(folders))
+    assert online == TrackingConfig("online", "theirs", None, str(folders[0]), None, ["one"])
+    assert both == replace(online, group=None)
+    # Where a folder alone says that they were online, nothing is sent.
+    assert tracking_for(TrackingConfig(), read_jobs(folders)).mode is None
 
 
 def damage_record(file: Path, damage: str) -> None:
@@ -475,6 +580,11 @@ def test_a_workspace_is_saved(server: WandbServer) -> None:
         "optimizer",
         "val_bits_per_byte",
         "samples",
+        "verdict/difference",
+        "race/verdict",
+        "ranking",
+        "predictions",
+        "Media Browser",
     ):
         assert part in text
 

@@ -47,6 +47,7 @@ from llm.sweeps.jobs import (
     settings_of,
     write_record,
 )
+from llm.sweeps.race import read_race
 from llm.sweeps.report import Report
 from llm.sweeps.tracked import Findings
 from llm.sweeps.watch import SweepProgress, live_table, sweep_table, watching
@@ -657,6 +658,8 @@ def test_a_race_adds_seeds_to_what_is_left_and_resumes_as_if_it_had_not_been_cut
         r"lr=0.3 after [456], lr=0.9 after 1",
         said,
     ), said
+    outcome = read_race(tmp_path / "sweep")
+    assert (f"race        {outcome['verdict']}", outcome["decided"], outcome["best"]) == (said, False, None)
     jobs = read_jobs([tmp_path / "sweep"])
     assert [job.setting["seed"] for job in jobs[:12]] == [*4 * "5", *4 * "6", *4 * "7"]
     assert [job.title for job in jobs[-2:]] == ["lr=0.1 seed=11", "lr=0.1001 seed=11"]
