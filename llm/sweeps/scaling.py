@@ -152,7 +152,8 @@ class Fit:
             found[coefficient], found[exponent] = np.exp(log + power * self.centre[number]), power
         if self.form.power:
             (u, a, v, p), (n, d) = rows.T, self.centre
-            found = {"N_c": np.exp(n + u / a), "α_N": a * p, "D_c": np.exp(d + v), "α_D": p}
+            with np.errstate(over="ignore"):  # a law that hardly falls with N: N_c is beyond all numbers
+                found = {"N_c": np.exp(n + u / a), "α_N": a * p, "D_c": np.exp(d + v), "α_D": p}
         return {name: _interval(values[0], values[1:]) for name, values in found.items()}
 
     def optimum(self, compute: float) -> tuple[Interval, Interval] | None:
