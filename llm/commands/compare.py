@@ -11,7 +11,7 @@ from llm.config import CompareConfig, PretrainConfig, leaf_keys, validate, value
 from llm.errors import UserError, shown
 from llm.files import as_typed, write_json
 from llm.outcome import Outcome
-from llm.overrides import compact, short_key, title_of
+from llm.overrides import as_command, as_override, compact, short_key, title_of
 from llm.records import Record
 from llm.sweeps.comparing import BITS_PER_BYTE, LOSS, Measure, comparisons
 from llm.sweeps.jobs import (
@@ -34,6 +34,7 @@ from llm.tracking import sync_command
 # What the budget may differ by: two batch sizes seldom divide it evenly.
 SAME_TOKENS = 0.01
 RACE = "hydra/sweeper=race"
+MOST_SEEDS = 30  # that a command is offered for
 # Keys that say nothing of how good a setting is.
 BESIDES = (*NEVER_VARIED, "seed", "data.cache_dir", "samples.", "checkpoint.", "early_stopping.", "init_from")
 
@@ -76,6 +77,7 @@ def compare(config: CompareConfig, run_dir: Path) -> Outcome:
     print(fitted(said, width), _table(*figures, found), "", sep="\n\n", end="")
     print(*(fitted(line, width) for line in about), sep="\n")
     record = {"verdict": said, "decided": found.decided, "measure": measure.name, **asdict(found)}
+    record["seeds_needed"] = found.seeds_needed
     of_sides = {
         side.name: {
             "setting": side.title,
@@ -90,6 +92,9 @@ def compare(config: CompareConfig, run_dir: Path) -> Outcome:
     draw_difference(titles, figures, found, measure, picture)
     print(shown(f"{'picture':<11} {as_typed(picture)}", keep=""))
     outcome = Outcome(record, {"verdict": run_dir / "verdict.json", "picture": picture})
+    if command := _more_seeds(a, b, found):
+        outcome.next["more seeds"] = command
+        print(shown(f"{'more seeds':<11} {command}", keep=""))
     findings = verdict_findings(said, titles, figures, found, measure.name, picture)
     if unsynced := log_findings(findings, run_dir, jobs, tracking_for(config.tracking, jobs)):
         outcome.next["sync"] = sync_command(unsynced)
@@ -229,6 +234,24 @@ def sentence(a: Side, b: Side, found: Difference, measure: Measure) -> str:
         f"{_percent(found.p)} of comparisons ({method}, {found.seeds} seeds each). If the difference is as "
         f"large as it looks, {more} more seeds each would show it, four times in five."
     )
+
+
+def _more_seeds(a: Side, b: Side, found: Difference) -> str | None:
+    """The command that trains as many more seeds as would settle it. There is none if it is settled, or would
+    take more than `MOST_SEEDS`, or if the two are not all settings of one grid."""
+    folders = {job.folder.parent for side in (a, b) for job in side.jobs}
+    more = (found.seeds_needed or found.seeds) - found.seeds
+    sweep = min(folders)
+    if found.decided or not 0 < more <= MOST_SEEDS or len(folders) > 1 or not (sweep / RECORD).exists():
+        return None
+    if any("hydra/sweeper" in each for each in read_record(sweep)["arguments"]):
+        return None
+    jobs = read_jobs([sweep])
+    if len(repetitions(jobs, lambda job: job.seedless)) != 2:
+        return None
+    first = max(job.seed for job in jobs) + 1
+    seeds = ",".join(map(str, range(first, first + more)))
+    return as_command("pretrain", as_override("sweep.extend", as_typed(sweep)), f"seed={seeds}")
 
 
 def _percent(p: float) -> str:

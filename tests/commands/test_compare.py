@@ -67,6 +67,18 @@ def test_a_difference_within_the_noise_is_not(script: Script, sweep: Sweep, tmp_
     assert "the race's own verdict holds" in " ".join(script("compare", "a=sweep").stdout.split())
 
 
+def test_more_seeds_are_offered_where_a_few_would_settle_it(script: Script, sweep: Sweep) -> None:
+    sweep("close", {"4e-4": {1: 1.921, 2: 1.955, 3: 1.95}, "5e-4": BETTER})
+    told = json.loads(script("compare", "a=close", "output=json").stdout)
+    # The differences are -0.021, -0.005 and -0.02: Cohen's d is 1.71, and five pairs have a power of 0.8.
+    assert (told["figures"]["decided"], told["figures"]["seeds_needed"]) == (False, 5)
+    command = "python experiments/pretrain.py sweep.extend=close seed=4,5"
+    assert told["next"] == {"more seeds": command}
+    assert command in script("compare", "a=close").stdout
+    sweep("alike", {"4e-4": ALIKE, "5e-4": BETTER})
+    assert json.loads(script("compare", "a=alike", "output=json").stdout)["next"] == {}, "hundreds"
+
+
 def test_a_job_stands_for_its_setting_with_all_seeds(script: Script, sweep: Sweep, tmp_path: Path) -> None:
     sweep("three", {"4e-4": WORSE, "5e-4": BETTER, "6e-4": ALIKE})
     result = script("compare", "a=three")
