@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm.config import ModelConfig
 from llm.errors import UserError
-from llm.model.gpt import GPTModel
+from llm.model.gpt import GPTModel, without_weights
 
 Described = dict[str, Any]  # the content of a config.json
 # Names of tensors in a block, theirs and ours: the rows of the former, one after the other, are those of the
@@ -103,8 +103,7 @@ def their_shapes(layout: Layout, described: Described, config: ModelConfig) -> d
 
 def _our_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """The shapes of a model's tensors outside of blocks, and of those in a block."""
-    with torch.device("meta"):
-        model = GPTModel(replace(config, n_layers=1))
+    model = without_weights(replace(config, n_layers=1))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     first = "trf_blocks.0."
     return shapes, {name.removeprefix(first): shapes[name] for name in shapes if name.startswith(first)}

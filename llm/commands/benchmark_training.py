@@ -21,7 +21,7 @@ from llm.config import BenchmarkConfig, ModelConfig, validate
 from llm.cuda_graph import captured
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json
-from llm.model.gpt import GPTModel, training_flops_per_token
+from llm.model.gpt import GPTModel, training_flops_per_token, without_weights
 from llm.outcome import Outcome
 from llm.progress import Progress
 from llm.runtime import (
@@ -172,8 +172,7 @@ def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Ten
 
 def flops_per_token(config: ModelConfig) -> int:
     """Of training, see `training_flops_per_token`."""
-    with torch.device("meta"):  # just shapes: nothing is allocated
-        return training_flops_per_token(GPTModel(config))
+    return training_flops_per_token(without_weights(config))
 
 
 def _ours(

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llm.config import ModelConfig
 from llm.errors import UserError
@@ -211,11 +213,26 @@ def description(config: ModelConfig) -> str:
     return ", ".join(word for word in words if word)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what draws initial weights. On the device "meta" that would draw nothing, yet import torch's
+    compiler: half a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def without_weights(config: ModelConfig) -> GPTModel:
+    """A model that is just shapes: nothing is allocated."""
+    with torch.device("meta"), _Undrawn():
+        return GPTModel(config)
+
+
 def parameters_of(config: ModelConfig) -> int:
     """Parameters of a model that is not made: every second block is alike."""
     few = 2 - config.n_layers % 2
-    with torch.device("meta"):  # just shapes: nothing is allocated
-        less, more = (parameter_count(GPTModel(replace(config, n_layers=n))) for n in (few, few + 2))
+    less, more = (parameter_count(without_weights(replace(config, n_layers=n))) for n in (few, few + 2))
     return less + (config.n_layers - few) // 2 * (more - less)
 
 

@@ -8,12 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from llm.checkpoints.checkpoint import recorded_config
 from llm.config import ModelConfig, PretrainConfig, value_of
 from llm.files import as_typed
-from llm.model.gpt import GPTModel, at_width, parameters_of, training_flops_per_token
+from llm.model.gpt import at_width, parameters_of, training_flops_per_token, without_weights
 from llm.overrides import as_override
 from llm.records import lines_from_end
 from llm.run_folder import holds_run, read_summary
@@ -215,8 +213,7 @@ def size_of(job: Job) -> Size | None:
 
 def measured(config: ModelConfig) -> tuple[int, int]:
     """The parameters of a model that is not made, and the operations of training it on a token."""
-    with torch.device("meta"):  # just shapes: nothing is allocated
-        one, two = (training_flops_per_token(GPTModel(replace(config, n_layers=n))) for n in (1, 2))
+    one, two = (training_flops_per_token(without_weights(replace(config, n_layers=n))) for n in (1, 2))
     return parameters_of(config), one + (config.n_layers - 1) * (two - one)
 
 
