@@ -5,7 +5,7 @@ count, a text. What is of another kind counts as absent. Texts stay as they are:
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def read_overrides(run_dir: Path) -> list[str]:
 
 def read_config_text(run_dir: Path, key: str) -> str | None:
     """The text that stands for a dotted key in the config that Hydra recorded; None for null."""
-    place = _config_value(run_dir, key)
+    place = _value_of(_yaml(run_dir / ".hydra" / "config.yaml"), key)
     return place if isinstance(place, str) and place != "null" else None
 
 
@@ -186,21 +186,27 @@ def read_choices(run_dir: Path) -> dict[str, str]:
     }
 
 
-def read_setting(run_dir: Path, key: str) -> str | None:
-    """The value of a dotted key in the config that Hydra recorded, as an override spells it: `null`, a list
-    as `[0.9,0.95]`; None if there is no such value."""
-    value = _config_value(run_dir, key)
-    texts = list_of(text)(value)
-    return text(value) if texts is None else f"[{','.join(texts)}]"
+def read_settings(run_dir: Path, keys: Iterable[str]) -> dict[str, str]:
+    """The values of dotted keys in the config that Hydra recorded, as overrides spell them: `null`, a list
+    as `[0.9,0.95]`; without those that have none."""
+    config = _yaml(run_dir / ".hydra" / "config.yaml")  # once: to read it takes 10 ms
+    found = {}
+    for key in keys:
+        value = _value_of(config, key)
+        texts = list_of(text)(value)
+        setting = text(value) if texts is None else f"[{','.join(texts)}]"
+        if setting is not None:
+            found[key] = setting
+    return found
 
 
 def read_config_texts(run_dir: Path, key: str) -> list[str]:
     """The same for a key whose value is a list."""
-    return list_of(text)(_config_value(run_dir, key)) or []
+    return list_of(text)(_value_of(_yaml(run_dir / ".hydra" / "config.yaml"), key)) or []
 
 
-def _config_value(run_dir: Path, key: str) -> Any:
-    place = _yaml(run_dir / ".hydra" / "config.yaml")
+def _value_of(config: Any, key: str) -> Any:
+    place = config
     for name in key.split("."):
         place = place.get(name) if isinstance(place, dict) else None
     return place

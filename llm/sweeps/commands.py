@@ -10,7 +10,7 @@ from llm.config import GenerateConfig, PretrainConfig, TrainingConfig, leaf_keys
 from llm.errors import shown
 from llm.files import as_typed
 from llm.overrides import as_command, as_override, split_override, unquoted_where_plain
-from llm.records import figure, figure_in, read_lines, read_setting
+from llm.records import figure, figure_in, read_lines, read_settings
 from llm.run_folder import step_folders
 from llm.sweeps.jobs import Job, as_text
 from llm.training.schedules import spent
@@ -82,6 +82,7 @@ def _unlike_hydras(run_dir: Path, values: dict[str, Any]) -> Iterator[str]:
     """Overrides for what a run began with and Hydra's record does not say: it was resumed before its first
     checkpoint, `latest` was a run, or it was begun in Python."""
     has_record = (run_dir / ".hydra").exists()
+    settings = read_settings(run_dir, values)
     for key, value in values.items():
         of_weights = values["init_from"] and key.startswith(("model.", "tokenizer."))
         if of_weights or key.startswith(("tracking.", "resume")):
@@ -90,7 +91,7 @@ def _unlike_hydras(run_dir: Path, values: dict[str, Any]) -> Iterator[str]:
             if value != value_of(PretrainConfig(), key):
                 yield _override(key, value)
             continue
-        recorded = read_setting(run_dir, key)
+        recorded = settings.get(key)
         if recorded is None or "${" in recorded:
             continue
         alike = figure_in(recorded) == value if figure(value) is not None else recorded == as_text(value)

@@ -24,7 +24,7 @@ from llm.records import (
     list_of,
     read_choices,
     read_overrides,
-    read_setting,
+    read_settings,
     text,
     tokenizer_and_text,
 )
@@ -225,6 +225,7 @@ def recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
     from llm.checkpoints.checkpoint import recorded_config  # imports torch, which most reports need not
 
     choices, leaves, config = read_choices(run_dir), leaf_keys(PretrainConfig), recorded_config(run_dir)
+    recorded = read_settings(run_dir, keys)
     found = {}
     for key in keys:
         if key in choices:
@@ -233,8 +234,8 @@ def recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
                 found[key] = choices[key]
         elif config and key in leaves:
             found[key] = as_text(value_of(config, key))
-        elif (recorded := read_setting(run_dir, key)) is not None:
-            found[key] = recorded
+        elif key in recorded:
+            found[key] = recorded[key]
     return found
 
 
