@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import ROOT, Result, ScriptProcess, run_here, run_python, script_path
+from scripts import ROOT, Result, ScriptProcess, make_brief, run_here, run_python, script_path
 
 from llm.files import read_json_lines
 
@@ -63,13 +63,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _brief_measurement() -> Iterator[None]:
-    """Each run measures how fast a large matrix product is, for 0.3 seconds; here it need not be precise."""
-    from llm.device import measure_matmul_flops
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_matmul_flops, "__defaults__", (0.05,))
-        yield
+def _brief() -> None:
+    make_brief()
 
 
 @pytest.fixture(scope="module")
