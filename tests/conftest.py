@@ -1,6 +1,7 @@
 """What all tests share: no network, one cache for the session, and the scripts as a user runs them."""
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ os.environ["PYTHONPATH"] = str(ROOT)  # processes test this code, wherever `llm`
 # A proxy that nobody listens at stands for a machine with no network; some clients read it once, so it is set
 # for all tests.
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
+
+gc.set_threshold(100_000)  # as experiments/launch.py does, and from the first import on
 
 TINY = (
     "model=tiny",
