@@ -45,6 +45,8 @@ from llm.model.gpt import GPTModel
 from llm.training.optimizers import build_optimizers
 from llm.training.start import keys_unlike_default, with_weights
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 IDS = torch.tensor([[1, 5, 2, 90, 11, 3], [7, 7, 0, 98, 4, 60]])
 HARD_TEXT = (
     "Hello  world\n\n\n  It's 12345 o'clock, ain't it?\tnaïve café — 日本語 🙂👩‍👩‍👧 \u00a0 x\r\n"

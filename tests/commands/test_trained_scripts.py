@@ -17,6 +17,8 @@ from llm.config import ModelConfig, PretrainConfig
 from llm.files import read_json_lines
 from llm.model.gpt import GPTModel
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles\n" for number in range(120))
 FP32 = ("runtime.precision=fp32", "runtime.device=cpu")
 

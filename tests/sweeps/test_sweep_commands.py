@@ -13,6 +13,8 @@ from scripts import HANGS, ScriptProcess
 
 from llm.sweeps.jobs import read_jobs
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SWEEP = ("-m", *TINY, "data=text", "training.max_steps=40", "checkpoint.every_steps=2")
 
 

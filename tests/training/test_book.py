@@ -14,11 +14,13 @@ from llm.data.corpus import find_corpus
 from llm.files import read_json_lines
 from llm.model.gpt import GPTModel
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "book_small.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, no_pictures: None) -> Path:
     folder = tmp_path_factory.mktemp("book")
     text = folder / "text.txt"
     text.write_text(
