@@ -3,8 +3,9 @@
 import fcntl
 import json
 import math
+import os
+import resource
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
 from itertools import count
@@ -15,11 +16,12 @@ import pytest
 import torch
 from conftest import numbers
 from drill import TEXT, outcome
+from scripts import FORKED, HANGS
 from settings import changed, settings
 
 from llm.checkpoints.checkpoint import STEP_FILES, newest_whole, read_state
 from llm.commands.pretrain import pretrain
-from llm.config import PretrainConfig, ScheduleConfig
+from llm.config import PretrainConfig, ScheduleConfig, TokenizerConfig
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import read_json_lines
@@ -310,21 +312,28 @@ def test_gradient_norm_spikes_are_counted(caplog: pytest.LogCaptureFixture) -> N
 def test_out_of_memory_is_one_line_with_the_sizes(tmp_path: Path) -> None:
     """In a process with little room to address; CPUs have no other way to run out."""
     (tmp_path / "text.txt").write_text(TEXT * 40, encoding="utf-8")
-    code = (
-        "import resource, sys; from llm.config import *; from llm.commands.pretrain import pretrain\n"
-        "config = PretrainConfig(); config.data.path = 'text.txt'; config.data.cache_dir = 'cache'\n"
-        "config.data.batch_size = 1000; config.tokenizer.name = 'bytes'; config.model.vocab_size = 257\n"
-        "config.tracking.mode = 'disabled'; config.runtime.device = 'cpu'\n"
-        "room = int(open('/proc/self/statm').read().split()[0]) * 4096 + 600_000_000\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
-        "try: pretrain(config, 'run')\n"
-        "except UserError as error: print(error, file=sys.stderr)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    [line] = result.stderr.splitlines()
+    process = FORKED.Process(target=_train_in_little_room, args=(tmp_path,))
+    process.start()
+    process.join(HANGS)
+    [line] = (tmp_path / "stderr.txt").read_text("utf-8").splitlines()
     assert line.startswith("out of memory (")
     assert "1000 windows of 128 tokens; lower data.batch_size=1000" in line
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["error"] == line
+
+
+def _train_in_little_room(folder: Path) -> None:
+    os.chdir(folder)
+    with Path("stderr.txt").open("wb") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    config = PretrainConfig(tokenizer=TokenizerConfig("bytes"))
+    config.data.path, config.data.cache_dir, config.data.batch_size = "text.txt", "cache", 1000
+    config.model.vocab_size, config.tracking.mode, config.runtime.device = 257, "disabled", "cpu"
+    room = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 600_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    try:
+        pretrain(config, folder / "run")
+    except UserError as error:
+        print(error, file=sys.stderr)
 
 
 @pytest.mark.parametrize(
