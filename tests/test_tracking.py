@@ -545,9 +545,10 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    agent = run_python(
-        tmp_path, environment, "-m", "wandb", "agent", "--count", "1", "us/gpt-experiment-runner/sweep1"
-    )
+    often = "from wandb import wandb_agent; wandb_agent.Agent.POLL_INTERVAL = 0.1"  # not each 5 seconds
+    code = f"{often}; from wandb.cli.cli import cli; cli()"
+    arguments = ("agent", "--count", "1", "us/gpt-experiment-runner/sweep1")
+    agent = run_python(tmp_path, environment, "-c", code, *arguments)
     assert agent.returncode == 0, agent.stderr
     assert run_id(tmp_path / "run") == "ab12xyz9"
     run = server.runs["ab12xyz9"]
