@@ -47,7 +47,7 @@ def make_brief() -> None:
     from llm.device import measure_matmul_flops  # imports torch, see `_torch`
 
     measure_matmul_flops.__defaults__ = (0.05,)  # seconds: what a device can do need not be precise
-    os.fsync = lambda descriptor: None  # no test cuts the power
+    os.fsync = lambda fd: None  # no test cuts the power
 
 
 def script_path(name: str) -> str:
@@ -81,10 +81,18 @@ def run_here(
         stack.enter_context(redirect_stdout(stdout))
         stack.enter_context(redirect_stderr(stderr))
         stack.enter_context(chdir(folder))
-        for kept in (_warnings, _logging, _signals, _torch, _caches):
-            stack.enter_context(kept())
+        stack.enter_context(as_in_a_process())
         status = _run(path)
     return Result(command, status, stdout.getvalue(), stderr.getvalue())
+
+
+@contextmanager
+def as_in_a_process() -> Iterator[None]:
+    """Let a script find what a new process has, and leave nothing behind."""
+    with ExitStack() as stack:
+        for kept in (_warnings, _logging, _signals, _torch, _caches):
+            stack.enter_context(kept())
+        yield
 
 
 class ScriptProcess(ForkServerProcess):

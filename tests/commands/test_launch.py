@@ -4,7 +4,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from arguments import only_shows, rewritten
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch import Interrupted, Invocation, launch
+from scripts import as_in_a_process
 
 from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig
 from llm.errors import UserError
@@ -19,6 +20,12 @@ from llm.outcome import Outcome
 from llm.overrides import as_command, as_override
 
 BOOK_GROUPS = {"model", "data", "optimizer", "schedule", "sampling", "runtime"}
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_process() -> Iterator[None]:
+    with as_in_a_process():
+        yield
 
 
 @pytest.fixture
