@@ -2,15 +2,15 @@
 
 from launch import Invocation, launch
 
-from llm.config import PretrainConfig
+from llm.config import PrepareConfig
 from llm.outcome import Outcome
 
 
-def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
+def run(config: PrepareConfig, invocation: Invocation) -> Outcome:
     from llm.commands.prepare import prepare  # imports torch, which --help need not wait for
 
     return prepare(config)
 
 
 if __name__ == "__main__":
-    launch("prepare", PretrainConfig, run)
+    launch("prepare", PrepareConfig, run)

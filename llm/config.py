@@ -134,7 +134,9 @@ class ModelConfig:
 class DataConfig:
     source: str = key("shakespeare", "where the text comes from", table="llm.data.corpus.SOURCES")
     path: str | None = key(
-        None, "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: one document per line"
+        None,
+        "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: one document per line; of "
+        "data=shards: their folder",
     )
     train_ratio: float = key(0.9, "share of the text, in characters, to train on", above=0, below=1)
     batch_size: int = key(16, "windows per batch, over all processes", at_least=1)
@@ -146,6 +148,15 @@ class DataConfig:
     )
     shift_windows: bool = key(
         False, "shuffled: whether each epoch after the first cuts its windows at another offset"
+    )
+    mixture: list[str] = key(
+        [],
+        "shards: FOLDER:WEIGHT of each folder to draw windows from, instead of path; any sum will do",
+    )
+    cross_documents: bool = key(
+        True,
+        "shards: whether a window may hold the end of a document and the beginning of the next; false: "
+        "windows lie within documents, and documents shorter than a window are skipped",
     )
     cache_dir: str | None = key(None, "folder for token files and downloads; null: the user's cache folder")
 
@@ -356,6 +367,28 @@ class PretrainConfig:
 
 
 @dataclass
+class ShardsConfig:
+    path: str | None = key(
+        None, "folder to write shards of tokens to, for data=shards; null: token files in data.cache_dir"
+    )
+    column: str = key("text", "key of the text in JSON lines, or its column in Parquet and datasets")
+    validation: float = key(
+        0.01, "share of the documents that is held out, by their hash", at_least=0, below=1
+    )
+    megabytes: int = key(128, "text of a shard, in 10^6 bytes", at_least=1, at_most=10**5)
+    workers: int | None = key(None, "processes that tokenise; null: one for each core", at_least=1)
+    dataset_config: str | None = key(
+        None, "data=huggingface: configuration of the dataset, if it has several"
+    )
+    dataset_split: str = key("train", "data=huggingface: split of the dataset to read")
+
+
+@dataclass
+class PrepareConfig(PretrainConfig):
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+
+
+@dataclass
 class UndescribedModelConfig:
     n_heads: int | None = key(
         None, "attention heads of a model whose weights do not say, as the book's .pth file", at_least=1
@@ -543,6 +576,18 @@ def validate(config: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}betas={betas}: two numbers are needed, as in [0.9,0.95]")
         case DataConfig(source="text", path=None) | DataConfig(path=""):
             raise UserError(f"{prefix}path is not set: data=text needs data.path=FILE, FOLDER or GLOB")
+        case DataConfig(source="huggingface", path=None):
+            raise UserError(f"{prefix}path is not set: data=huggingface needs data.path=NAME or FOLDER")
+        case DataConfig(source="shards", path=None, mixture=[]):
+            raise UserError(f"{prefix}path is not set: data=shards needs data.path=FOLDER or data.mixture")
+        case DataConfig(path=str(path), mixture=[_, *_]):
+            raise UserError(f"{prefix}path={path} and {prefix}mixture are both set: give one of them")
+        case DataConfig(source=source, mixture=[_, *_]) if source != "shards":
+            raise UserError(f"{prefix}mixture is of shards: give data=shards too")
+        case DataConfig(source=source, cross_documents=False) if source != "shards":
+            raise UserError(f"{prefix}cross_documents=false is for data=shards, whose documents are known")
+        case DataConfig(source="shards", order="book", mixture=[_, *_]):
+            raise UserError(f"{prefix}order=book knows one text: give {prefix}order=shuffled with a mixture")
         case TrainingConfig(max_epochs=None, max_steps=None, max_minutes=None):
             raise UserError(
                 f"{prefix}max_epochs, max_steps and max_minutes are all null: set one to end the run"

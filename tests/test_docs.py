@@ -131,17 +131,16 @@ def parser() -> OverridesParser:
 @cache  # most commands choose alike, and composing takes a tenth of a second
 def composed(script: str, choices: tuple[str, ...]) -> DictConfig:
     schema = schema_of(script)
-    ConfigStore.instance().store(
-        f"{schema.__name__.removesuffix('Config').lower()}_schema", schemas.own_defaults(schema)
-    )
+    for each in schema.__mro__[:-1]:
+        name = f"{each.__name__.removesuffix('Config').lower()}_schema"
+        ConfigStore.instance().store(name, schemas.own_defaults(schema))
     configure_launchers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(script, list(choices), return_hydra_config=True)
 
 
 def schema_of(script: str) -> Any:
-    name = "pretrain" if script == "prepare" else script
-    return getattr(schemas, f"{name.title()}Config", None)  # None: there is no such script
+    return getattr(schemas, f"{script.title()}Config", None)  # None: there is no such script
 
 
 @pytest.mark.parametrize("page", [*PAGES, *HELP], ids=lambda page: page.name)

@@ -224,6 +224,9 @@ def _training_index(loaded: Loaded) -> NgramIndex | None:
         log.warning("copying is not measured: the training data of %s is unknown", loaded.name)
         return None
     data = loaded.trained.data
+    if data.source == "shards":
+        log.warning("copying is not measured: the training text is in shards, which are not indexed")
+        return None
     try:
         training, _ = token_files(data, loaded.tokenizer)
     except UserError as error:

@@ -22,6 +22,7 @@ from llm.data.byte_level import BYTE_OF, END_OF_TEXT, as_files, merge_of
 from llm.data.cache import made_once, read_record, write_record
 from llm.data.corpus import Split, find_splits
 from llm.data.pieces import Rules, cut
+from llm.data.shards import folder_tokenizer
 from llm.data.tokenizer import LEARNT, load_tokenizer
 from llm.data.tokenizer_files import FileEncoding, from_files
 from llm.files import as_json, cache_folder
@@ -48,8 +49,9 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1
 
 def find_tokenizer(
     config: TokenizerConfig, data: DataConfig, splits: tuple[Split, Split] | None = None
-) -> tuple[tiktoken.Encoding, tuple[Split, Split]]:
-    """The tokenizer of a run, loaded by its name or learnt from the training split; and the splits.
+) -> tuple[tiktoken.Encoding, tuple[Split, Split] | None]:
+    """The tokenizer of a run, loaded by its name or learnt from the training split; and the splits, which
+    shards do not have.
 
     Args:
         splits: of the text, if they have been found already.
@@ -57,6 +59,8 @@ def find_tokenizer(
     Raises:
         UserError: see `load_tokenizer`, `find_splits` and `learn`.
     """
+    if data.source == "shards":
+        return folder_tokenizer(data, config), None
     if config.name != LEARNT or config.vocab_size is None:
         return load_tokenizer(config.name), splits or find_splits(data)
     splits = splits or find_splits(data)

@@ -11,12 +11,14 @@ import logging
 import os
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+
+import orjson
 
 from llm.config import DataConfig
 from llm.data.cache import Record, block_hashes, made_once, read_record, write_record
@@ -62,7 +64,7 @@ class Corpus:
             if number:
                 yield self.separator
             blocks = _blocks(file, self.digests[number] if self.digests else None)
-            yield from _documents(file, blocks) if _is_jsonl(file) else _decoded(file, blocks)
+            yield from _documents(file, blocks) if _is_jsonl(file) else decoded(file, blocks)
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,26 @@ def the_verdict(config: DataConfig) -> Corpus:
     return Corpus([cached])
 
 
+def huggingface(config: DataConfig) -> Corpus:
+    """A dataset, which is tokenised by `experiments/prepare.py` alone."""
+    raise UserError(
+        f"data=huggingface is for experiments/prepare.py: first data.path={config.path} shards.path=FOLDER "
+        f"there, then data=shards data.path=FOLDER here"
+    )
+
+
+def shards(config: DataConfig) -> Corpus:
+    """Tokens, whose text is not here; see llm/data/shards.py."""
+    raise UserError("data=shards holds tokens, and their text is wanted: give data=text data.path=FILE")
+
+
 # By `data.source`: the config to the text.
 SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
     "shakespeare": shakespeare,
     "the_verdict": the_verdict,
     "text": text,
+    "huggingface": huggingface,
+    "shards": shards,
 }
 
 # By `data.source`, for its own text: the prompt of samples. To a user's own, see llm/data/prompt.py.
@@ -224,7 +241,7 @@ def _is_the_verdict(content: bytes) -> bool:
     return len(content) == VERDICT_BYTES and hashlib.sha256(content).hexdigest() == VERDICT_SHA256
 
 
-def find_files(path: str, key: str) -> list[Path]:
+def find_files(path: str, key: str, suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
     """The files that a path means: itself, a folder's texts, or the matches of a glob, sorted. The log names
     what else is there.
 
@@ -237,7 +254,7 @@ def find_files(path: str, key: str) -> list[Path]:
     try:
         place = expanded(path)
         if place.is_dir():
-            files, skipped = _in_folder(place)
+            files, skipped = _in_folder(place, suffixes)
         elif place.is_file():
             files, skipped = [place], Counter()
         elif place.exists():
@@ -252,12 +269,19 @@ def find_files(path: str, key: str) -> list[Path]:
         log.info("%s=%s: skipped %s", key, path, counts)
     if not files:
         raise UserError(
-            f"{key}={path}: no such file, no *.txt or *.md file in that folder, or no match of that glob"
+            f"{key}={path}: no such file, no {_listed(suffixes)} file in that folder, or no match of that "
+            f"glob"
         )
     return sorted(files)
 
 
-def _in_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
+def _listed(suffixes: Collection[str]) -> str:
+    """As `*.txt or *.md`."""
+    *some, last = (f"*{suffix}" for suffix in sorted(suffixes, reverse=True))
+    return f"{', '.join(some)} or {last}"
+
+
+def _in_folder(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], Counter[str]]:
     """The texts in a folder, and how many of what else there is."""
     files, skipped = [], Counter[str]()
 
@@ -274,7 +298,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
         for file in (Path(parent, name) for name in names):
             if file.name.startswith("."):
                 skipped["hidden"] += 1
-            elif file.suffix.lower() not in TEXT_SUFFIXES:
+            elif not file.name.lower().endswith(tuple(suffixes)):
                 skipped["other kinds of file"] += 1
             elif not file.is_file():
                 skipped["pipes, sockets, devices or dead links"] += 1
@@ -315,12 +339,12 @@ def read_text(file: Path) -> str:
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    return "".join(_decoded(str(file), _blocks(file)))
+    return "".join(decoded(str(file), _blocks(file)))
 
 
 def text_of(content: bytes, name: str) -> str:
     """Like `read_text`, for content that came otherwise."""
-    return "".join(_decoded(name, [content]))
+    return "".join(decoded(name, [content]))
 
 
 def _is_jsonl(file: Path) -> bool:
@@ -354,15 +378,18 @@ def _blocks(file: Path, digest: str | None = None) -> Iterator[bytes]:
         raise UserError(f"{file} changed while it was read: begin again once nothing writes to it any more")
 
 
-def _decoded(name: object, blocks: Iterable[bytes]) -> Iterator[str]:
+def decoded(name: object, blocks: Iterable[bytes], offset: int = 0) -> Iterator[str]:
     """The text of UTF-8 content, with newlines as Python's `open` reads them.
+
+    Args:
+        offset: of these bytes in the file.
 
     Raises:
         UserError: it is not UTF-8, or holds a zero byte, which text does not; the message names `name`.
     """
     utf8, newlines = codecs.getincrementaldecoder("utf-8")(), io.IncrementalNewlineDecoder(None, True)
-    offset = known = 0  # bytes of the blocks before; of these, bytes that are decoded
-    is_start = True
+    known = offset  # bytes of the blocks before are `offset`; of these, so many are decoded
+    is_start = not offset
     for block in chain(blocks, [b""]):
         try:
             text = utf8.decode(block, final=not block)
@@ -395,15 +422,30 @@ def _documents(file: Path, blocks: Iterable[bytes]) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)["text"]
-            text.encode()  # raises for a lone surrogate, which JSON can spell but UTF-8 cannot
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            text = parse_document(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        except ValueError as error:
             raise UserError(
                 f'{file}, line {number}: each line must be a JSON object with a "text", in UTF-8'
             ) from error
-        text = text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")
         yield between + text
         between = END_OF_TEXT
+
+
+def parse_document(line: bytes, key: str = "text") -> str:
+    """The text of a JSON object.
+
+    Raises:
+        ValueError: it is no such object, or has no text under this key.
+    """
+    try:
+        try:
+            text = orjson.loads(line)[key]
+        except orjson.JSONDecodeError:  # json knows what it does not: NaN, and whole numbers of any length
+            text = json.loads(line)[key]
+            text.encode()  # raises for a lone surrogate, which JSON can spell but UTF-8 cannot
+        return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError from error
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:

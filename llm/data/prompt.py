@@ -4,12 +4,13 @@ import numpy as np
 import tiktoken
 
 from llm.data.tokenizer import bytes_of, end_of_text_id
+from llm.data.tokens import ShardedTokens
 
 SEARCHED_TOKENS = 4096  # at the beginning of the split
 PROMPT_CHARACTERS = 32  # at most
 
 
-def first_line(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> str:
+def first_line(tokens: np.ndarray | ShardedTokens, tokenizer: tiktoken.Encoding) -> str:
     """The beginning of the first line, or document, that begins within a split (tokens,) and says something.
 
     The split itself mostly begins within a line. Of a text that is a single line it is the first whole word

@@ -1,6 +1,5 @@
 """Text to token ids in a memory-mapped file that is made once."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -12,19 +11,11 @@ from llm.config import DataConfig
 from llm.data.cache import Record, made_once, read_array, write_array
 from llm.data.corpus import Split, find_splits
 from llm.data.pieces import encode_pieces
+from llm.data.shards import shard_files
 from llm.data.tokenizer import bytes_of_tokens, identity_of
+from llm.data.tokens import TokenFile
 from llm.files import cache_folder
 from llm.progress import Progress, format_count
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """The token ids of a text, memory-mapped from the cache."""
-
-    ids: np.ndarray  # (tokens,), the smallest integer type that fits
-    fingerprint: str  # of the text and of the tokenizer, which together decide the ids
-    bytes: int  # UTF-8 length of the text that the tokens stand for, without ends of text
-    path: Path
 
 
 def token_files(
@@ -36,8 +27,11 @@ def token_files(
         splits: these texts, if they have been found already.
 
     Raises:
-        UserError: the text does not exist, is not UTF-8, is empty, or changes while it is read.
+        UserError: the text does not exist, is not UTF-8, is empty, or changes while it is read; or see
+            `shard_files`.
     """
+    if config.source == "shards":
+        return shard_files(config, tokenizer)
     training, validation = splits or find_splits(config)
     cache = cache_folder(config.cache_dir)
     return (

@@ -1,48 +1,23 @@
 """Tokens to windows to batches, in an order that can be resumed."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llm.config import DataConfig, PretrainConfig
-from llm.data.token_file import TokenFile
+from llm.data.cutting import AnyWindows, Batch, DocumentWindows, Windows, shifted
+from llm.data.mixture import Mixture
+from llm.data.permutation import Permutation
+from llm.data.shards import open_folder, sharded, weighted_folders
+from llm.data.tokens import ShardedTokens, TokenFile
 from llm.errors import UserError
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
-
-
-class Windows(Dataset[Batch]):
-    """Windows of `context_length` tokens, each `stride` after the one before; the book's GPTDatasetV1.
-
-    Item i is (inputs, targets), both (context_length,), the targets one token later. With an offset, all
-    windows begin so many tokens later, and the last ones begin at the front again.
-    """
-
-    def __init__(self, tokens: np.ndarray, context_length: int, stride: int, offset: int = 0) -> None:
-        self.tokens = tokens
-        self.context_length = context_length
-        self.stride = stride
-        self.offset = offset
-
-    def __len__(self) -> int:
-        return max(0, -(-(len(self.tokens) - self.context_length) // self.stride))
-
-    def __getitem__(self, index: int) -> Batch:
-        start = (self.offset + index * self.stride) % (len(self.tokens) - self.context_length)
-        window = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
-        return window[:-1], window[1:]
-
-    def batch(self, indices: Tensor) -> Batch:
-        """Windows by index (batch,) as one batch: two tensors (batch, context_length)."""
-        starts = (self.offset + indices.numpy() * self.stride) % (len(self.tokens) - self.context_length)
-        windows = torch.from_numpy(
-            self.tokens[starts[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
-        )
-        return windows[:, :-1], windows[:, 1:]
+log = logging.getLogger(__name__)
 
 
 class TrainingBatches:
@@ -53,7 +28,7 @@ class TrainingBatches:
     epoch, the generator's state at that start is kept.
     """
 
-    def __init__(self, windows: Windows, config: DataConfig, seed: int) -> None:
+    def __init__(self, windows: AnyWindows | Mixture, config: DataConfig, seed: int) -> None:
         self.windows = windows
         self.batch_size = config.batch_size
         self.book_order = config.order == "book"
@@ -85,9 +60,11 @@ class TrainingBatches:
         return batch
 
     def _start_epoch(self) -> Iterator[Batch]:
+        if isinstance(self.windows, Mixture):
+            return self.windows.batches(self.epoch, self.position, self.batch_size)
         if not self.book_order:
             return shuffled_batches(
-                self._windows_of_epoch(), self.batch_size, (self.seed, self.epoch), self.position
+                self._windows_of_epoch(self.windows), self.batch_size, (self.seed, self.epoch), self.position
             )
         now = torch.get_rng_state()
         if self._epoch_generator_state is None:
@@ -100,15 +77,11 @@ class TrainingBatches:
         torch.set_rng_state(now)
         return batches
 
-    def _windows_of_epoch(self) -> Windows:
+    def _windows_of_epoch(self, windows: AnyWindows) -> AnyWindows:
         """The windows. If they are shifted, each epoch after the first cuts them elsewhere: a token is then
         met with another context, and no window can be learnt by heart."""
-        if not (self.shift and self.epoch):
-            return self.windows
-        windows = self.windows
         stream = (self.seed, self.epoch, 2)  # one more number than the order's, and another than evaluations'
-        offset = int(np.random.default_rng(stream).integers(windows.stride))
-        return Windows(windows.tokens, windows.context_length, windows.stride, offset)
+        return shifted(windows, stream) if self.shift and self.epoch else windows
 
     def state(self) -> tuple[dict[str, int], Tensor | None]:
         """The position of the next batch; in the book's order, the generator's state when its epoch began."""
@@ -122,16 +95,28 @@ class TrainingBatches:
 
 
 def shuffled_batches(
-    windows: Windows, batch_size: int, stream: tuple[int, ...], position: int = 0, drop_last: bool = True
+    windows: AnyWindows | Mixture,
+    batch_size: int,
+    stream: tuple[int, ...],
+    position: int = 0,
+    drop_last: bool = True,
 ) -> Iterator[Batch]:
     """The batches of one epoch from `position` on, in a random order that the numbers of `stream` decide."""
-    order = torch.from_numpy(np.random.default_rng(stream).permutation(len(windows)))
+    order = random_order(windows, stream)
     end = len(windows) // batch_size * batch_size if drop_last else len(windows)
     for start in range(position * batch_size, end, batch_size):
-        yield windows.batch(order[start : min(start + batch_size, end)])
+        yield windows.batch(torch.from_numpy(order[start : min(start + batch_size, end)]))
 
 
-def ordered_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
+def random_order(windows: AnyWindows | Mixture, stream: tuple[int, ...]) -> np.ndarray | Permutation:
+    """A random order of windows that the numbers of `stream` decide. Of shards, which may have more windows
+    than memory has room for, it is computed where it is asked for."""
+    if isinstance(windows, Windows) and isinstance(windows.tokens, np.ndarray):
+        return np.random.default_rng(stream).permutation(len(windows))
+    return Permutation(len(windows), stream)
+
+
+def ordered_batches(windows: AnyWindows | Mixture, batch_size: int) -> Iterator[Batch]:
     """Every window once, in order; the last batch may be smaller."""
     for start in range(0, len(windows), batch_size):
         yield windows.batch(torch.arange(start, min(start + batch_size, len(windows))))
@@ -146,7 +131,7 @@ def whole_batches(token_ids: np.ndarray, context_length: int, batch_size: int) -
         yield rest[:, :-1], rest[:, 1:]
 
 
-def book_batches(windows: Windows, batch_size: int, training: bool) -> Iterator[Batch]:
+def book_batches(windows: AnyWindows | Mixture, batch_size: int, training: bool) -> Iterator[Batch]:
     """One pass of the book's loaders: shuffled, without a last small batch, for training; else in order.
 
     Either draws from torch's global generator when it starts.
@@ -156,7 +141,7 @@ def book_batches(windows: Windows, batch_size: int, training: bool) -> Iterator[
 
 def cut_windows(
     config: PretrainConfig, tokenizer: tiktoken.Encoding, files: tuple[TokenFile, TokenFile]
-) -> tuple[Windows, Windows]:
+) -> tuple[AnyWindows | Mixture, AnyWindows]:
     """The training and the validation windows of a run.
 
     Args:
@@ -175,20 +160,61 @@ def cut_windows(
         strict=True,
     ):
         tokens = file.ids
-        if len(tokens) and not file.bytes:
+        if len(tokens) and file.bytes == 0:
             raise UserError(f"the {name} text is empty: its {len(tokens)} tokens are ends of text alone")
         fits = tokenizer.n_vocab <= config.model.vocab_size or not len(tokens)
-        if not fits and (largest := int(tokens.max())) >= config.model.vocab_size:
+        if not fits and (largest := _largest(tokens, tokenizer)) >= config.model.vocab_size:
             raise UserError(
                 f"token id {largest} of the {name} text is outside the model: "
                 f"model.vocab_size={config.model.vocab_size} must be at least {tokenizer.n_vocab} "
                 f"for tokenizer.name={config.tokenizer.name}"
             )
-        windows.append(Windows(tokens, context, config.data.stride or context))
+        windows.append(_windows(config, tokens))
         if len(windows[-1]) < at_least:
             raise UserError(
                 f"the {name} text is too short: its {len(tokens)} tokens make {len(windows[-1])} windows of "
                 f"model.context_length={context}, and {at_least} are needed for one update; give more text, "
                 f"or lower model.context_length, data.batch_size or training.accumulate"
             )
-    return windows[0], windows[1]
+    return _shuffled(config, tokenizer, windows[0]), windows[1]
+
+
+def _largest(tokens: np.ndarray | ShardedTokens, tokenizer: tiktoken.Encoding) -> int:
+    """The largest id. To look at all tokens of shards could take hours, and the tokenizer bounds them."""
+    return tokenizer.n_vocab - 1 if isinstance(tokens, ShardedTokens) else int(tokens.max())
+
+
+def _windows(config: PretrainConfig, tokens: np.ndarray | ShardedTokens) -> AnyWindows:
+    context = config.model.context_length
+    if isinstance(tokens, ShardedTokens) and not config.data.cross_documents:
+        within = DocumentWindows(tokens, context, config.data.stride or context)
+        if within.covered < len(tokens):
+            skipped = 1 - within.covered / len(tokens)
+            log.info("documents shorter than a window are skipped: %.1f%% of the tokens", 100 * skipped)
+        return within
+    return Windows(tokens, context, config.data.stride or context)
+
+
+def _shuffled(
+    config: PretrainConfig, tokenizer: tiktoken.Encoding, windows: AnyWindows
+) -> AnyWindows | Mixture:
+    """The training windows of shards in a random order that takes no memory; others as they are.
+
+    Raises:
+        UserError: a folder of a mixture has no window.
+    """
+    data = config.data
+    if data.source != "shards" or data.order == "book":
+        return windows
+    sources, weights = [windows], [1.0]
+    if data.mixture:
+        folders = weighted_folders(data)
+        sources = [_windows(config, sharded(open_folder(folder, tokenizer)[0])) for folder, _ in folders]
+        weights = [weight for _, weight in folders]
+        for source, (folder, _) in zip(sources, folders, strict=True):
+            if not len(source):
+                raise UserError(
+                    f"data.mixture: {folder} is too short for a window of "
+                    f"model.context_length={config.model.context_length}: leave it out"
+                )
+    return Mixture(windows.tokens, sources, weights, config.seed, data.shift_windows)

@@ -41,7 +41,7 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         "data       %s training and %s validation tokens (%s)",
         format_count(len(run.training_windows.tokens)),
         format_count(len(run.validation_windows.tokens)),
-        config.data.path or config.data.source,
+        config.data.path or ", ".join(config.data.mixture) or config.data.source,
     )
     device = [
         device_name(runtime.device),

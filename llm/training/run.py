@@ -17,7 +17,7 @@ from llm.data.bpe import find_tokenizer
 from llm.data.prompt import first_line
 from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of_tokens
-from llm.data.windows import Batch, TrainingBatches, Windows, cut_windows
+from llm.data.windows import AnyWindows, Batch, Mixture, TrainingBatches, cut_windows
 from llm.device import memory_bytes
 from llm.generation.texts import prompt_ids
 from llm.model.gpt import GPTModel, parameters_of
@@ -54,8 +54,8 @@ class Run:
     trained_model: GPTModel | DistributedDataParallel  # the model itself, or what averages its gradients
     optimizers: Optimizers
     data: list[str]  # fingerprints of the training and of the validation tokens
-    training_windows: Windows
-    validation_windows: Windows
+    training_windows: AnyWindows | Mixture
+    validation_windows: AnyWindows
     batches: TrainingBatches
     sample_prompt: str
     skipped_in_a_row: Tensor  # the same as in `counters`, on the device: it decides what to skip itself

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from llm.data.windows import Batch, Windows, book_batches, shuffled_batches
+from llm.data.windows import AnyWindows, Batch, Mixture, book_batches, random_order, shuffled_batches
 from llm.model.gpt import training_flops_per_token
 from llm.progress import Progress
 from llm.training.evaluation import evaluate
@@ -41,7 +41,7 @@ def evaluate_splits(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     return metrics
 
 
-def evaluate_some(run: Run, windows: Windows) -> dict[str, float]:
+def evaluate_some(run: Run, windows: AnyWindows | Mixture) -> dict[str, float]:
     """Metrics on the same `eval_iter` batches each time, so that they compare; in the book's order, on the
     first of a fresh pass."""
     data, eval_iter = run.config.data, run.config.training.eval_iter
@@ -80,7 +80,7 @@ def evaluate_at_the_end(run: Run) -> tuple[dict[str, float], int]:
     these are. Fewer windows are always among those that are more."""
     windows, batch_size = run.validation_windows, run.config.data.batch_size
     count = final_window_count(run, run.counters.tokens_seen)
-    order = np.random.default_rng(FINAL_STREAM).permutation(len(windows))
+    order = random_order(windows, FINAL_STREAM)
     chosen = torch.from_numpy(np.sort(order[:count]))
     progress = Progress("validating")
 

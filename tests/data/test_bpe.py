@@ -204,6 +204,7 @@ def test_it_is_learnt_once_and_kept_whole(
 ) -> None:
     config, wanted = data(tmp_path), TokenizerConfig("bpe", 300)
     encoding, splits = find_tokenizer(wanted, config)
+    assert splits is not None
     files = kept_files(encoding)
     assert [*files] == ["tokenizer.json", "tokenizer_config.json"]
     with monkeypatch.context() as patched:

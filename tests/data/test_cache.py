@@ -34,7 +34,7 @@ def used(config: DataConfig) -> list[Any]:
     files = token_files(config, BYTES)
     index = load_ngram_index(files[0], Path(config.cache_dir or ""))
     return [
-        [(file.fingerprint, file.bytes, file.ids.tolist()) for file in files],
+        [(file.fingerprint, file.bytes, file.ids[:].tolist()) for file in files],
         index.table.tolist(),
     ]
 

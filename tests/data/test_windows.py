@@ -50,7 +50,7 @@ def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     training, _ = token_files(config, load_tokenizer("bytes"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert bytes(training.ids.astype(np.uint8)) == text[:1_710_000].encode()
+    assert bytes(training.ids[:].astype(np.uint8)) == text[:1_710_000].encode()
     assert peak < 500_000
 
 
@@ -75,7 +75,7 @@ def test_token_file_is_kept_in_the_smallest_type(tmp_path: Path) -> None:
 
 
 def _tokenise(cache: Path, split: Split) -> int:
-    return int(token_file(split, load_tokenizer("bytes"), cache, "test").ids.astype(int).sum())
+    return int(token_file(split, load_tokenizer("bytes"), cache, "test").ids[:].astype(int).sum())
 
 
 def test_several_processes_may_tokenise_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,331 @@
+"""Documents of texts in many formats, in parts that can be read by themselves: plain text, JSON lines and
+both compressed, Parquet, and Hugging Face's datasets."""
+
+import codecs
+import functools
+import gzip
+import importlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+
+from llm.data.corpus import BYTE_ORDER_MARK, PIECE_BYTES, decoded, parse_document
+from llm.data.tokenizer import END_OF_TEXT
+from llm.errors import UserError
+
+PASSAGE_CHARACTERS = 1 << 16  # of a plain text without ends of text, at most, that count as a document
+ROWS = 256  # of a table, read at a time
+SEARCHED_BYTES = 1 << 20  # for the end of a line, where a file is divided
+
+COMPRESSED = (".gz", ".zst")
+TEXTS, TABLES = (".txt", ".md"), (".jsonl", ".parquet")
+SUFFIXES = {*TEXTS, *TABLES, *(kind + how for kind in (*TEXTS, ".jsonl") for how in COMPRESSED)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a text: bytes of a file, row groups of a Parquet file, or rows of a dataset."""
+
+    path: str
+    start: int
+    end: int
+    bytes: int  # of memory or disk: about how much work it is
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of Hugging Face's, by name on their hub, by a local folder of its files, or as one was saved
+    by `save_to_disk`."""
+
+    path: str
+    config: str | None
+    split: str
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells a file's format, such as `.jsonl.gz`; of a file without a known one, `.txt`."""
+    found = "".join(path.suffixes[-2:]).lower(), path.suffix.lower()
+    return next((suffix for suffix in found if suffix in SUFFIXES), ".txt")
+
+
+def optional(module: str, purpose: str) -> Any:
+    """A module that only some texts need.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise UserError(
+            f"{purpose} needs the package {name}: pip install 'gpt-experiment-runner[data]', or {name} alone"
+        ) from error
+
+
+def divided(files: Iterable[Path], size: int) -> Iterator[list[Part]]:
+    """The units of work that files are read in, each of about so many bytes: a part of a large file, or many
+    small ones. They depend on the files alone. A compressed file is one part, as it is read from its start.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    unit: list[Part] = []
+    for part in chain.from_iterable(_parts(file, size) for file in files):
+        if unit and sum(each.bytes for each in unit) + part.bytes > size:
+            yield unit
+            unit = []
+        unit.append(part)
+    if unit:
+        yield unit
+
+
+def _parts(file: Path, size: int) -> Iterator[Part]:
+    with readable(file):
+        kind, length = kind_of(file), file.stat().st_size
+        if kind == ".parquet":
+            yield from _row_groups(file, size)
+        elif kind.endswith(COMPRESSED):
+            yield Part(str(file), 0, length, length)
+        else:
+            starts = [*range(0, length - size // 2, size)] or [0]  # a last part is no smaller than a half
+            if kind in TEXTS:
+                starts = [_line_start(file, start) for start in starts]
+            for start, end in zip(starts, [*starts[1:], length], strict=True):
+                yield Part(str(file), start, end, end - start)
+
+
+def _line_start(file: Path, place: int) -> int:
+    """Where a document begins near a place in a file; or else a line, or else a character."""
+    if not place:
+        return 0
+    with file.open("rb") as content:
+        content.seek(place)
+        block = content.read(SEARCHED_BYTES)
+    for end in (END_OF_TEXT.encode(), b"\n"):
+        if (found := block.find(end)) >= 0:
+            return place + found + len(end)
+    return place + next(index for index in range(4) if block[index] & 0xC0 != 0x80)
+
+
+def _row_groups(file: Path, size: int) -> Iterator[Part]:
+    metadata, start, taken = _parquet(file).metadata, 0, 0
+    for group in range(metadata.num_row_groups):
+        more = metadata.row_group(group).total_byte_size
+        if taken and taken + more > size:
+            yield Part(str(file), start, group, taken)
+            start, taken = group, 0
+        taken += more
+    yield Part(str(file), start, metadata.num_row_groups, taken)
+
+
+def divided_rows(dataset: Dataset, size: int) -> Iterator[list[Part]]:
+    """Like `divided`, for the rows of a dataset.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    table = load_dataset(dataset)
+    rows, length = len(table), table.data.nbytes
+    step = max(1, rows * size // max(1, length))
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        yield [Part(dataset.path, start, end, length * (end - start) // rows)]
+
+
+@functools.lru_cache(maxsize=1)
+def load_dataset(dataset: Dataset) -> Any:
+    """
+    Raises:
+        UserError: it is not there, has several configurations or several splits, or cannot be downloaded.
+    """
+    library = optional("datasets", "data=huggingface")
+    library.disable_progress_bars()
+    try:
+        if Path(dataset.path, "state.json").is_file() or Path(dataset.path, "dataset_dict.json").is_file():
+            found = library.load_from_disk(dataset.path)
+            return found[dataset.split] if isinstance(found, dict) else found
+        return library.load_dataset(dataset.path, dataset.config, split=dataset.split)
+    except KeyError as error:
+        there = ", ".join(found)
+        raise UserError(f"shards.dataset_split={dataset.split}: {dataset.path} has {there}") from error
+    except Exception as error:  # of many libraries, for a name, a network or a file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data.path={dataset.path}: cannot load this dataset: {reason}") from error
+
+
+def read_documents(part: Part, column: str, dataset: Dataset | None = None) -> Iterator[str]:
+    """The documents of a part, in order. Line ends are newlines, and byte-order marks are no text; blank ones
+    are left out.
+
+    A plain text is divided at `<|endoftext|>`, and where that is far, at the end of a line.
+
+    Raises:
+        UserError: it cannot be read, or a document has no such column.
+    """
+    if dataset:
+        documents = _rows(dataset, part, column)
+    else:
+        documents = _READERS[kind_of(Path(part.path)).removesuffix(".gz").removesuffix(".zst")](part, column)
+    for document in documents:
+        if document.strip():
+            yield document
+
+
+def _read_text(part: Part, column: str) -> Iterator[str]:
+    with _opened(part) as content:
+        yield from passages(decoded(part.path, _limited(content, part), part.start))
+
+
+def _limited(content: IO[bytes], part: Part) -> Iterator[bytes]:
+    """The bytes of a part; of a compressed file, all that it holds."""
+    left = part.end - part.start
+    is_compressed = kind_of(Path(part.path)).endswith(COMPRESSED)
+    while block := content.read(PIECE_BYTES if is_compressed else min(PIECE_BYTES, left)):
+        left -= len(block)
+        yield block
+
+
+def passages(pieces: Iterable[str]) -> Iterator[str]:
+    """Documents of a text in pieces that may end anywhere: what is between ends of text, and of a longer one,
+    passages of PASSAGE_CHARACTERS at most, up to the end of a line or else of a word."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        *whole, text = text.split(END_OF_TEXT)
+        for document in whole:
+            yield from _cut(document, 0)
+        *cut, text = _cut(text, len(END_OF_TEXT))  # of which some may be read already
+        yield from cut
+    yield from _cut(text, 0)
+
+
+def _cut(text: str, margin: int) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PASSAGE_CHARACTERS + margin:
+        limit = start + PASSAGE_CHARACTERS
+        found = (text.rfind(end, start, limit) + 1 for end in ("\n", " "))
+        end = next((place for place in found if place > start), limit)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _read_json_lines(part: Part, column: str) -> Iterator[str]:
+    is_compressed = kind_of(Path(part.path)).endswith(COMPRESSED)
+    with _opened(part) as content:
+        place = part.start
+        if place:  # the line that is read here began in the part before, or ends just there
+            content.seek(place - 1)
+            place += len(content.readline()) - 1
+        for line in content:
+            if place >= part.end and not is_compressed:
+                break
+            if not place:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                try:
+                    yield parse_document(line, column)
+                except ValueError as error:
+                    raise UserError(
+                        f"{part.path}, line {_line_number(part, place)}: each line must be a JSON object "
+                        f'with a "{column}", in UTF-8; shards.column names another key'
+                    ) from error
+            place += len(line)
+
+
+def _line_number(part: Part, place: int) -> int:
+    with _opened(Part(part.path, 0, part.end, 0)) as content:
+        number = 1
+        while place > 0 and (block := content.read(min(PIECE_BYTES, place))):
+            number, place = number + block.count(b"\n"), place - len(block)
+    return number
+
+
+def _read_parquet(part: Part, column: str) -> Iterator[str]:
+    with readable(Path(part.path)):
+        file = _parquet(Path(part.path))
+        if column not in file.schema_arrow.names:
+            _refuse_column(part.path, column, file.schema_arrow.names)
+        groups = range(part.start, part.end)
+        # A column is read as it is needed: a row group may be larger than memory.
+        for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column]):
+            yield from _texts(batch.column(0).to_pylist(), part.path, column)
+
+
+def _parquet(file: Path) -> Any:
+    parquet = optional("pyarrow.parquet", "Parquet")
+    try:
+        return parquet.ParquetFile(file, buffer_size=PIECE_BYTES, pre_buffer=False)
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise UserError(f"{file} is not Parquet, or damaged: {error}") from error
+
+
+def _rows(dataset: Dataset, part: Part, column: str) -> Iterator[str]:
+    table = load_dataset(dataset)
+    if column not in table.column_names:
+        _refuse_column(part.path, column, table.column_names)
+    texts = table.select_columns([column]).with_format(None)
+    for start in range(part.start, part.end, ROWS):
+        yield from _texts(texts[start : min(start + ROWS, part.end)][column], part.path, column)
+
+
+def _refuse_column(path: str, column: str, there: list[str]) -> None:
+    raise UserError(f"{path} has no column {column!r}: give shards.column=, one of {', '.join(there)}")
+
+
+def _texts(values: list[Any], path: str, column: str) -> Iterator[str]:
+    """The texts of a column; where there is none, as tables may have it, that is a blank one."""
+    for value in values:
+        if not isinstance(value, str | None):
+            raise UserError(f"{path}: the column {column!r} holds no texts: name another with shards.column=")
+        yield (value or "").removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextmanager
+def _opened(part: Part) -> Iterator[IO[bytes]]:
+    """A file at the start of a part, decompressed."""
+    path = Path(part.path)
+    with readable(path):
+        if kind_of(path).endswith(".gz"):
+            with gzip.open(path) as content:
+                yield cast(IO[bytes], content)
+        elif kind_of(path).endswith(".zst"):
+            arrow = optional("pyarrow", ".zst")
+            with arrow.input_stream(str(path), compression="zstd") as stream:
+                yield io.BufferedReader(stream, PIECE_BYTES)
+        else:
+            with path.open("rb") as content:
+                content.seek(part.start)
+                yield content
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: a file cannot be read, or is damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except EOFError as error:
+        raise UserError(f"{file} is damaged: it ends too early") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("zlib", "pyarrow"):
+            raise UserError(f"{file} is damaged: {error}") from error
+        raise
+
+
+_READERS: dict[str, Callable[[Part, str], Iterator[str]]] = {
+    **dict.fromkeys(TEXTS, _read_text),
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,104 @@
+"""Token ids that lie in files: in one, as an array of numpy's, or in many that are read as one."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from llm.errors import UserError
+
+MOST_MAPPED = 512  # files at once
+ROWS_MAPPED = 1024  # read before the files are mapped anew: the memory of what was read is given back
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    tokens: int
+    begin: int = 0  # of the tokens in the file, in bytes
+    documents: Path | None = None  # where each document ends, int64
+
+
+class ShardedTokens:
+    """The tokens of shards, one shard after the other, as an array (tokens,) of the files' integers."""
+
+    def __init__(self, shards: list[Shard], dtype: np.dtype, vocab_size: int) -> None:
+        """`vocab_size` bounds the ids: what is read beyond is an error."""
+        self.shards, self.dtype, self.vocab_size = (
+            [shard for shard in shards if shard.tokens],
+            dtype,
+            vocab_size,
+        )
+        self._ends = np.cumsum([0, *(shard.tokens for shard in self.shards)])
+        self._mapped: dict[int, np.memmap] = {}
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, end, _ = place.indices(len(self))
+        return self._read(start, max(start, end))
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` tokens from each start (rows,): (rows, length), int64."""
+        return np.stack([self._read(start, start + length) for start in starts.tolist()]).astype(np.int64)
+
+    @cached_property
+    def document_ends(self) -> np.ndarray:
+        """Where each document ends: (documents,), int64.
+
+        Raises:
+            UserError: these files do not say.
+        """
+        ends = []
+        for shard, before in zip(self.shards, self._ends.tolist(), strict=False):
+            if shard.documents is None:
+                raise UserError(
+                    f"data.cross_documents=false: {shard.path} does not say where its documents end; make "
+                    f"shards of the text with experiments/prepare.py"
+                )
+            ends.append(np.fromfile(shard.documents, "<i8") + before)
+        return np.concatenate(ends) if ends else np.empty(0, np.int64)
+
+    def _read(self, start: int, end: int) -> np.ndarray:
+        first = int(np.searchsorted(self._ends, start, side="right")) - 1
+        parts = [np.empty(0, self.dtype)]
+        for number in range(first, len(self.shards)):
+            before = int(self._ends[number])
+            if before >= end:
+                break
+            part = self._map(number)[max(0, start - before) : end - before]
+            if part.size and (largest := int(part.max())) >= self.vocab_size:
+                raise UserError(
+                    f"{self.shards[number].path} holds the token id {largest}, and the tokenizer has "
+                    f"{self.vocab_size}: give the tokenizer it was made with"
+                )
+            parts.append(np.array(part))
+        return np.concatenate(parts)
+
+    def _map(self, number: int) -> np.memmap:
+        self._rows += 1
+        if self._rows > ROWS_MAPPED or len(self._mapped) == MOST_MAPPED:
+            self._mapped, self._rows = {}, 0
+        if number not in self._mapped:
+            shard = self.shards[number]
+            try:
+                self._mapped[number] = np.memmap(
+                    shard.path, self.dtype, "r", offset=shard.begin, shape=(shard.tokens,)
+                )
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"cannot read {shard.path}: {reason}") from error
+        return self._mapped[number]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The token ids of a text, memory-mapped."""
+
+    ids: np.ndarray | ShardedTokens  # (tokens,), the smallest integer type that fits
+    fingerprint: str  # of the text and of the tokenizer, which together decide the ids
+    bytes: int | None  # UTF-8 length of the text that the tokens stand for, without ends of text, if known
+    path: Path  # a file, or a folder of shards
