@@ -4,7 +4,7 @@ It is young, so its ids are compared with tiktoken's as it is used, and it is ab
 """
 
 import json
-import logging
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -15,8 +15,6 @@ from llm.data.byte_level import END_OF_TEXT, as_huggingface
 from llm.data.pieces import PIECE_CHARACTERS, encode_pieces
 from llm.data.tokenizer import encode_to_numpy, special_in_texts
 
-log = logging.getLogger(__name__)
-
 CHECKED_CHARACTERS = 1 << 15  # of a text, at its beginning
 CHECKED_SHARE = 1 / 256  # of the characters after that
 
@@ -24,7 +22,7 @@ Encode = Callable[[str], np.ndarray]
 
 
 class DifferentIds(Exception):
-    """gigatoken's ids of a text are not tiktoken's."""
+    """gigatoken's ids of a text are not tiktoken's, or it has none."""
 
 
 def accelerated(tokenizer: tiktoken.Encoding) -> Encode | None:
@@ -38,9 +36,18 @@ def accelerated(tokenizer: tiktoken.Encoding) -> Encode | None:
         described = as_huggingface(tokenizer)
         if tokenizer._pat_str == r50k_pat_str:  # it knows this pattern by another spelling
             described["pre_tokenizer"] = described["decoder"] | {"use_regex": True}
-        return Tokenizer.from_json(json.dumps(described)).encode
+        as_json = json.dumps(described)
+        Tokenizer.from_json(as_json)
     except (ImportError, RuntimeError, ValueError, TypeError):
         return None
+    of_thread = threading.local()  # one of them refuses two threads at once
+
+    def encode(text: str) -> np.ndarray:
+        if not hasattr(of_thread, "tokenizer"):
+            of_thread.tokenizer = Tokenizer.from_json(as_json)
+        return of_thread.tokenizer.encode(text)
+
+    return encode
 
 
 class Checked:
@@ -63,7 +70,10 @@ class Checked:
         """
         if not self.fast:
             return self._by_tiktoken(text)
-        ids = self.fast(text)
+        try:
+            ids = self.fast(text)
+        except Exception as error:
+            raise DifferentIds from error
         self._encoded += len(text)
         wanted = min(self._encoded, CHECKED_CHARACTERS) + CHECKED_SHARE * self._encoded
         if self._compared < wanted:
@@ -73,6 +83,6 @@ class Checked:
         return ids
 
     def _by_tiktoken(self, text: str) -> np.ndarray:
-        if len(text) <= PIECE_CHARACTERS:
+        if len(text) <= 2 * PIECE_CHARACTERS:
             return encode_to_numpy(text, self.tokenizer)
         return np.concatenate([ids for _, ids in encode_pieces([text], self.tokenizer)])

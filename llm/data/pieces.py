@@ -6,7 +6,7 @@ before it. A pre-token longer than a piece (a chromosome, a megabyte of spaces) 
 tokens are mended where the parts meet.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
@@ -53,18 +53,21 @@ class Piece:
     continues: bool = False  # the pre-token that the piece before is a part of
 
 
-def encode_pieces(texts: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[tuple[int, np.ndarray]]:
+def encode_pieces(
+    texts: Iterable[str], tokenizer: tiktoken.Encoding, whole: Callable[[str], np.ndarray] | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """What `llm.data.tokenizer.encode` makes of the whole text: how many characters are done, and the next
     token ids (tokens,), uint32. As many threads encode as torch has; tiktoken lets go of Python's lock.
 
     Args:
         texts: the text, in pieces that may end anywhere.
+        whole: encodes pieces of whole words, instead of tiktoken.
     """
 
     def encode(piece: Piece) -> np.ndarray:
         if piece.is_part:
             return np.array(tokenizer._encode_single_piece(piece.text), dtype=np.uint32)
-        return encode_to_numpy(piece.text, tokenizer)
+        return whole(piece.text) if whole else encode_to_numpy(piece.text, tokenizer)
 
     pieces, threads, done = cut(texts, Rules.of(tokenizer)), torch.get_num_threads(), 0
     # The end of a part, which the next part may change, but for a first token if that is yielded already.

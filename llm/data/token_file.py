@@ -1,5 +1,6 @@
 """Text to token ids in a memory-mapped file that is made once."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -8,6 +9,7 @@ import numpy as np
 import tiktoken
 
 from llm.config import DataConfig
+from llm.data.accelerated import Checked, DifferentIds, accelerated
 from llm.data.cache import Record, made_once, read_array, write_array
 from llm.data.corpus import Split, find_splits
 from llm.data.pieces import encode_pieces
@@ -16,6 +18,10 @@ from llm.data.tokenizer import bytes_of_tokens, identity_of
 from llm.data.tokens import TokenFile
 from llm.files import cache_folder
 from llm.progress import Progress, format_count
+
+log = logging.getLogger(__name__)
+
+LONG_CHARACTERS = 1 << 24  # of a text that is worth the start of another library
 
 
 def token_files(
@@ -55,12 +61,25 @@ def token_file(split: Split, tokenizer: tiktoken.Encoding, cache: Path, what: st
 
 def _write(split: Split, tokenizer: tiktoken.Encoding, what: str, file: IO[bytes]) -> Record:
     """Write a split's tokens; returns how many they are and how many bytes of text they stand for."""
+    if split.end - split.start >= LONG_CHARACTERS and (fast := accelerated(tokenizer)):
+        try:
+            return _write_with(Checked(tokenizer, fast), split, tokenizer, what, file)
+        except DifferentIds:
+            log.warning("gigatoken gave other ids than tiktoken: beginning again with tiktoken alone")
+            file.seek(0)
+            file.truncate()
+    return _write_with(None, split, tokenizer, what, file)
+
+
+def _write_with(
+    whole: Checked | None, split: Split, tokenizer: tiktoken.Encoding, what: str, file: IO[bytes]
+) -> Record:
     progress, characters = Progress(f"tokenising the {what} text"), max(1, split.end - split.start)
     dtype = np.min_scalar_type(tokenizer.n_vocab - 1)
     lengths = bytes_of_tokens(tokenizer, tokenizer.n_vocab).numpy()
     count = byte_count = 0
     _write_header(file, dtype, count)
-    for done, token_ids in encode_pieces(split.pieces(), tokenizer):
+    for done, token_ids in encode_pieces(split.pieces(), tokenizer, whole):
         file.write(token_ids.astype(dtype).data)
         count += len(token_ids)
         byte_count += int(lengths[token_ids].sum())
