@@ -204,9 +204,7 @@ def _end_unread() -> NoReturn:
 
 def _prepare_process(schema: type) -> None:
     """Set what Hydra and the processes of jobs look at. Doing so again changes nothing."""
-    for each in schema.__mro__[
-        :-1
-    ]:  # a script that takes all that another takes, and more, has its root file
+    for each in schema.__mro__[:-1]:  # a script that takes what another takes, and more, has its root file
         store(f"{each.__name__.removesuffix('Config').lower()}_schema", own_defaults(schema))
     configure_launchers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, else it would print them

@@ -16,7 +16,9 @@ import llm
 from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint
 from llm.checkpoints.opening import is_ours
 from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig, validate
+from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_files, find_splits
+from llm.data.token_file import token_files
 from llm.files import as_typed, parse_json, read_content, remove, sha256, write_json
 from llm.run_folder import FINGERPRINT, LOCK, SUMMARY, read_summary, write_summary
 from llm.runs import OUTPUTS, folders_with
@@ -48,7 +50,7 @@ def fingerprint(config: Repeatable) -> str | None:
         case PretrainConfig():
             about["data"] = {key: value for key, value in about["data"].items() if key not in OF_DATA}
             about["checkpoint"] = asdict(config.checkpoint)
-            read = [split.sha256 for split in find_splits(config.data)]
+            read = _text(config)
             read += [_weights(config.init_from)] if config.init_from else []
         case GenerateConfig(prompt_file="-") | EvaluateConfig(text=str()):
             return None  # standard input can be read only once; and a text is evaluated in no time
@@ -82,6 +84,14 @@ def _weights(name: str) -> str:
         return name  # on the hub
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _text(config: PretrainConfig) -> list[str]:
+    """What tells the two splits from others."""
+    if config.data.source != "shards":
+        return [split.sha256 for split in find_splits(config.data)]
+    tokenizer, _ = find_tokenizer(config.tokenizer, config.data)
+    return [file.fingerprint for file in token_files(config.data, tokenizer)]
 
 
 def _content(path: str | None, key: str) -> list[str]:
