@@ -15,7 +15,7 @@ from sweeping.job import Place
 from llm.errors import UserError, shown
 from llm.files import as_typed
 from llm.outcome import Outcome
-from llm.run_folder import refuse_links
+from llm.run_folder import holds_run, refuse_links
 from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
@@ -37,6 +37,8 @@ def made_before(repeat: Repeat, config: DictConfig, place: Place) -> tuple[str |
     with suppress(UserError, OmegaConfBaseException, OSError):
         settings: Any = OmegaConf.to_object(config)
         if any(getattr(settings, key, None) for key in ("resume", "rerun")):
+            return None, None
+        if place.sweep and holds_run(place.run_dir):  # a job that goes on
             return None, None
         from llm.commands.done import find_done, fingerprint  # imports torch
 

@@ -469,7 +469,7 @@ def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch:
     summary = Summary(run_dir="sweep/3", status="interrupted", best_val_loss=2.0, stopped_early="a reason")
     monkeypatch.setattr("llm.commands.pretrain.pretrain_in", lambda run_dir, config, given: summary)
     invocation = Invocation(tmp_path, frozenset())
-    assert run(PretrainConfig(), invocation) == math.inf  # worse than all that ran to their end
+    assert run(PretrainConfig(), invocation).result == math.inf  # worse than all that ran to their end
     summary.stopped_early, summary.stopped_by = None, "SIGTERM"
     with pytest.raises(Interrupted):
         run(PretrainConfig(), invocation)
