@@ -27,9 +27,10 @@ def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
 
     summary = pretrain_in(invocation.run_dir, config, invocation.given)
     outcome = outcome_of(invocation.run_dir)
+    outcome.result = math.inf if summary.stopped_early else summary.val_loss
     if summary.stopped_early:
-        outcome.result = math.inf
-    elif summary.val_loss is None:
+        return outcome
+    if summary.val_loss is None:
         assert summary.stopped_by
         tell(outcome, invocation.run_dir)
         raise Interrupted(signal.Signals[summary.stopped_by])

@@ -474,4 +474,4 @@ def test_a_job_stopped_early_does_not_end_its_sweep(tmp_path: Path, monkeypatch:
     with pytest.raises(Interrupted):
         run(PretrainConfig(), invocation)
     summary.validation = {"loss": 3.0}
-    assert run(PretrainConfig(), invocation) == 3.0
+    assert run(PretrainConfig(), invocation).result == 3.0
