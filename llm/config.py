@@ -304,6 +304,14 @@ class RuntimeConfig:
     )
     threads: int | None = key(None, "CPU threads per process; null: torch's choice", at_least=1)
     processes: int = key(1, "processes that share each batch, one per GPU", at_least=1)
+    sharding: str = key(
+        "none",
+        "fsdp: each process keeps its part of the weights, gradients and optimizer state, not all of them",
+        choices=("none", "fsdp"),
+    )
+    checkpoint_activations: bool = key(
+        False, "in training, compute what is within a block again for its gradient, instead of keeping it"
+    )
     compile: bool | str = key(
         "auto",
         "for GPUs: compile the blocks (training) or the decode step; slow to start; "
@@ -625,6 +633,19 @@ def validate(config: Any, prefix: str = "") -> None:
             | BenchmarkConfig(measure="generation" | "device", runtime=RuntimeConfig(deterministic=True))
         ):
             raise UserError("runtime.deterministic=true is for training: remove it")
+        case (
+            GenerateConfig(runtime=RuntimeConfig(checkpoint_activations=True))
+            | EvaluateConfig(runtime=RuntimeConfig(checkpoint_activations=True))
+            | BenchmarkConfig(
+                measure="generation" | "device", runtime=RuntimeConfig(checkpoint_activations=True)
+            )
+        ):
+            raise UserError("runtime.checkpoint_activations=true is for training: remove it")
+        case PretrainConfig(runtime=RuntimeConfig(checkpoint_activations=True, graph="on")):
+            raise UserError(
+                "runtime.graph=on: what runtime.checkpoint_activations=true computes again cannot be "
+                "captured; use runtime.graph=auto or off"
+            )
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:
             raise UserError("data.order=book draws from one generator, so it needs runtime.processes=1")
 

@@ -36,6 +36,7 @@ from llm.training.optimizers import Optimizers, build_optimizers
 log = logging.getLogger(__name__)
 
 GPT2_PARTS, DETERMINISTIC, GRAPH = "GPT-2's parts", "deterministic", "one graph"  # names of variants
+CHECKPOINTED = "activations again"
 HEADER = "variant", "ms/update", "tokens/s", "MFU", "speed"
 
 
@@ -46,7 +47,8 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     The first variant is the book's: fp32, all logits at once. The others vary precision and loss. On CUDA, or
     with `runtime.compile=true`, one has compiled blocks; on CUDA, some are captured as one graph, with
     `runtime.deterministic` one takes only kernels that repeat their numbers, as all of a CPU's do, and the
-    memory that each takes is told too. Beside a model of GPT-2's parts, transformers' GPT-2 of this size is
+    memory that each takes is told too. With `runtime.checkpoint_activations`, one computes activations again.
+    Beside a model of GPT-2's parts, transformers' GPT-2 of this size is
     timed, with AdamW, if transformers is installed; beside another model, ours.
     """
     validate(config)
@@ -64,6 +66,7 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> Outcome:
         ours += [(GRAPH, GPTModel.__call__)] * captures
         ours += [(f"compiled, {GRAPH}", GPTModel.__call__)] * (compiles and captures)
         ours += [(DETERMINISTIC, GPTModel.__call__)] * exact
+        ours += [(CHECKPOINTED, GPTModel.__call__)] * config.runtime.checkpoint_activations
         ours += [(GPT2_PARTS, GPTModel.__call__)] * (config.model != with_gpt2_parts(config.model))
         for name, loss in ours:
             variants[f"{precision}, {name}"] = partial(_ours, config, each, name, loss)
@@ -180,6 +183,8 @@ def _ours(
 ) -> Callable[[], None]:
     torch.manual_seed(config.seed)
     model = GPTModel(with_gpt2_parts(config.model) if name == GPT2_PARTS else config.model)
+    for block in model.trf_blocks:
+        block.checkpoints_activations = name == CHECKPOINTED
     if "compiled" in name:
         for block in model.trf_blocks:
             block.compile()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from llm.config import ModelConfig
 from llm.errors import UserError
@@ -38,6 +39,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.drop_shortcut = Dropout(config.drop_rate)
         self.parallel = config.parallel_blocks
+        self.checkpoints_activations = False  # see `RuntimeConfig`; generation and evaluation keep none
         # Of the residual stream, and of the embeddings that it began as.
         self.residual_scalars = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
@@ -54,6 +56,19 @@ class TransformerBlock(nn.Module):
             x: (batch, time, emb_dim); embedded: what it was before the first block.
             turns, remember, value_embedding: see `MultiHeadAttention`.
         """
+        arguments = x, embedded, turns, remember, value_embedding
+        if self.checkpoints_activations and torch.is_grad_enabled():
+            return checkpoint(self._forward, *arguments, use_reentrant=False)
+        return self._forward(*arguments)
+
+    def _forward(
+        self,
+        x: Tensor,
+        embedded: Tensor,
+        turns: Turns | None,
+        remember: RememberLayer | None,
+        value_embedding: Tensor | None,
+    ) -> Tensor:
         if self.residual_scalars is not None:
             x = self.residual_scalars[0] * x + self.residual_scalars[1] * embedded
         attended = x + self.drop_shortcut(self.att(self.norm1(x), turns, remember, value_embedding))

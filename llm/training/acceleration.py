@@ -68,7 +68,8 @@ def captures(run: Run) -> bool:
             f"use runtime.graph=auto or off"
         )
     pays = _batch_flops(run) < LARGE_FLOPS and _is_long(run, CAPTURED_MINUTES, CAPTURED_UPDATES)
-    possible = run.optimizers.can_queue and run.runtime.processes == 1
+    alone, again = run.runtime.processes == 1, run.config.runtime.checkpoint_activations
+    possible = run.optimizers.can_queue and alone and not again
     return graph == "on" or (graph == "auto" and possible and pays)
 
 

@@ -169,6 +169,8 @@ def build_run(start: Start, runtime: Runtime) -> Run:
     prompt_ids(prompt, tokenizer, config.model.vocab_size, "samples.prompt")
     torch.manual_seed(config.seed)
     model = GPTModel(config.model).to(runtime.device)
+    for block in model.trf_blocks:
+        block.checkpoints_activations = config.runtime.checkpoint_activations
     run = Run(
         config=config,
         run_dir=start.run_dir,
