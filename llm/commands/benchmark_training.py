@@ -183,8 +183,7 @@ def _ours(
 ) -> Callable[[], None]:
     torch.manual_seed(config.seed)
     model = GPTModel(with_gpt2_parts(config.model) if name == GPT2_PARTS else config.model)
-    for block in model.trf_blocks:
-        block.checkpoints_activations = name == CHECKPOINTED
+    model.checkpoint_activations(name == CHECKPOINTED)
     if "compiled" in name:
         for block in model.trf_blocks:
             block.compile()

@@ -39,7 +39,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = NORMS[config.norm](config.emb_dim, config.norm_eps)
         self.drop_shortcut = Dropout(config.drop_rate)
         self.parallel = config.parallel_blocks
-        self.checkpoints_activations = False  # see `RuntimeConfig`; generation and evaluation keep none
+        self.checkpoints_activations = False  # see `GPTModel.checkpoint_activations`
         # Of the residual stream, and of the embeddings that it began as.
         self.residual_scalars = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
@@ -136,6 +136,12 @@ class GPTModel(nn.Module):
                 matrix.mul_(self.config.width_ratio**-0.5)
         for parameter in self.final_norm.parameters():
             parameter.div_(self.config.width_ratio)
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """See `RuntimeConfig`."""
+        for block in self.trf_blocks.modules():
+            if isinstance(block, TransformerBlock):
+                block.checkpoints_activations = wanted
 
     @property
     def head_weight(self) -> Tensor:

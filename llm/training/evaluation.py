@@ -11,6 +11,7 @@ from llm.data.windows import Batch
 from llm.model.gpt import GPTModel, Score
 from llm.model.loss import token_loss
 from llm.runtime import Runtime
+from llm.training.sharding import release
 
 
 @dataclass
@@ -97,5 +98,6 @@ def evaluate(
         sums.bytes += int(bytes_of_tokens[targets].sum())
         for name, score in zip(scores, others, strict=True):
             sums.scores[name] = sums.scores.get(name, 0.0) + score.sum().item()
+    release(model)
     model.train(was_training)
     return {name: metric.value(sums) for name, metric in METRICS.items()}

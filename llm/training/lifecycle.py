@@ -56,8 +56,7 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
             summary.status = "interrupted" if stop.by or stopped_early else "finished"
             summary.stopped_by = stop.by.name if stop.by else None
             summary.stopped_early = stopped_early
-            if recorder:
-                conclude(run, recorder, summary, matmul_flops)
+            conclude(run, observer, summary, matmul_flops)
         except NotFinite as error:
             summary.status = "failed"
             if recorder:
@@ -78,8 +77,13 @@ def status_after(error: BaseException) -> str:
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
-def conclude(run: Run, recorder: Recorder, summary: Summary, matmul_flops: float) -> None:
-    """Final figures, a sample and the plot."""
+def conclude(run: Run, observer: Recorder | Follower, summary: Summary, matmul_flops: float) -> None:
+    """Final figures, a sample and the plot; other processes take part where each has but a part of the
+    weights."""
+    if run.sharded:
+        summary.status = "finished" if run.takes_part(summary.status == "finished") else "interrupted"
+    elif not run.runtime.is_main:
+        return
     summary.peak_memory_bytes = peak_memory_bytes(run.runtime)
     if run.counters.steps:
         summary.tokens_per_second = run.counters.tokens_seen / run.counters.seconds
@@ -87,8 +91,10 @@ def conclude(run: Run, recorder: Recorder, summary: Summary, matmul_flops: float
     if summary.status == "finished":  # whoever pressed Ctrl-C does not want to wait for these
         summary.train_loss = evaluate_some(run, run.training_windows)["loss"]
         summary.validation, summary.evaluated_windows = evaluate_at_the_end(run)
-        recorder.finished()
-    plots.plot_losses(run.run_dir)
+        if run.takes_part(observer.final_sample_due()):
+            observer.sample()
+    if run.runtime.is_main:
+        plots.plot_losses(run.run_dir)
 
 
 def utilisation(run: Run, tokens_per_second: float, matmul_flops: float) -> float | None:

@@ -59,10 +59,10 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
         run.in_flight.append(launch(run, done))
         finish_all(but=int(run.optimizers.can_queue))
         saves = agree(checkpoint_due(run, saved))
-        samples = observer.sample_due(epoch_ended=run.epochs() >= epochs + 1)
+        samples = run.takes_part(observer.sample_due(epoch_ended=run.epochs() >= epochs + 1))
         if saves or samples:
             finish_all()
-        if run.runtime.is_main and evaluation_due(run):
+        if run.takes_part(evaluation_due(run)):
             finish_all()
             observer.evaluated(*evaluate_splits(run))
         if samples:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.runtime import Runtime, computes_in_bf16
+from llm.training.sharding import is_sharded, own
 
 # Of the polynomial a·x + b·x³ + c·x⁵ that is applied to all singular values of a matrix at once. Five times
 # over, it brings those above a hundredth of the matrix's norm to between 0.7 and 1.2: not to 1, but fast.
@@ -64,7 +65,9 @@ class Muon(torch.optim.Optimizer):
     It does what `torch.optim.Muon` does, and faster. Matrices of one shape, lying or standing, are stacked,
     as one product of many small matrices takes a fraction of the time of as many products. Where bf16 is
     emulated, and slow, it computes in fp32. And the processes of a run share the work and the state: each
-    keeps the momentum of its own matrices alone, makes their steps, and sends these to the others.
+    keeps the momentum of its own matrices alone, makes their steps, and sends these to the others. Where
+    matrices are sharded, each keeps its rows of every momentum, and gets the rest of its own matrices when it
+    makes their steps.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class Muon(torch.optim.Optimizer):
         self.stacks: list[list[Tensor]] = []
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for matrix in matrices:
-            by_shape.setdefault(_lying(matrix).shape, []).append(matrix)
+            shape = matrix.shape if is_sharded(matrix) else _lying(matrix).shape
+            by_shape.setdefault(shape, []).append(matrix)
         for shape, alike in by_shape.items():
             most = max(1, STACKED_NUMBERS // shape.numel()) * runtime.processes
             self.stacks += [alike[first : first + most] for first in range(0, len(alike), most)]
@@ -90,25 +94,31 @@ class Muon(torch.optim.Optimizer):
         if found_inf is not None:
             lr = lr * (1 - found_inf)
         for stack in self.stacks:
-            own = self._own(stack)
-            directions = self._directions(own, group["momentum"], found_inf) if own else []
-            steps = self._of_all(directions, stack, orthogonalised, self.dtype)
+            ours = self._own(stack)
+            directions = self._directions(ours, group["momentum"], found_inf) if ours else []
+            if is_sharded(stack[0]):
+                steps = self._of_rows(directions, stack[0].shape)
+            else:
+                steps = self._of_all(directions, stack, orthogonalised, self.dtype)
             size = 0.2 * max(stack[0].shape) ** 0.5
-            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
+            weights = [own(matrix) for matrix in stack]
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
             if isinstance(lr, Tensor):
                 torch._foreach_mul_(steps, -lr * size)
-                torch._foreach_add_(stack, steps)
+                torch._foreach_add_(weights, steps)
             else:
-                torch._foreach_add_(stack, steps, alpha=-lr * size)
+                torch._foreach_add_(weights, steps, alpha=-lr * size)
 
     def gathered_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """The state of all matrices, in every process; empty before the first step. All have to call it."""
+        """The state of all matrices, in every process, sharded if they are; empty before the first step. All
+        have to call it."""
         if not self.state:
             return {}
         found: dict[Tensor, dict[str, Tensor]] = {}
         for stack in self.stacks:
-            own = [self.state[matrix]["momentum_buffer"] for matrix in self._own(stack)]
-            momenta = self._of_all(own, stack, lambda stacked: stacked, stack[0].dtype)
+            momenta = [self.state[matrix]["momentum_buffer"] for matrix in self._own(stack)]
+            if not is_sharded(stack[0]):
+                momenta = self._of_all(momenta, stack, lambda stacked: stacked, stack[0].dtype)
             for matrix, momentum in zip(stack, momenta, strict=True):
                 found[matrix] = {"momentum_buffer": momentum.contiguous()}
         return found
@@ -116,38 +126,64 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this process's own matrices."""
         super().load_state_dict(state_dict)
-        own = {matrix for stack in self.stacks for matrix in self._own(stack)}
-        for matrix in self.state.keys() - own:
+        ours = {matrix for stack in self.stacks for matrix in self._own(stack)}
+        for matrix in self.state.keys() - ours:
             del self.state[matrix]
 
     def _own(self, stack: list[Tensor]) -> list[Tensor]:
-        """Those of a stack of matrices that this process makes the steps of."""
+        """Those of a stack of matrices that this process keeps the momentum of."""
+        if is_sharded(stack[0]):
+            return stack
         return stack[self.runtime.rank :: self.runtime.processes]
 
     def _directions(self, matrices: list[Tensor], momentum: float, found_inf: Tensor | None) -> list[Tensor]:
-        """Nesterov's momenta: averages of the gradients, ahead by one more step of averaging."""
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        """Nesterov's momenta: averages of the gradients, ahead by one more step of averaging; of sharded
+        matrices, their rows here."""
+        gradients = [own(matrix.grad) for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if matrix not in self.state:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        averages = [own(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
         if found_inf is not None:  # gradients that leave the averages as they are
             gradients = [torch.where(found_inf > 0, *each) for each in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         return list(torch._foreach_lerp(gradients, averages, momentum))
 
+    def _of_rows(self, directions: list[Tensor], shape: torch.Size) -> list[Tensor]:
+        """This process's rows of the steps of a stack of sharded matrices, given those of their directions.
+        Matrices are dealt out in turn; each process gets the rows of its own from all others, and sends them
+        their rows of the steps."""
+        rank, processes, (rows, columns) = self.runtime.rank, self.runtime.processes, shape
+        each, most = -(-len(directions) // processes), -(-rows // processes)
+        ours = len(directions[rank::processes])
+        # By the number of a matrix among those of its process, the process, the row and the column.
+        pieces = torch.zeros(each, processes, most, columns, dtype=self.dtype, device=self.runtime.device)
+        for place, direction in zip(pieces.flatten(0, 1), directions, strict=False):
+            place[: len(direction)] = direction
+        whole = _exchanged(pieces).flatten(1, 2)[:ours, :rows]
+        pieces.zero_()
+        if ours:
+            standing = rows > columns
+            steps = orthogonalised(whole.mT if standing else whole)
+            pieces.flatten(1, 2)[:ours, :rows] = steps.mT if standing else steps
+        returned = _exchanged(pieces).flatten(0, 1)
+        return [
+            place[: len(direction)].to(direction.dtype)
+            for place, direction in zip(returned, directions, strict=False)
+        ]
+
     def _of_all(
-        self, own: list[Tensor], stack: list[Tensor], made: Callable[[Tensor], Tensor], dtype: torch.dtype
+        self, ours: list[Tensor], stack: list[Tensor], made: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> list[Tensor]:
         """What `made` makes of a tensor for each matrix of a stack, when it gets them stacked and lying, in a
         type; given those of this process's own matrices."""
         shape, processes = _lying(stack[0]).shape, self.runtime.processes
-        if own:
-            stacked = made(torch.stack([_lying(tensor) for tensor in own]).to(dtype))
+        if ours:
+            stacked = made(torch.stack([_lying(tensor) for tensor in ours]).to(dtype))
         if processes > 1:
             sent = torch.zeros(-(-len(stack) // processes), *shape, dtype=dtype, device=stack[0].device)
-            if own:
-                sent[: len(own)] = stacked
+            if ours:
+                sent[: len(ours)] = stacked
             received = torch.empty(processes, *sent.shape, dtype=dtype, device=sent.device)
             dist.all_gather(list(received), sent)
             # The matrices are dealt out in turn.
@@ -157,6 +193,14 @@ class Muon(torch.optim.Optimizer):
             lying if lying.shape == matrix.shape else lying.T
             for lying, matrix in zip(all_lying, stack, strict=True)
         ]
+
+
+def _exchanged(pieces: Tensor) -> Tensor:
+    """Pieces (count, processes, …), those for each process, to those from each, of the same shape."""
+    sent = pieces.transpose(0, 1).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return received.transpose(0, 1).contiguous()
 
 
 def _lying(matrix: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from llm.errors import UserError
 from llm.model.gpt import GPTModel, block_matrices
 from llm.runtime import Runtime
 from llm.training.muon import Muon, orthogonalising_flops
+from llm.training.sharding import copied, is_sharded, sharded_like
 
 State = dict[str, dict[str, Tensor | float]]  # by the parameter's name, then by the optimizer's own name
 
@@ -20,7 +21,7 @@ class Optimizers:
     """The optimizers of one model: stepped, saved and given a learning rate together."""
 
     def __init__(self, parts: list[torch.optim.Optimizer], runtime: Runtime) -> None:
-        self.parts = parts
+        self.parts, self.runtime = parts, runtime
         # Whether a step can be queued before anybody knows what it depends on: the learning rate, and whether
         # the step is skipped, are then numbers on the device.
         self.can_queue = runtime.queues and all(map(_can_be_queued, parts))
@@ -56,9 +57,9 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state(self, model: nn.Module) -> State:
-        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}; empty before
-        the first step. Hyperparameters are not state: they come from the config. All processes of a run have
-        to call it, as each may keep a part.
+        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}, copied to
+        the main process's memory; empty before the first step, and in other processes. Hyperparameters are
+        not state: they come from the config. All processes of a run have to call it, as each may keep a part.
 
         Raises:
             UserError: an optimizer keeps something that is neither a tensor nor a number.
@@ -68,14 +69,18 @@ class Optimizers:
         for part in self.parts:
             whole = part.gathered_state() if isinstance(part, Muon) else part.state
             for parameter, kept in whole.items():
-                found[names[parameter]] = {key: value for key, value in kept.items() if value is not None}
-                for key, value in found[names[parameter]].items():
-                    if not isinstance(value, Tensor | int | float):
+                copies: dict[str, Tensor | float] = {}
+                for key, value in kept.items():
+                    if value is not None and not isinstance(value, Tensor | int | float):
                         raise UserError(
                             f"{type(part).__name__} keeps {key}, a {type(value).__name__}, for "
                             f"{names[parameter]}: checkpoints hold only tensors and numbers"
                         )
-        return found
+                    copy = copied(value, self.runtime.is_main) if isinstance(value, Tensor) else value
+                    if copy is not None:
+                        copies[key] = copy
+                found[names[parameter]] = copies
+        return found if self.runtime.is_main else {}
 
     def load_state(self, model: nn.Module, state: State, source: str) -> None:
         """The inverse of `state`.
@@ -91,14 +96,18 @@ class Optimizers:
         for part in self.parts:
             parameters = [parameter for group in part.param_groups for parameter in group["params"]]
             numbered = {
-                number: {
-                    key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in state[names[parameter]].items()
-                }
+                number: {key: _taken(value, parameter) for key, value in state[names[parameter]].items()}
                 for number, parameter in enumerate(parameters)
                 if names[parameter] in state
             }
             part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _taken(value: Tensor | float, parameter: Tensor) -> Tensor | float:
+    """A copy of what an optimizer keeps for a parameter, sharded as that is where it is of its shape."""
+    if not isinstance(value, Tensor):
+        return value
+    return sharded_like(parameter, value) if value.shape == parameter.shape else value.clone()
 
 
 def _share(group: dict[str, Any]) -> float:
@@ -152,17 +161,18 @@ def _adamw(
     narrowed = {*map(id, block_matrices(model))}
     if isinstance(model, GPTModel):
         narrowed |= {*map(id, model.final_norm.parameters())}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         scale = 1 / ratio if id(parameter) in narrowed else 1.0
         # What a weight loses in an update is lr · weight_decay of it: as much at any width.
         decay = config.weight_decay / scale if config.decay_all or parameter.dim() == 2 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
+        # torch steps those that are sharded apart from others.
+        groups.setdefault((scale, decay, is_sharded(parameter)), []).append(parameter)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
         [
             {"params": alike, "lr": config.lr * scale, "weight_decay": decay, "lr_share": scale}
-            for (scale, decay), alike in groups.items()
+            for (scale, decay, _), alike in groups.items()
         ],
         betas=(beta1, beta2),
         eps=config.eps,

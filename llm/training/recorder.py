@@ -17,7 +17,7 @@ from llm.training import console
 from llm.training.early_stopping import EarlyStopping
 from llm.training.run import Run
 from llm.training.start import Start, rewind
-from llm.training.state import copy_weights, generator_states, snapshot
+from llm.training.state import copy_weights, gathered, snapshot, whole_model
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +32,22 @@ class Follower:
         self.run = run
 
     def updated(self, metrics: dict[str, float]) -> None: ...
-    def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None: ...
-    def sample(self) -> None: ...
+
+    def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
+        if self.run.takes_part(False):  # the main process knows whether the weights are the best so far
+            copy_weights(self.run.model, is_main=False)
 
     def sample_due(self, epoch_ended: bool) -> bool:
         return False
 
+    def final_sample_due(self) -> bool:
+        return False
+
+    def sample(self) -> None:
+        copy_weights(self.run.model, is_main=False)
+
     def save(self) -> None:
-        self.run.runtime.gather(generator_states(self.run.runtime))
-        self.run.optimizers.state(self.run.model)
+        gathered(self.run)
 
     def finish_saving(self) -> None:
         """Save what is not saved yet."""
@@ -102,7 +109,7 @@ class Recorder:
         self.progress.clear()
         log.info(console.evaluation_line(run, training, validation))
         best = math.inf if counters.best_val_loss is None else counters.best_val_loss
-        if validation["loss"] < best:
+        if run.takes_part(validation["loss"] < best):
             counters.best_val_loss, counters.best_step = validation["loss"], counters.step
             self.writer.best = counters.steps, copy_weights(run.model)
         self.stopped_early = self.early_stopping.reason_to_stop()
@@ -120,10 +127,9 @@ class Recorder:
         minutes = self.run.config.samples.every_minutes
         return 0 if minutes is None else int(self.run.counters.seconds // (60 * minutes))
 
-    def finished(self) -> None:
-        """The last sample, unless the minutes have just given the same."""
-        if self.run.config.samples.every_minutes is None or self._sampled_step != self.run.step:
-            self.sample()
+    def final_sample_due(self) -> bool:
+        """Whether to sample at the end: unless the minutes have just given the same."""
+        return self.run.config.samples.every_minutes is None or self._sampled_step != self.run.step
 
     def sample(self) -> None:
         """Generate from the run's prompt, on a random stream apart from training's."""
@@ -131,8 +137,7 @@ class Recorder:
         self.progress.clear()
         self._sampled_step = self.run.counters.step
         run, config, sampling = self.run, self.run.config.samples, self.run.config.sampling
-        # Compiling the decode step takes longer than generating one sample without.
-        model = for_inference(run.model, replace(run.runtime, compile=False))
+        model = for_inference(*whole_model(run))
         limit, seed = config.max_new_tokens, run.config.seed
         with any_kernels():
             [sample] = generate_texts(model, run.tokenizer, [run.sample_prompt], sampling, limit, seed=seed)
@@ -141,15 +146,14 @@ class Recorder:
 
     def save(self) -> None:
         """Start writing a checkpoint of all that is needed to continue exactly."""
-        generators = self.run.runtime.gather(generator_states(self.run.runtime))
-        optimizer = self.run.optimizers.state(self.run.model)
-        self.writer.wait()
+        self.writer.wait()  # so that memory never holds two
+        shared = gathered(self.run)
         try:
             record_sizes = self.tracker.record_sizes()
         except UserError as error:
             log.warning(NOT_SAVED, error)
             return
-        self.writer.write(snapshot(self.run, self.run_id, generators, optimizer, record_sizes))
+        self.writer.write(snapshot(self.run, self.run_id, shared, record_sizes))
 
     def finish_saving(self) -> None:
         """Save what is not saved yet, and wait until all is on disk.

@@ -25,6 +25,7 @@ from llm.runtime import Late, Runtime
 from llm.training.optimizers import Optimizers, build_optimizers
 from llm.training.reruns import recorded_clock
 from llm.training.schedules import lr_factor, spent
+from llm.training.sharding import shard
 from llm.training.start import Start
 from llm.training.summary import Counters
 from llm.training.update_size import chosen_for_device, with_chosen
@@ -51,7 +52,8 @@ class Run:
     tokenizer: tiktoken.Encoding
     bytes_of_tokens: Tensor  # (vocab_size,)
     model: GPTModel
-    trained_model: GPTModel | DistributedDataParallel  # the model itself, or what averages its gradients
+    # What averages the gradients over the processes: of a sharded model, that model itself.
+    trained_model: GPTModel | DistributedDataParallel
     optimizers: Optimizers
     data: list[str]  # fingerprints of the training and of the validation tokens
     training_windows: AnyWindows | Mixture
@@ -72,6 +74,16 @@ class Run:
     finished_at: float = 0.0  # when that was, on the clock of `time.perf_counter`
     # `queue_update` as one CUDA graph, see llm/training/capture.py.
     captured: Callable[[list[Batch]], Tensor] | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has but a part of the weights."""
+        return self.config.runtime.sharding != "none"
+
+    def takes_part(self, wanted: bool) -> bool:
+        """Whether this process is to take part in what the main one wants of the weights: that one alone, or
+        all where each has but a part of them."""
+        return bool(self.runtime.agree(wanted)) if self.sharded else self.runtime.is_main and wanted
 
     @property
     def step(self) -> int:
@@ -168,9 +180,14 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         prompt = first_line(files[1].ids, tokenizer)
     prompt_ids(prompt, tokenizer, config.model.vocab_size, "samples.prompt")
     torch.manual_seed(config.seed)
-    model = GPTModel(config.model).to(runtime.device)
-    for block in model.trf_blocks:
-        block.checkpoints_activations = config.runtime.checkpoint_activations
+    model = GPTModel(config.model)
+    model.checkpoint_activations(config.runtime.checkpoint_activations)
+    trained_model: GPTModel | DistributedDataParallel = model
+    if config.runtime.sharding == "fsdp":
+        shard(model, runtime)
+    else:
+        model.to(runtime.device)
+        trained_model = DistributedDataParallel(model) if runtime.processes > 1 else model
     run = Run(
         config=config,
         run_dir=start.run_dir,
@@ -178,7 +195,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         tokenizer=tokenizer,
         bytes_of_tokens=bytes_of_tokens(tokenizer, config.model.vocab_size),
         model=model,
-        trained_model=DistributedDataParallel(model) if runtime.processes > 1 else model,
+        trained_model=trained_model,
         optimizers=build_optimizers(model, config.optimizer, runtime),
         data=[file.fingerprint for file in files],
         training_windows=training_windows,

@@ -4,21 +4,23 @@ What is added to the one is added to the other; tests/drill.py shows whether tha
 """
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm.checkpoints.checkpoint import Snapshot, TrainingState, read_training_state
-from llm.checkpoints.weights import Weights, check_shapes
+from llm.checkpoints.weights import Weights, build_model, check_shapes
 from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError
+from llm.model.gpt import GPTModel
 from llm.overrides import as_argument
 from llm.progress import format_value
-from llm.runtime import Runtime
+from llm.runtime import Runtime, computes_in_bf16
 from llm.training.optimizers import OPTIMIZERS, State
 from llm.training.run import Run
+from llm.training.sharding import copied, load_weights
 from llm.training.start import Start
 from llm.training.summary import Counters
 
@@ -35,9 +37,11 @@ def checkpoint_due(run: Run, saved: Counters) -> bool:
     return steps_due or minutes_due
 
 
-def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights, copied to the CPU's memory."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+def copy_weights(model: nn.Module, is_main: bool = True) -> dict[str, Tensor]:
+    """A model's weights, copied to the CPU's memory of the main process; none in others. All have to call it
+    for a model that is sharded, of which one tensor after the other is gathered."""
+    copies = {name: copied(tensor, is_main) for name, tensor in model.state_dict().items()}
+    return {name: copy for name, copy in copies.items() if copy is not None}
 
 
 def generator_states(runtime: Runtime) -> dict[str, Tensor]:
@@ -54,18 +58,39 @@ def restore_generators(states: dict[str, Tensor]) -> None:
 _GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
 
 
-def snapshot(
-    run: Run,
-    run_id: str,
-    generators: list[dict[str, Tensor]],
-    optimizer: State,
-    record_sizes: dict[str, int],
-) -> Snapshot:
+@dataclass
+class Shared:
+    """What processes contribute to a snapshot. All but the main one get only the first."""
+
+    generators: list[dict[str, Tensor]]  # `generator_states` of each process, in order of rank
+    optimizer: State
+    weights: dict[str, Tensor]
+
+
+def gathered(run: Run) -> Shared:
+    """Copies of what is not the same in every process, on the CPU. All have to call it."""
+    generators = run.runtime.gather(generator_states(run.runtime))
+    optimizer = run.optimizers.state(run.model)
+    weights = copy_weights(run.model, run.runtime.is_main)
+    return Shared(generators, optimizer, weights)
+
+
+def whole_model(run: Run) -> tuple[GPTModel, Runtime]:
+    """The model of a run for the main process alone, and where it computes. Of a sharded one, which need not
+    fit a GPU, it is a copy on the CPU, to which all others have to contribute by `copy_weights`."""
+    runtime = replace(run.runtime, compile=False)  # it takes longer than to generate one sample without
+    if not run.sharded:
+        return run.model, runtime
+    copy = Weights(run.config.model, copy_weights(run.model), None, str(run.run_dir))
+    cpu = torch.device("cpu")
+    precision = runtime.precision if computes_in_bf16(cpu) and runtime.precision == "bf16" else "fp32"
+    return build_model(copy), replace(runtime, device=cpu, precision=precision)
+
+
+def snapshot(run: Run, run_id: str, shared: Shared, record_sizes: dict[str, int]) -> Snapshot:
     """A copy of a run's state, on the CPU.
 
     Args:
-        generators: `generator_states` of each process, in order of rank.
-        optimizer: `Optimizers.state`.
         record_sizes: bytes of the run's records that belong to it.
     """
     place, epoch_generator = run.batches.state()
@@ -75,18 +100,12 @@ def snapshot(
         batches=place,
         data=run.data,
         resumed=run.resumed,
-        optimizer={
-            name: {
-                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-                for key, value in kept.items()
-            }
-            for name, kept in optimizer.items()
-        },
-        generators=generators,
+        optimizer=shared.optimizer,
+        generators=shared.generators,
         epoch_generator=epoch_generator,
     )
-    weights, tokenizer = copy_weights(run.model), kept_files(run.tokenizer)
-    return Snapshot(run.counters.steps, run.config, weights, state, record_sizes, tokenizer)
+    tokenizer = kept_files(run.tokenizer)
+    return Snapshot(run.counters.steps, run.config, shared.weights, state, record_sizes, tokenizer)
 
 
 def restore(run: Run, start: Start, weights: Weights) -> None:
@@ -99,7 +118,7 @@ def restore(run: Run, start: Start, weights: Weights) -> None:
     assert folder is not None  # the weights of a checkpoint of ours
     state = read_training_state(folder)
     check_shapes(run.model, weights.tensors, folder)
-    run.model.load_state_dict(weights.tensors)
+    load_weights(run.model, weights.tensors)
     run.optimizers.load_state(run.model, state.optimizer, str(folder))
     try:
         run.counters = Counters(**state.counters)
@@ -135,7 +154,7 @@ def begin_from(run: Run, source: Weights) -> None:
     if learned is not None:  # a run may use fewer positions than were learned
         tensors["pos_emb.weight"] = learned[:positions]
     check_shapes(run.model, tensors, source.origin)
-    run.model.load_state_dict(tensors)
+    load_weights(run.model, tensors)
     if not source.optimizer_state:
         return
     if OPTIMIZERS[run.config.optimizer.name].has_adamw_state and positions == source.model.context_length:

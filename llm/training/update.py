@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llm.data.windows import Batch
 from llm.training.run import Run
+from llm.training.sharding import clip_gradients
 
 
 def accumulate_gradients(run: Run, batches: Iterable[Batch], count: int) -> Tensor:
@@ -21,13 +22,16 @@ def accumulate_gradients(run: Run, batches: Iterable[Batch], count: int) -> Tens
     loss = torch.zeros((), device=runtime.device)
     for number, (inputs, targets) in enumerate(batches, start=1):
         # Gradients add up over the micro-batches; several processes average them once, at the last one.
-        exchange = runtime.processes == 1 or number == count
+        # Sharded ones are averaged each time, so that no process ever holds a whole gradient.
+        exchange = runtime.processes == 1 or run.sharded or number == count
         with nullcontext() if exchange else run.trained_model.no_sync(), runtime.autocast():  # type: ignore[operator]
             # Each batch's loss is a mean. Divided by the number of batches, their gradients add up to that of
             # the mean over all of them: the same update as one large batch makes.
             batch_loss = run.trained_model(inputs, targets) / count
             batch_loss.backward()
         loss += batch_loss.detach()
+    if run.sharded:
+        return torch.stack([runtime.mean(loss), clip_gradients(run.model, clip, runtime)])
     parameters = list(run.model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:

@@ -31,8 +31,7 @@ def test_activations_computed_again_give_the_same_gradients(precision: str) -> N
     def update(again: bool) -> tuple[float, list[Tensor], Tensor, int]:
         torch.manual_seed(1)
         model = GPTModel(SMALL)
-        for block in model.trf_blocks:
-            block.checkpoints_activations = again
+        model.checkpoint_activations(again)
         kept = {}
 
         def keep(tensor: Tensor) -> Tensor:
