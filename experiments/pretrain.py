@@ -55,15 +55,17 @@ def follow_the_first() -> None:
         return
     from llm.commands.pretrain import take_part
 
+    status = 0
     try:
         take_part()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
     # Ends as processes of `multiprocessing` do. Torch's threads, which exchanged the gradients, may outlive
     # the interpreter for a moment, and one that then wants its lock aborts the process.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":

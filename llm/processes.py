@@ -4,10 +4,14 @@ The first one reads the config and starts the run; the others `follow` with what
 """
 
 import contextlib
+import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,88 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from llm.config import RuntimeConfig
-from llm.errors import UserError
+from llm.errors import UserError, shown
 from llm.runtime import Runtime, launched_processes, start_runtime
 
-ERROR = "error.txt"  # why a process other than the first one could not do its part
 STARTED = ".started"  # after its rank, once it has
+FAREWELL_BYTES = 2048  # of what a process says last: nothing, or why it could not do its part
+NOTICED_SECONDS = 3.0  # within which the loss of a process is known everywhere, once an exchange has failed
+ENDED_SECONDS = 30.0  # after which a process that waits for a lost one even so is ended
+
+
+class Watch:
+    """Whether the other processes of a run are there: the first one watches all others, and they watch it. A
+    connection that breaks tells at once, also while this process waits for a GPU that waits for another."""
+
+    def __init__(self) -> None:
+        self.lost: dict[int, str] = {}  # by rank, with what it said
+        self._ended = threading.Event()
+        # A group of its own: exchanges of one group wait for each other.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
+        others = range(1, dist.get_world_size()) if dist.get_rank() == 0 else range(1)
+        self._threads = {n: threading.Thread(target=self._wait_for, args=(n,), daemon=True) for n in others}
+        for thread in self._threads.values():
+            thread.start()
+
+    def _wait_for(self, rank: int) -> None:
+        said = torch.zeros(FAREWELL_BYTES, dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError):  # which says that it is gone
+            dist.recv(said, src=rank, group=self._group)
+            if not said.any():
+                return  # it has done its part
+        if self._ended.is_set():
+            return
+        if rank == 0:
+            os._exit(1)  # that one has said why, if it could
+        self.lost[rank] = bytes(said.tolist()).rstrip(b"\0").decode("utf-8", "replace")
+        if dist.is_nccl_available() and torch.cuda.is_available():
+            # Else the GPU would wait for that of the lost process, and this process for the GPU.
+            with contextlib.suppress(Exception):
+                dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
+        if not self._ended.wait(ENDED_SECONDS):
+            print(
+                f"error: {shown(loss_in_words(rank, self.lost[rank]), keep='')}", file=sys.stderr, flush=True
+            )
+            os._exit(1)
+
+    def has_lost(self) -> bool:
+        """Whether a process is gone, now that an exchange has failed."""
+        deadline = time.monotonic() + NOTICED_SECONDS
+        while not self.lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return bool(self.lost)
+
+    def end(self, why: str = "") -> None:
+        """Tell the others that this process has done its part, or why it cannot; wait for what they say."""
+        if why:
+            self._ended.set()
+        said = why.encode()[:FAREWELL_BYTES]
+        message = torch.zeros(FAREWELL_BYTES, dtype=torch.uint8)
+        message[: len(said)] = torch.tensor([*said], dtype=torch.uint8)
+        for rank, thread in self._threads.items():
+            if thread.is_alive():
+                with contextlib.suppress(RuntimeError):  # it is gone
+                    dist.send(message, dst=rank, group=self._group)
+        for thread in self._threads.values():
+            # Were it to learn of something while the interpreter ends, that would be aborted.
+            thread.join(NOTICED_SECONDS if why else None)
+
+
+def loss_in_words(rank: int, said: str, exit_code: int | None = None) -> str:
+    """Why a process is lost.
+
+    Args:
+        exit_code: as `multiprocessing` has it; None: not known.
+    """
+    if said:
+        return said
+    how = "has ended before its work was done"
+    if exit_code is not None and exit_code < 0:
+        how = f"was killed by {signal.Signals(-exit_code).name}"
+    return (
+        f"process {rank} of {dist.get_world_size()} {how}, as when a machine runs out of memory; "
+        f"the run can be resumed from its last checkpoint"
+    )
 
 
 @contextlib.contextmanager
@@ -44,22 +125,31 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
                 for rank in range(1, config.processes)
             ]
             group["rank"] = 0
-        runtime = start_runtime(config)
+        runtime, watch = start_runtime(config), None
         for other in others:
             other.start()
         try:
             _wait_for(others, folder)
             _join(group)
+            watch = Watch()
             dist.broadcast_object_list([(config, arguments)])
             yield runtime
+            watch.end()
             dist.destroy_process_group()  # before `join`: NCCL's waits for the others'
             for other in others:
                 other.join()
         except RuntimeError as error:  # what torch says when another process is gone
-            if not (folder / ERROR).exists():
+            if not watch or not watch.has_lost():
                 raise
-            raise UserError((folder / ERROR).read_text("utf-8")) from error
+            rank, said = min(watch.lost.items())
+            exit_code = None
+            if others:
+                others[rank - 1].join(NOTICED_SECONDS)
+                exit_code = others[rank - 1].exitcode
+            raise UserError(loss_in_words(rank, said, exit_code)) from error
         finally:
+            if watch and dist.is_initialized():
+                watch.end("the first process has failed")
             for other in others:
                 other.kill()
             if dist.is_initialized():  # after an error: the next run in this process meets anew
@@ -92,12 +182,24 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
 
     Args:
         group: where the processes meet; torchrun says it by itself.
+
+    Raises:
+        UserError: it cannot do its part.
     """
     _join(group)
-    told: list[Any] = [None]
-    dist.broadcast_object_list(told)
-    config, arguments = told[0]
-    work(*arguments, start_runtime(config, dist.get_rank()))
+    watch = Watch()
+    try:
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told)
+        config, arguments = told[0]
+        work(*arguments, start_runtime(config, dist.get_rank()))
+    except UserError as error:
+        watch.end(str(error))
+        raise
+    except RuntimeError:
+        watch.has_lost()  # if it is the first one, this ends here
+        raise
+    watch.end()
     dist.destroy_process_group()
 
 
@@ -105,6 +207,5 @@ def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]
     (folder / f"{group['rank']}{STARTED}").touch()
     try:
         follow(work, **group)
-    except UserError as error:  # only the main process reports it
-        (folder / ERROR).write_text(str(error), encoding="utf-8")
+    except UserError:  # the main process reports it
         sys.exit(1)
