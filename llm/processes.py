@@ -74,15 +74,13 @@ class Watch:
 
     def end(self, why: str = "") -> None:
         """Tell the others that this process has done its part, or why it cannot; wait for what they say."""
-        if why:
-            self._ended.set()
+        self._ended.set()  # what is lost from here on has no part left to do
         said = why.encode()[:FAREWELL_BYTES]
         message = torch.zeros(FAREWELL_BYTES, dtype=torch.uint8)
         message[: len(said)] = torch.tensor([*said], dtype=torch.uint8)
-        for rank, thread in self._threads.items():
-            if thread.is_alive():
-                with contextlib.suppress(RuntimeError):  # it is gone
-                    dist.send(message, dst=rank, group=self._group)
+        for rank in self._threads:
+            with contextlib.suppress(RuntimeError):  # it is gone
+                dist.send(message, dst=rank, group=self._group)
         for thread in self._threads.values():
             # Were it to learn of something while the interpreter ends, that would be aborted.
             thread.join(NOTICED_SECONDS if why else None)

@@ -1,6 +1,9 @@
 """The precision of products, the choice of kernels, and processes that share a run, without a run."""
 
+import os
+import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,22 @@ def test_after_processes_that_failed_the_next_ones_meet_anew() -> None:
         raise UserError("no such text")  # while the other one waits for this one's rank
     with processes(TWO, ranks) as runtime:
         assert ranks(runtime) == [0, 1]
+
+
+def lost(runtime: Runtime, how: str) -> None:
+    if runtime.rank == 1 and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if runtime.rank == 1:
+        raise UserError("out of memory: lower something")
+    runtime.gather(runtime.rank)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("killed", "process 1 of 2 was killed by SIGKILL"), ("error", "^out of memory: lower")]
+)
+def test_the_loss_of_a_process_is_known_to_the_first(how: str, why: str) -> None:
+    with pytest.raises(UserError, match=why), processes(TWO, partial(lost, how=how)) as runtime:
+        lost(runtime, how)
 
 
 def test_a_script_that_each_process_would_run_again_is_told_so(
