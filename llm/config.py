@@ -646,11 +646,6 @@ def validate(config: Any, prefix: str = "") -> None:
                 "runtime.graph=on: what runtime.checkpoint_activations=true computes again cannot be "
                 "captured; use runtime.graph=auto or off"
             )
-        case PretrainConfig(runtime=RuntimeConfig(sharding="fsdp", processes=1)):
-            raise UserError(
-                "runtime.sharding=fsdp shares a model among processes, and runtime.processes=1: set more of "
-                "them, or runtime.sharding=none"
-            )
         case PretrainConfig(runtime=RuntimeConfig(sharding="fsdp", compile=True)):
             raise UserError("runtime.sharding=fsdp does not go with runtime.compile=true: use auto or false")
         case PretrainConfig(data=DataConfig(order="book"), runtime=runtime) if runtime.processes > 1:

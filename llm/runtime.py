@@ -141,6 +141,11 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
             f"runtime.processes={local_processes}: each needs a GPU of its own, "
             f"and there are {torch.cuda.device_count()}"
         )
+    if config.sharding != "none" and config.processes == 1:
+        raise UserError(
+            f"runtime.sharding={config.sharding} shares a model among the processes of training, and "
+            f"runtime.processes=1: set more of them, or runtime.sharding=none"
+        )
     if kind == "mps" and config.processes > 1:
         raise UserError(
             f"runtime.processes={config.processes}: Apple has one GPU; use 1, or runtime.device=cpu"

@@ -143,7 +143,7 @@ def test_a_sharded_run_is_as_one_process_and_resumes_in_one(
     assert two == pytest.approx(one, abs=2e-6)
     straight = numbers(tmp_path / "two")
     refused = script("pretrain", "resume=two/checkpoints/step-00000003", "runtime.processes=1")
-    assert refused.stderr.startswith("error: runtime.sharding=fsdp shares a model among processes")
+    assert refused.stderr.startswith("error: runtime.sharding=fsdp shares a model among the processes")
     whole = "runtime.processes=1", "runtime.sharding=none"
     resumed = script("pretrain", "resume=two/checkpoints/step-00000003", *whole)
     assert resumed.returncode == 0, resumed.stderr
