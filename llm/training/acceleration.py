@@ -49,7 +49,7 @@ def choose(run: Run, start: Start) -> None:
         update_flops = run.config.training.accumulate * _batch_flops(run)
         compiled = (
             run.runtime.device.type == "cuda"
-            and not run.sharded
+            and runtime.sharding == "none"
             and _can_compile()
             and _is_long(run, COMPILED_MINUTES, COMPILED_FLOPS / update_flops)
         )

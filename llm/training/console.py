@@ -170,10 +170,12 @@ def not_finite(run: Run, error: NotFinite) -> str:
 def sizes(config: PretrainConfig) -> str:
     """What a run keeps in memory, and the keys to lower if it does not fit."""
     parameters = parameters_of(config.model)
+    parts = 1 if config.runtime.sharding == "none" else config.runtime.processes
     data, rows = config.data, config.data.batch_size // config.runtime.processes
     return (
-        f"{format_count(parameters)} parameters take about {format_count(16 * parameters)}B with gradients "
-        f"and optimizer state, plus activations of {rows} windows of {config.model.context_length} tokens; "
+        f"{format_count(parameters)} parameters take about {format_count(16 * parameters / parts)}B with "
+        f"gradients and optimizer state, plus activations of {rows} windows of "
+        f"{config.model.context_length} tokens; "
         f"lower data.batch_size={data.batch_size} (and raise training.accumulate to match), "
         f"model.context_length, model.n_layers or model.emb_dim"
     )
