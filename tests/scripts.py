@@ -43,7 +43,7 @@ Result = subprocess.CompletedProcess[str]
 
 
 def make_brief() -> None:
-    """Leave out, in this process, what takes time and no test looks at."""
+    """Skip, in this process, what takes time and no test looks at."""
     from llm.device import measure_matmul_flops  # imports torch, see `_torch`
 
     measure_matmul_flops.__defaults__ = (0.05,)  # seconds: what a device can do need not be precise

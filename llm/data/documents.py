@@ -160,7 +160,7 @@ def load_dataset(dataset: Dataset) -> Any:
 
 def read_documents(part: Part, column: str, dataset: Dataset | None = None) -> Iterator[str]:
     """The documents of a part, in order. Line ends are newlines, and byte-order marks are no text; blank ones
-    are left out.
+    are skipped.
 
     A plain text is divided at `<|endoftext|>`, and where that is far, at the end of a line.
 

@@ -235,7 +235,7 @@ def description(config: ModelConfig) -> str:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves out what draws initial weights. On the device "meta" that would draw nothing, yet import torch's
+    """Skips what draws initial weights. On the device "meta" that would draw nothing, yet import torch's
     compiler: half a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -53,7 +53,7 @@ class Prediction:
 
     times: float  # the compute of the ladder's largest job
     size: Size
-    epochs: float  # passes over the text
+    epochs: float  # fractions included
     epochs_known: float  # those of the ladder's largest job
     loss: Interval
     folder: Path  # where the run is, or is to be
@@ -218,6 +218,6 @@ def measured(config: ModelConfig) -> tuple[int, int]:
 
 
 def _epochs(run_dir: Path) -> float:
-    """The passes over the text that a run has made; 0 if its metrics do not say."""
+    """The epochs that a run has trained for; 0 if its metrics do not say."""
     lines = lines_from_end(run_dir / "metrics.jsonl", LAST_LINES)
     return next((line["epoch"] for line in lines if line.get("epoch")), 0.0)

@@ -139,7 +139,7 @@ def predicted_in_words(each: Prediction, unit: str) -> str:
     size = f"{each.size.title}, {format_count(each.size.parameters)} parameters"
     if each.epochs > max(1.0, each.epochs_known):
         size += (
-            f", {each.epochs:.1f} passes over the text where the ladder made at most {each.epochs_known:.1f};"
+            f", {each.epochs:.1f} epochs where the ladder trained for at most {each.epochs_known:.1f};"
             " repeated text counts for less, Muennighoff et al. 2023"
         )
     loss = f"{value:.3f} {unit}, 95 % interval {low:.3f} to {high:.3f}"
