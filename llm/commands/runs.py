@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -24,6 +25,29 @@ HEADING = ["state", "updates", "bits/byte", "trained", "run", "asked for"]
 ALONG_THE_WAY = "~"
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A run in the list."""
+
+    folder: Path
+    state: str
+    updates: int | None
+    bits_per_byte: float | None
+    along_the_way: bool  # those are of an evaluation on the way, not of the end
+    seconds: float | None  # of training
+    asked_for: str
+
+    def cells(self, folder: str) -> list[str]:
+        return [
+            self.state,
+            format_figure(self.updates, "{:,}"),
+            ALONG_THE_WAY * self.along_the_way + format_figure(self.bits_per_byte, "{:.3f}"),
+            "–" if self.seconds is None else format_seconds(self.seconds),
+            folder,
+            self.asked_for,
+        ]
+
+
 def list_runs(config: RunsConfig) -> Outcome:
     """Print a table of the training runs below a folder, the newest first; on a terminal, runs of one folder
     together, and no line longer than it is wide.
@@ -35,7 +59,8 @@ def list_runs(config: RunsConfig) -> Outcome:
     root = Path(config.path)
     if not root.is_dir() and root != OUTPUTS:
         raise UserError(f"path={config.path}: there is no such folder")
-    rows, count, sweeps = [], 0, _Sweeps()
+    listed: list[Listed] = []
+    count, sweeps = 0, _Sweeps()
     for run in sorted(training_runs(root, sweeps), key=begun, reverse=True):
         summary = read_summary(run)
         state = "damaged" if not summary and (run / SUMMARY).exists() else state_of(run, summary)
@@ -45,18 +70,17 @@ def list_runs(config: RunsConfig) -> Outcome:
                 about = sweeps.title(run) or run_title(run, summary)
                 if state == "failed" and summary.get("error"):
                     about += f": {summary['error']}"
-                rows.append((as_typed(run), [state, *_figures(run, summary, state), about]))
-    if not rows:
+                listed.append(Listed(as_typed(run), state, *_figures(run, summary, state), about))
+    if not listed:
         print(shown(f"there is no run under {root}/{f' that is {config.state}' if config.state else ''}"))
         return Outcome({"runs": []})
-    print(_grouped(rows, terminal_width()) if sys.stdout.isatty() else _flat(rows))
-    if count > len(rows):
-        print(f"… and {count - len(rows)} more: limit=null lists all")
-    if any(ALONG_THE_WAY in cells[2] for _, cells in rows):
+    print(_grouped(listed, terminal_width()) if sys.stdout.isatty() else _flat(listed))
+    if count > len(listed):
+        print(f"… and {count - len(listed)} more: limit=null lists all")
+    if any(run.along_the_way for run in listed):
         print(f"{ALONG_THE_WAY} over a few batches, along the way; the others at the end of the run")
-    names = ("state", "updates", "bits_per_byte", "trained", "asked_for")
-    listed = [{"folder": str(run), **dict(zip(names, cells, strict=True))} for run, cells in rows]
-    return Outcome({"runs": listed, "more": count - len(rows)})
+    runs = [{**asdict(run), "folder": str(run.folder)} for run in listed]
+    return Outcome({"runs": runs, "more": count - len(listed)})
 
 
 class _Sweeps:
@@ -89,36 +113,31 @@ def training_runs(root: Path, sweeps: _Sweeps) -> Iterator[Path]:
             yield folder
 
 
-def _figures(run: Path, summary: Record, state: str) -> list[str]:
-    """Updates, bits per byte, and time of training. Of a run that has not ended well they are those of its
-    last lines of metrics."""
+def _figures(run: Path, summary: Record, state: str) -> tuple[int | None, float | None, bool, float | None]:
+    """Updates, bits per byte, whether those are of the way, and seconds of training. Of a run that has not
+    ended well they are those of its last lines of metrics."""
     updates, seconds = summary.get("steps"), summary.get("seconds")
-    bits, mark = summary.get("val_bits_per_byte"), ""
+    bits, along_the_way = summary.get("val_bits_per_byte"), False
     if state != "finished":
         for line in lines_from_end(run / METRICS, TAIL_BYTES):
             if "train/loss" in line and state in ("running", "killed", "damaged"):
                 updates, seconds, state = line.get("step", -1) + 1, line.get("seconds"), ""
             if (bits := line.get("val/bits_per_byte")) is not None:
-                mark = ALONG_THE_WAY
+                along_the_way = True
                 break
-    return [
-        format_figure(updates, "{:,}"),
-        mark + format_figure(bits, "{:.3f}"),
-        "–" if seconds is None else format_seconds(seconds),
-    ]
+    return updates, bits, along_the_way, seconds
 
 
-def _flat(rows: list[tuple[Path, list[str]]]) -> str:
+def _flat(listed: list[Listed]) -> str:
     """For pipes: a line a run, with its whole path and all that was asked for."""
-    cells = [[*figures, str(run), about] for run, (*figures, about) in rows]
-    return format_table([HEADING, *cells], left={0, 4, 5})
+    return format_table([HEADING, *(run.cells(str(run.folder)) for run in listed)], left={0, 4, 5})
 
 
-def _grouped(rows: list[tuple[Path, list[str]]], width: int) -> str:
-    cells = [[*figures, run.name, about] for run, (*figures, about) in rows]
+def _grouped(listed: list[Listed], width: int) -> str:
+    cells = [run.cells(run.folder.name) for run in listed]
     heading, *lines = format_table([HEADING, *cells], left={0, 4, 5}).splitlines()
     table = [heading]
-    for folder, group in groupby(zip(rows, lines, strict=True), key=lambda pair: pair[0][0].parent):
+    for folder, group in groupby(zip(listed, lines, strict=True), key=lambda pair: pair[0].folder.parent):
         table += [shown(f"{folder}/", keep=""), *(f"  {line}" for _, line in group)]
     table[0] = f"  {heading}"
     return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in table)
