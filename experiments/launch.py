@@ -26,7 +26,7 @@ from hydra_versions import main_options, store
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from record import error_log, logged, write_record
-from repeating import Repeat, made_before, noted, show_again
+from repeating import made_before, noted, show_again, take_over
 from sweeping.job import (
     Place,
     claimed_place,
@@ -70,7 +70,7 @@ Work = Callable[[Any, Invocation], Outcome]
 
 
 def launch(
-    config_name: str, schema: type, work: Work, recorded: bool = True, repeat: Repeat | None = None
+    config_name: str, schema: type, work: Work, recorded: bool = True, repeatable: bool = False
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
@@ -80,7 +80,7 @@ def launch(
 
     Args:
         recorded: the work is a run, whose config and log are kept in its folder.
-        repeat: what to do instead where the same run is done already.
+        repeatable: where the same run is done already, `llm.commands.<config_name>` tells what came of it.
     """
     _prepare_process(schema)
     try:
@@ -90,15 +90,15 @@ def launch(
         sys.exit(1)
     sys.argv[1:] = arguments
     with answered(config_name) if form == "json" and not only_shows(arguments) else nullcontext():
-        _launch(config_name, schema, work, recorded, repeat)
+        _launch(config_name, schema, work, recorded, repeatable)
 
 
-def _launch(config_name: str, schema: type, work: Work, recorded: bool, repeat: Repeat | None) -> None:
+def _launch(config_name: str, schema: type, work: Work, recorded: bool, repeatable: bool) -> None:
     try:
         sys.argv = [sys.argv[0], *rewritten(sys.argv[1:], config_name, schema)]
 
         def run(config: DictConfig) -> float | None:
-            return run_once(config, work, recorded, repeat)
+            return run_once(config, work, recorded, repeatable)
 
         conf = str(HERE.parent / "conf")
         with flags_refused_in_a_line(schema):
@@ -115,7 +115,7 @@ def _launch(config_name: str, schema: type, work: Work, recorded: bool, repeat: 
         sys.exit(1)
 
 
-def run_once(config: DictConfig, work: Work, recorded: bool, repeat: Repeat | None) -> float | None:
+def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -> float | None:
     """Do the work of one config that Hydra has composed, of a run or of a job of a sweep; or take over what
     came of it before. Returns the figure that sweeps compare.
 
@@ -125,19 +125,20 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeat: Repeat | No
     place, overrides = place_of(hydra_config), unresolved(composed_config().hydra.overrides.task)
     if is_called_off(place):
         return math.nan
-    made_with, done = made_before(repeat, config, place) if repeat else (None, None)
+    script = str(hydra_config.job.config_name)
+    made_with, done = made_before(script, config, place) if repeatable else (None, None)
     with ExitStack() as stack:
         try:
-            if repeat and done and not place.sweep:
-                show_again(repeat, OmegaConf.to_object(config), done)
-                return None
             stack.callback(place.remove_if_empty)
+            if done and not place.sweep:
+                show_again(script, OmegaConf.to_object(config), done)
+                return None
             if place.in_worker:
                 stack.callback(give_back_memory)
             resumes = bool(config.get("resume"))
             place = stack.enter_context(claimed_place(place, resumes))
             if recorded:
-                stack.enter_context(logged(place, hydra_config.job.config_name))
+                stack.enter_context(logged(place, script))
             if recorded and not resumes:
                 write_record(config, place)
             if place.sweep and torchrun_rank() is not None:
@@ -150,12 +151,9 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeat: Repeat | No
                 Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"
             ]
             given = given_keys(overrides, folders, values=resumes)
-            if repeat and done:
-                from llm.commands.done import take_over
-
-                take_over(done, place.run_dir)
-                return repeat.outcome(place.run_dir).result
-            if repeat:
+            if done:
+                return take_over(script, done, place.run_dir)
+            if repeatable:
                 resumed_with = (given if resumes else ()) if getattr(settings, "resume", None) else None
                 stack.enter_context(noted(place.run_dir, made_with, resumed_with))
             before = modified(place.run_dir / SUMMARY)

@@ -4,12 +4,10 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
 
 from answer import tell
 from arguments import only_shows
 from launch import Interrupted, Invocation, launch, torchrun_rank
-from repeating import Repeat
 
 from llm.config import PretrainConfig
 from llm.errors import UserError
@@ -23,7 +21,7 @@ def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
     do: it is of a part of the split, and where runs end worse than their best, as on a small text, it may be
     below the final loss of jobs that trained to their end. The stopped job would then be taken for the best.
     """
-    from llm.commands.pretrain import pretrain_in  # imports torch, which --help need not wait for
+    from llm.commands.pretrain import outcome_of, pretrain_in  # imports torch, which --help need not wait for
 
     summary = pretrain_in(invocation.run_dir, config, invocation.given)
     outcome = outcome_of(invocation.run_dir)
@@ -35,18 +33,6 @@ def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
         tell(outcome, invocation.run_dir)
         raise Interrupted(signal.Signals[summary.stopped_by])
     return outcome
-
-
-def outcome_of(run_dir: Path) -> Outcome:
-    from llm.commands.pretrain import outcome_of
-
-    return outcome_of(run_dir)
-
-
-def show(_: PretrainConfig, run_dir: Path) -> None:
-    from llm.commands.pretrain import show_again
-
-    show_again(run_dir)
 
 
 def follow_the_first() -> None:
@@ -72,4 +58,4 @@ if __name__ == "__main__":
     if torchrun_rank():  # not the first
         follow_the_first()
     else:
-        launch("pretrain", PretrainConfig, run, repeat=Repeat(outcome_of, show))
+        launch("pretrain", PretrainConfig, run, repeatable=True)

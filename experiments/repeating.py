@@ -1,9 +1,13 @@
-"""What becomes of a run that was made before: a job of a sweep takes it over, a single one shows it again."""
+"""What becomes of a run that was made before: a job of a sweep takes it over, a single one shows it again.
+
+The module in `llm.commands` that does a script's work says with `outcome_of` what came of a run, and prints
+with `show_again` what the run itself printed.
+"""
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +18,12 @@ from sweeping.job import Place
 
 from llm.errors import UserError, shown
 from llm.files import as_typed
-from llm.outcome import Outcome
 from llm.run_folder import holds_run, refuse_links
 from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """How a script tells of a run that is done already."""
-
-    outcome: Callable[[Path], Outcome]  # of the run in a folder
-    show: Callable[[Any, Path], None]  # print what came of it, as the run itself did; by the config asked for
-
-
-def made_before(repeat: Repeat, config: DictConfig, place: Place) -> tuple[str | None, Path | None]:
+def made_before(script: str, config: DictConfig, place: Place) -> tuple[str | None, Path | None]:
     """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
 
     There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
@@ -46,17 +41,19 @@ def made_before(repeat: Repeat, config: DictConfig, place: Place) -> tuple[str |
         if not made_with or settings.if_done == "again":
             return made_with, None
         found = find_done(made_with, _root(place))
-        if found and _is_whole(repeat, found):
-            return made_with, found
-        return made_with, None
+        return made_with, found if found and _is_whole(script, found) else None
     return None, None
 
 
-def _is_whole(repeat: Repeat, folder: Path) -> bool:
+def _is_whole(script: str, folder: Path) -> bool:
     with suppress(UserError):
         refuse_links(folder)
-        return bool(repeat.outcome(folder).figures)
+        return bool(_command(script).outcome_of(folder).figures)
     return False
+
+
+def _command(script: str) -> Any:
+    return import_module(f"llm.commands.{script}")
 
 
 def _root(place: Place) -> Path:
@@ -67,11 +64,20 @@ def _root(place: Place) -> Path:
     return OUTPUTS if place.is_made_up else place.run_dir
 
 
-def show_again(repeat: Repeat, config: Any, folder: Path) -> None:
+def show_again(script: str, config: Any, folder: Path) -> None:
     why = "done already, with the same config, code and data; if_done=again does it again"
     print(f"{shown(str(as_typed(folder)))}: {why}", file=sys.stderr)
-    repeat.show(config, folder)
-    tell(repeat.outcome(folder), folder, reused=True)
+    _command(script).show_again(config, folder)
+    tell(_command(script).outcome_of(folder), folder, reused=True)
+
+
+def take_over(script: str, folder: Path, run_dir: Path) -> float | None:
+    """Let a job's folder be what that of a run that is done is; returns the figure that sweeps compare."""
+    from llm.commands.done import copy_run
+
+    copy_run(folder, run_dir)
+    result: float | None = _command(script).outcome_of(run_dir).result
+    return result
 
 
 @contextmanager

@@ -104,9 +104,9 @@ def loss_in_words(rank: int, said: str, exit_code: int | None = None) -> str:
 
 
 @contextlib.contextmanager
-def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) -> Iterator[Runtime]:
-    """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`:
-    those that torchrun has launched, or else new ones."""
+def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments: Any) -> Iterator[Runtime]:
+    """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`,
+    or do nothing if that is None: those that torchrun has launched, or else new ones."""
     if config.processes == 1:
         yield start_runtime(config)
         return
@@ -130,7 +130,7 @@ def processes(config: RuntimeConfig, work: Callable[..., Any], *arguments: Any) 
             _wait_for(others, folder)
             _join(group)
             watch = Watch()
-            dist.broadcast_object_list([(config, arguments)])
+            dist.broadcast_object_list([(config, arguments if work else None)])
             yield runtime
             watch.end()
             dist.destroy_process_group()  # before `join`: NCCL's waits for the others'
@@ -190,7 +190,8 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
         told: list[Any] = [None]
         dist.broadcast_object_list(told)
         config, arguments = told[0]
-        work(*arguments, start_runtime(config, dist.get_rank()))
+        if arguments is not None:
+            work(*arguments, start_runtime(config, dist.get_rank()))
     except UserError as error:
         watch.end(str(error))
         raise

@@ -30,6 +30,11 @@ def test_after_processes_that_failed_the_next_ones_meet_anew() -> None:
         assert ranks(runtime) == [0, 1]
 
 
+def test_the_others_end_where_there_is_nothing_to_do() -> None:
+    with processes(TWO, None) as runtime:
+        assert runtime.is_main
+
+
 def lost(runtime: Runtime, how: str) -> None:
     if runtime.rank == 1 and how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -32,11 +32,13 @@ class Place:
     is_made_up: bool = False  # the folder was named by the clock, not by the user
 
     def remove_if_empty(self) -> None:
-        """Delete the folders of the day and so on, if a run that was refused was the first in them."""
+        """Delete the folder, and those of the day and so on, if a run that was refused was the first in them,
+        or one that is done already needed none."""
         if self.is_made_up:
             with suppress(OSError):  # not empty
-                for folder in as_typed(self.run_dir).parents[:-1]:
-                    folder.rmdir()
+                for folder in (self.run_dir, *as_typed(self.run_dir).parents[:-1]):
+                    with suppress(FileNotFoundError):
+                        folder.rmdir()
 
 
 def place_of(hydra: HydraConf) -> Place:

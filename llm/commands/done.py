@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_files, find_splits
 from llm.data.token_file import token_files
-from llm.files import as_typed, parse_json, read_content, remove, sha256, write_json
+from llm.files import as_typed, parse_json, read_content, remove, replacing, sha256, write_json
 from llm.run_folder import FINGERPRINT, LOCK, SUMMARY, read_summary, write_summary
 from llm.runs import OUTPUTS, folders_with
 from llm.runtime import device_kind, launched_processes
@@ -29,7 +28,8 @@ RECORD_BYTES = 10_000  # more is no such record
 # Keys that do not change what comes out. The text counts by its content, and weights by theirs.
 IRRELEVANT = ("if_done", "tracking", "quiet", "resume", "checkpoint", "init_from", "prompt_file", "path")
 OF_DATA = ("source", "path", "cache_dir")
-NOT_TAKEN = (LOCK, ".hydra", "wandb")  # of a run's folder, for another: what says where and how it was begun
+# Of a run's folder, what another does not take: what says where and how it was begun, and what is unfinished.
+NOT_TAKEN, NOT_TAKEN_SUFFIXES = (LOCK, ".hydra", "wandb"), (".log", ".tmp")
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,8 @@ def fingerprint(config: Repeatable) -> str | None:
 
 @cache
 def _code() -> str:
-    folder = Path(llm.__file__).parent
-    return _hash(file.read_bytes() for file in sorted(folder.rglob("*.py")))
-
-
-def _hash(contents: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in contents)).hexdigest()
+    files = sorted(Path(llm.__file__).parent.rglob("*.py"))
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def _weights(name: str) -> str:
@@ -104,8 +100,8 @@ def begin(run_dir: Path, identity: str) -> None:
 
 
 def end(run_dir: Path) -> None:
-    """Record that a run is done."""
-    if recorded := _recorded(run_dir):
+    """Record that a run is done, unless its summary says that it was stopped early."""
+    if (recorded := _recorded(run_dir)) and read_summary(run_dir).get("status", "finished") == "finished":
         _write(run_dir, recorded["fingerprint"], is_done=True)
 
 
@@ -137,22 +133,25 @@ def find_done(identity: str, root: Path = OUTPUTS) -> Path | None:
     return max(found, key=lambda folder: (folder / FINGERPRINT).stat().st_mtime, default=None)
 
 
-def take_over(done: Path, run_dir: Path) -> None:
-    """Make a job's folder what the folder of a run that is done is, and say so in its summary. Checkpoints,
-    which nobody writes to again, are the same files on disk where the file system can share them."""
-    for entry in sorted(done.iterdir()):
-        target = run_dir / entry.name
-        if entry.name in NOT_TAKEN or entry.suffix in (".log", ".tmp"):
+def copy_run(done: Path, run_dir: Path) -> None:
+    """Make a folder what the folder of a run that is done is, and say so in its summary. Checkpoints, which
+    nobody writes to again, are the same files on disk where the file system can share them.
+
+    They come after what else there is, and the summary last: a job that is killed meanwhile begins anew or is
+    resumed, as any other.
+    """
+    for entry in sorted(done.iterdir(), key=lambda entry: (entry.is_dir(), entry.name)):
+        if entry.name in (*NOT_TAKEN, SUMMARY) or entry.suffix in NOT_TAKEN_SUFFIXES:
             continue
-        remove(target)
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, target, symlinks=True, copy_function=_link_or_copy)
-        else:
-            shutil.copy2(entry, target, follow_symlinks=False)
+        with replacing(run_dir / entry.name) as temporary:
+            if entry.is_dir():
+                shutil.copytree(entry, temporary, symlinks=True, copy_function=_link_or_copy)
+            else:
+                shutil.copyfile(entry, temporary)
     origin = str(as_typed(done))
     log.info("%s is done already, with the same config, code and data: this is what came of it", origin)
-    if (run_dir / SUMMARY).exists():
-        summary = {name: value for name, value in read_summary(run_dir).items() if name != "wandb_folder"}
+    if summary := read_summary(done):
+        summary.pop("wandb_folder", None)
         write_summary(run_dir, {**summary, "run_dir": str(run_dir), "taken_from": origin})
 
 

@@ -118,7 +118,7 @@ def outcome_of(run_dir: Path) -> Outcome:
     return Outcome(figures, {name: file for name, file in files.items() if file.exists()}, result=loss)
 
 
-def show_again(run_dir: Path) -> None:
+def show_again(_: EvaluateConfig, run_dir: Path) -> None:
     """Print what came of the evaluation in a folder."""
     _print_metrics(read_record(run_dir / EVALUATION))
     log.info("saved to %s", run_dir / EVALUATION)

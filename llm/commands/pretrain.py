@@ -112,8 +112,11 @@ def outcome_of(run_dir: Path) -> Outcome:
     )
 
 
-def show_again(run_dir: Path) -> None:
+def show_again(config: PretrainConfig, run_dir: Path) -> None:
     """Print what came of the run in a folder."""
+    if launched := launched_processes():
+        with processes(replace(config.runtime, processes=launched), None):
+            pass  # the others wait to be told that there is nothing to do
     outcome = outcome_of(run_dir)
     for name, metric in METRICS.items():
         figure = format_figure(outcome.figures.get(f"val_{name}"), metric.form)

@@ -65,6 +65,22 @@ def test_a_run_that_is_done_is_not_made_again(
     assert not train()["reused"]
 
 
+def test_a_run_that_is_shown_again_leaves_no_folder(train: Any, tmp_path: Path) -> None:
+    first = train()
+    before = sorted(tmp_path.glob("outputs/*/*/*"))
+    assert train()["folder"] == first["folder"]
+    assert sorted(tmp_path.glob("outputs/*/*/*")) == before
+
+
+def test_a_job_that_was_stopped_early_is_not_done(train: Any, script: Script, tmp_path: Path) -> None:
+    rule = ("early_stopping.rule=median", "early_stopping.min_jobs=1", "training.eval_freq=1", "seed=1")
+    sweep = ("-m", "optimizer.lr=1e-2,1e-12", "training.max_steps=6", *rule)
+    states = [job["state"] for job in train(*sweep)["figures"]["jobs"]]
+    assert states == ["finished", "stopped"]
+    jobs = train(*sweep)["figures"]["jobs"]
+    assert ["taken_from" in job["figures"] for job in jobs] == [True, False]
+
+
 def test_a_run_counts_as_what_it_became(train: Any, script: Script, tmp_path: Path) -> None:
     first = train()
     resumed = script("pretrain", f"resume={first['folder']}", "training.max_steps=3")
@@ -132,6 +148,8 @@ def test_every_script_answers_programs(train: Any, script: Script, text: str) ->
         ("evaluate",),
     ):
         answer = json.loads(script(name, *arguments, "output=json").stdout)
+        if name == "runs":
+            assert {run["updates"] for run in answer["figures"]["runs"]} == {2}
         assert (answer["script"], answer["status"], answer["error"]) == (name, "finished", None), answer
         assert answer["figures"] or answer["files"]
 
