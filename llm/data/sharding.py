@@ -53,7 +53,7 @@ def prepare_shards(config: PrepareConfig) -> Record:
         raise UserError(
             f"tokenizer.name={config.tokenizer.name} has no token that ends a text: choose another"
         )
-    index = write_shards(job, tokenizer, config.tokenizer, shards.workers or len(os.sched_getaffinity(0)))
+    index = write_shards(job, tokenizer, config.tokenizer, shards.workers or os.cpu_count() or 1)
     counts = {split: sum(shard["tokens"] for shard in index[split]) for split in SPLITS}
     if not counts["training"]:
         raise UserError(f"the text of data.path={data.path} is empty: give a text to train on")

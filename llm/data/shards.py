@@ -13,7 +13,7 @@ import tiktoken
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.data.cache import read_record
-from llm.data.tokenizer import LEARNT, identity_of, load_tokenizer
+from llm.data.tokenizer import LEARNT, fingerprint_of_ids, identity_of, load_tokenizer
 from llm.data.tokens import Shard, ShardedTokens, TokenFile
 from llm.errors import UserError
 from llm.files import expanded
@@ -53,7 +53,7 @@ def _joined(files: list[TokenFile], tokenizer: tiktoken.Encoding, about: str) ->
     sizes = [file.bytes for file in files]
     return TokenFile(
         ShardedTokens(shards, dtypes.pop(), tokenizer.n_vocab),
-        f"{identity_of(tokenizer)}-{digest.hexdigest()[:32]}",
+        fingerprint_of_ids(tokenizer, digest.hexdigest()),
         None if None in sizes else sum(filter(None, sizes)),
         files[0].path,
     )
@@ -151,7 +151,7 @@ def _indexed(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, Tok
             shards.append(Shard(path, entry["tokens"], documents=path.with_suffix(".documents")))
             digest.update(entry["sha256"].encode())
         tokens = ShardedTokens(shards, dtype, tokenizer.n_vocab)
-        fingerprint = f"{identity_of(tokenizer)}-{digest.hexdigest()[:32]}"
+        fingerprint = fingerprint_of_ids(tokenizer, digest.hexdigest())
         files.append(TokenFile(tokens, fingerprint, sum(entry["bytes"] for entry in index[split]), folder))
     return files[0], files[1]
 
@@ -171,7 +171,7 @@ def _foreign(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, Tok
                 content.seek(max(0, shard.begin + 2 * shard.tokens - (1 << 16)))
                 digest.update(content.read())
         tokens = ShardedTokens(shards, np.dtype("<u2"), tokenizer.n_vocab)
-        fingerprint = f"{identity_of(tokenizer)}-{digest.hexdigest()[:32]}"
+        fingerprint = fingerprint_of_ids(tokenizer, digest.hexdigest())
         files.append(TokenFile(tokens, fingerprint, None, folder))
     return files[0], files[1]
 

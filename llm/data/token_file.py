@@ -14,7 +14,7 @@ from llm.data.cache import Record, made_once, read_array, write_array
 from llm.data.corpus import Split, find_splits
 from llm.data.pieces import encode_pieces
 from llm.data.shards import shard_files
-from llm.data.tokenizer import bytes_of_tokens, identity_of
+from llm.data.tokenizer import bytes_of_tokens, fingerprint_of_ids
 from llm.data.tokens import TokenFile
 from llm.files import cache_folder
 from llm.progress import Progress, format_count
@@ -48,7 +48,7 @@ def token_files(
 
 def token_file(split: Split, tokenizer: tiktoken.Encoding, cache: Path, what: str) -> TokenFile:
     """The tokens of a split, from the cache; made at the first call for this text and this tokenizer."""
-    identity = f"{identity_of(tokenizer)}-{split.sha256[:32]}"
+    identity = fingerprint_of_ids(tokenizer, split.sha256)
     path = cache / "tokens" / f"{identity}.npy"
     token_ids, record = made_once(
         path,

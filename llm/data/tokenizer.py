@@ -200,6 +200,12 @@ def identity_of(tokenizer: tiktoken.Encoding) -> str:
     return f"{tokenizer.name}-{fingerprint(tokenizer)[:16]}"
 
 
+def fingerprint_of_ids(tokenizer: tiktoken.Encoding, sha256: str) -> str:
+    """What tells token ids from others: the tokenizer, and a hash of the text; see `tokenizer_and_text` in
+    llm/records.py."""
+    return f"{identity_of(tokenizer)}-{sha256[:32]}"
+
+
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     """A hash of everything that determines a tokenizer's output."""
     digest = hashlib.sha256(f"{tokenizer.name} {tokenizer._pat_str} {tokenizer._special_tokens}".encode())

@@ -25,11 +25,8 @@ class ShardedTokens:
 
     def __init__(self, shards: list[Shard], dtype: np.dtype, vocab_size: int) -> None:
         """`vocab_size` bounds the ids: what is read beyond is an error."""
-        self.shards, self.dtype, self.vocab_size = (
-            [shard for shard in shards if shard.tokens],
-            dtype,
-            vocab_size,
-        )
+        self.shards = [shard for shard in shards if shard.tokens]
+        self.dtype, self.vocab_size = dtype, vocab_size
         self._ends = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._mapped: dict[int, np.memmap] = {}
         self._rows = 0
