@@ -34,6 +34,7 @@ def conclude(folder: Path) -> Outcome:
         if script == "pretrain" and jobs:
             report = sweep_report(jobs, [folder], folder)
             outcome.files["report"] = report.page
+            outcome.figures["report"] = report.findings.summary
             for head, line in [("report", str(report.page)), *report.lines]:
                 print(shown(f"{head:<11} {line}"))
             own = ["wandb/*run-*"] * bool(log_findings(report.findings, folder, jobs, tracking_of(jobs)))

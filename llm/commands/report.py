@@ -49,7 +49,9 @@ def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None
     if config.run and train and commands:
         train(shlex.split(commands[-1])[2:])
         return write_report(replace(config, run=False), run_dir)
-    outcome = Outcome(dict(report.lines), files)
+    outcome = Outcome(report.findings.summary, files)
+    if commands:
+        outcome.next["predicted run"] = commands[-1]
     if unsynced := log_findings(report.findings, target, jobs, tracking_for(config.tracking, jobs)):
         outcome.next["sync"] = sync_command(unsynced)
         print(shown(f"{'W&B':<11} {outcome.next['sync']}", keep=""))

@@ -148,6 +148,8 @@ def test_every_script_answers_programs(train: Any, script: Script, text: str) ->
         ("evaluate",),
     ):
         answer = json.loads(script(name, *arguments, "output=json").stdout)
+        if name == "report":
+            assert answer["figures"]["best/seeds"] == 2
         if name == "runs":
             assert {run["updates"] for run in answer["figures"]["runs"]} == {2}
         assert (answer["script"], answer["status"], answer["error"]) == (name, "finished", None), answer
