@@ -57,17 +57,23 @@ def copied(tensor: Any, is_main: bool) -> Tensor | None:
     return whole.detach().to("cpu", copy=whole is tensor) if is_main else None
 
 
+def _own_of(whole: Tensor, parameter: Any) -> Tensor:
+    """Of a whole tensor what this process keeps of a parameter of its shape."""
+    if not is_sharded(parameter):
+        return whole
+    rows = -(-len(whole) // parameter.device_mesh.size())  # of each process; of the last ones fewer, or none
+    first = rows * parameter.device_mesh.get_local_rank()
+    return whole[first : first + rows]
+
+
 def sharded_like(parameter: Any, whole: Tensor) -> Tensor:
     """A copy of a whole tensor on the device of a parameter of its shape, sharded as that is."""
     if not is_sharded(parameter):
         return whole.clone()
     from torch.distributed.tensor import DTensor
 
-    rows = -(-len(whole) // parameter.device_mesh.size())  # of each process; of the last ones fewer, or none
-    first = rows * parameter.device_mesh.get_local_rank()
-    own_rows = whole[first : first + rows].to(parameter.device, copy=True)
     return DTensor.from_local(
-        own_rows,
+        _own_of(whole, parameter).to(parameter.device, copy=True),
         parameter.device_mesh,
         parameter.placements,
         shape=parameter.shape,
@@ -79,7 +85,7 @@ def sharded_like(parameter: Any, whole: Tensor) -> Tensor:
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Take over whole weights, as of a checkpoint, of the shapes of the model's."""
     for name, parameter in model.state_dict().items():
-        own(parameter).copy_(own(sharded_like(parameter, tensors[name])))
+        own(parameter).copy_(_own_of(tensors[name], parameter))
 
 
 def clip_gradients(model: nn.Module, most: float | None, runtime: Runtime) -> Tensor:
