@@ -130,7 +130,8 @@ def _draw(found: dict[str, dict[int, Sizes]], config: BenchmarkConfig, path: Pat
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"root mean square after {config.steps} updates")
-    panels[1].legend(frameon=False, fontsize=8)
+    lines, places = panels[0].get_legend_handles_labels()
+    picture.legend(lines, places, loc="outside right center", frameon=False, fontsize=8)  # over no line
     picture.suptitle(f"Activations of the last block, {config.optimizer.name}", fontsize=10)
     with replacing(path) as temporary:
         picture.savefig(temporary, format="png")
