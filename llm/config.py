@@ -9,7 +9,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from importlib import import_module
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from llm.errors import UserError
 
@@ -47,6 +47,8 @@ def key(
 # The largest numbers that torch computes with, whatever they are multiplied by: whole ones in 64 bits, others
 # in 32. No number has to be infinite or undefined.
 LARGEST_WHOLE, LARGEST = 2**63 - 1, 1e30
+
+AUTO = "auto"
 
 RUN_STATES = ("running", "finished", "stopped", "interrupted", "failed", "killed")
 
@@ -139,7 +141,15 @@ class DataConfig:
         "data=shards: their folder",
     )
     train_ratio: float = key(0.9, "share of the text, in characters, to train on", above=0, below=1)
-    batch_size: int = key(16, "windows per batch, over all processes", at_least=1)
+    if TYPE_CHECKING:
+        batch_size: int = 16  # where anything is computed with it: `build_run` chooses one in place of auto
+    else:
+        batch_size: int | str = key(
+            16,
+            "windows per batch, over all processes; auto: as many as the device has memory for, of an update "
+            "as large as suits the model, or as training.update_tokens says",
+            at_least=1,
+        )
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
     order: str = key(
         "shuffled",
@@ -215,6 +225,11 @@ class TrainingConfig:
     eval_iter: int = key(5, "batches of each split per evaluation", at_least=1)
     grad_clip: float | None = key(1.0, "gradient clipping: largest global norm; null: none", above=0)
     accumulate: int = key(1, "micro-batches per optimizer step (gradient accumulation)", at_least=1)
+    update_tokens: int | None = key(
+        None,
+        "data.batch_size=auto: tokens of an update; null: as many as suit the model",
+        at_least=1,
+    )
     max_skipped: int = key(
         0,
         "updates in a row to skip when loss or gradient is not finite; one more stops the run",
@@ -394,6 +409,28 @@ class ShardsConfig:
 @dataclass
 class PrepareConfig(PretrainConfig):
     shards: ShardsConfig = field(default_factory=ShardsConfig)
+
+
+@dataclass
+class PlanSettings:
+    device: str | None = key(
+        None, "plan for one of these, in place of this machine", table="llm.device.DEVICES"
+    )
+    price: float | None = key(None, "of an hour of a process, in any currency", at_least=0)
+    probe: bool = key(False, "measure the first 20 seconds of updates, and an evaluation, on this machine")
+    flops: float | None = key(
+        None,
+        "compute to size a model for, in floating-point operations; null: that of the run, or of budget",
+        above=0,
+    )
+    budget: float | None = key(
+        None, "money to size a model for, which buys what plan.price and the speed make of it", above=0
+    )
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
 
 @dataclass
@@ -614,11 +651,31 @@ def validate(config: Any, prefix: str = "") -> None:
                 f"early_stopping.rule={stopping.rule} compares evaluations during the run: "
                 f"set training.eval_freq"
             )
-        case PretrainConfig(data=data, runtime=runtime) if data.batch_size % runtime.processes:
+        case DataConfig(batch_size=str(size)) if size != AUTO:
+            raise UserError(f"{prefix}batch_size={size}: must be a whole number or {AUTO}")
+        case PretrainConfig(data=DataConfig(batch_size=int(size)), runtime=runtime) if (
+            size % runtime.processes
+        ):
             raise UserError(
-                f"data.batch_size={data.batch_size} cannot be divided evenly among "
+                f"data.batch_size={size} cannot be divided evenly among "
                 f"runtime.processes={runtime.processes}: make it a multiple of {runtime.processes}"
             )
+        case PretrainConfig(
+            model=ModelConfig(context_length=context),
+            data=DataConfig(batch_size=int(size)),
+            training=TrainingConfig(update_tokens=int(tokens), accumulate=accumulate),
+        ) if tokens != size * accumulate * context:
+            raise UserError(
+                f"training.update_tokens={tokens}: data.batch_size={size} × training.accumulate={accumulate} "
+                f"× model.context_length={context} is {size * accumulate * context}; set "
+                f"data.batch_size={AUTO}, or remove it"
+            )
+        case PlanSettings(probe=True, device=str(device)):
+            raise UserError(f"plan.device={device}: plan.probe=true measures this machine; remove one")
+        case PlanSettings(budget=float() | int(), price=None | 0):
+            raise UserError("plan.budget buys hours: give what one costs, as plan.price")
+        case PlanSettings(budget=float() | int(), flops=float() | int()):
+            raise UserError("plan.budget and plan.flops both say how much compute there is: remove one")
         case GenerateConfig(stop=stop) if "" in stop:
             raise UserError("stop contains an empty text, which would end every sample at once: remove it")
         case GenerateConfig(quiet=True, study=True):
@@ -669,6 +726,8 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
         raise UserError(f"{name}={value}: must be one of {listed} ({metadata['meaning']})")
     if isinstance(value, int | float) and value > (most := LARGEST_WHOLE if type(value) is int else LARGEST):
         bounds = {"at most": most, **bounds}
+    if isinstance(value, str):  # in place of a number, as auto
+        return
     if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
         raise UserError(f"{name}={value}: must be {wanted} ({metadata['meaning']})")

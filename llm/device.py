@@ -8,6 +8,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -84,6 +86,60 @@ def exactness_in_words(runtime: Runtime, deterministic: bool) -> str:
     if runtime.device.type == "cuda":
         return "deterministic kernels"
     return "runtime.deterministic=true changes nothing, as CPUs repeat their numbers anyway"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run is planned by."""
+
+    kind: str  # cpu, cuda or mps
+    memory_bytes: float  # of a process
+    bf16_flops: float | None = None  # of matrix products at best, a second; None: to be measured
+
+
+# By `plan.device`, as NVIDIA's data sheets say: without sparsity, and adding up in fp32.
+DEVICES: dict[str, Device] = {
+    "rtx3090": Device("cuda", 24e9, 71e12),
+    "rtx4090": Device("cuda", 24e9, 165e12),
+    "l4": Device("cuda", 24e9, 121e12),
+    "l40s": Device("cuda", 48e9, 362e12),
+    "a100_40gb": Device("cuda", 40e9, 312e12),
+    "a100": Device("cuda", 80e9, 312e12),
+    "h100": Device("cuda", 80e9, 989e12),
+    "h200": Device("cuda", 141e9, 989e12),
+    "b200": Device("cuda", 180e9, 2250e12),
+}
+
+
+def device_of(runtime: Runtime, processes: int | None = None) -> Device:
+    """This device, as the main process of a run sees it. The processes on a CPU share its memory.
+
+    Args:
+        processes: None: those that there are.
+    """
+    kind = runtime.device.type
+    if kind == "cuda":
+        return Device(kind, runtime.agree(gpu_memory_bytes(runtime.device)))
+    return Device(kind, runtime.agree(memory_bytes() / (processes or runtime.processes)))
+
+
+_stood_for: ContextVar[float | None] = ContextVar("memory of the GPU that is stood for", default=None)
+
+
+@contextlib.contextmanager
+def standing_for_gpu(memory_bytes: float) -> Iterator[None]:
+    """Let tensors on the CPU stand for those of a CUDA GPU with so much memory: computed with torch's own
+    kernels, in chunks as large as they are there. See llm/training/memory.py."""
+    token = _stood_for.set(memory_bytes)
+    try:
+        yield
+    finally:
+        _stood_for.reset(token)
+
+
+def gpu_stood_for() -> float | None:
+    """The memory of the GPU that tensors on the CPU stand for, if they do."""
+    return _stood_for.get()
 
 
 def memory_bytes() -> int:

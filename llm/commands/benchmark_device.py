@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend
 from llm.commands.benchmark_generation import text_generator
 from llm.commands.benchmark_training import flops_per_token, updater
 from llm.commands.device_checks import CHECKS, Check
-from llm.config import BenchmarkConfig, ModelConfig, OptimizerConfig, validate
-from llm.device import device_name, gpu_memory_bytes, measure_matmul_flops, memory_bytes
+from llm.config import BenchmarkConfig, ModelConfig, OptimizerConfig, PretrainConfig, validate
+from llm.device import device_name, device_of, gpu_memory_bytes, measure_matmul_flops, memory_bytes
 from llm.errors import UserError, first_line
 from llm.files import write_json
 from llm.generation.inference import for_inference
@@ -30,8 +30,8 @@ from llm.runtime import Runtime, precisions_of, set_product_precision, start_run
 from llm.tables import fitted, format_table
 from llm.training.acceleration import LARGE_FLOPS
 from llm.training.circumstances import Circumstances
+from llm.training.memory import largest_that_fits
 from llm.training.optimizers import build_optimizers
-from llm.training.update_size import windows_that_fit
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +165,9 @@ def _speeds(config: BenchmarkConfig, runtime: Runtime) -> Iterator[list[str]]:
     yield ["memory", f"{_copied_per_second(runtime) / 1e9:,.0f} GB/s", "read and written by a copy"]
     models = {"default": (config.model, config.batch_size)}
     if runtime.device.type != "cpu":
-        memory = gpu_memory_bytes(runtime.device) if runtime.device.type == "cuda" else memory_bytes()
-        rows = windows_that_fit(GPT124M, memory, runtime.dtype.itemsize)
-        models["124M"] = GPT124M, min(GPT124M_ROWS, rows)
+        planned, counts = PretrainConfig(model=GPT124M), [GPT124M_ROWS, 16, 8, 4, 2]
+        fitting = largest_that_fits(counts, planned, runtime.precision, device_of(runtime))
+        models["124M"] = GPT124M, fitting
     for name, (model, rows) in models.items():
         in_words = partial(_update_in_words, model, rows, flops.get(runtime.precision))
         for optimizer in ("adamw", "muon"):

@@ -1,6 +1,7 @@
 """What `experiments/runs.py` does: list runs. It reads small files alone, and does without torch."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ METRICS = "metrics.jsonl"
 TAIL_BYTES = 1 << 18  # of metrics.jsonl, in which the last evaluation is sought
 HEADING = ["state", "updates", "bits/byte", "trained", "run", "asked for"]
 ALONG_THE_WAY = "~"
+SILENT_SECONDS = 600.0  # from which on a run that should live may hang: heartbeats come every 15 seconds
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def list_runs(config: RunsConfig) -> Outcome:
                 about = sweeps.title(run) or run_title(run, summary)
                 if state == "failed" and summary.get("error"):
                     about += f": {summary['error']}"
+                if state == "running" and (silent := _silent_seconds(run, summary)) > SILENT_SECONDS:
+                    about += f": not heard of for {format_seconds(silent)}"
                 listed.append(Listed(as_typed(run), state, *_figures(run, summary, state), about))
     if not listed:
         print(shown(f"there is no run under {root}/{f' that is {config.state}' if config.state else ''}"))
@@ -81,6 +85,11 @@ def list_runs(config: RunsConfig) -> Outcome:
         print(f"{ALONG_THE_WAY} over a few batches, along the way; the others at the end of the run")
     runs = [{**asdict(run), "folder": str(run.folder)} for run in listed]
     return Outcome({"runs": runs, "more": count - len(listed)})
+
+
+def _silent_seconds(run: Path, summary: Record) -> float:
+    """How long ago a run last said that it lives, or began."""
+    return time.time() - max(summary.get("heartbeat") or 0.0, begun(run))
 
 
 class _Sweeps:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llm.device import gpu_stood_for
 from llm.runtime import computes_in_bf16
 
 SHORT = 512  # tokens up to which attention keeps all its weights, (time, time) in bf16 for each head
@@ -21,7 +22,8 @@ IN_CACHE = 1 << 18  # numbers that a core's cache holds while several steps are 
 
 def trains_on_cpu(x: Tensor) -> bool:
     """Whether x is on a CPU and a gradient is wanted of it. What torch compiles, it makes fast itself."""
-    return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
+    trains = x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
+    return trains and gpu_stood_for() is None
 
 
 def trains_in_bf16_on_cpu(x: Tensor) -> bool:

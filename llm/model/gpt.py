@@ -177,8 +177,10 @@ class GPTModel(nn.Module):
         """Logits (batch, time, vocab_size); or, given targets (batch, time), their mean cross-entropy in
         nats, without ever holding all logits at once."""
         features = self.features(idx)
-        if targets is None:
-            return self.logits(features)
+        return self.logits(features) if targets is None else self.loss_of(features, targets)
+
+    def loss_of(self, features: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of targets (batch, time), given features (batch, time, emb_dim)."""
         return linear_cross_entropy(
             features.flatten(0, 1), self.head_weight, targets.flatten(), self.config.logit_softcap
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.device import gpu_memory_bytes
+from llm.device import gpu_memory_bytes, gpu_stood_for
 from llm.model.cpu import IN_CACHE
 
 CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2's vocabulary
@@ -28,9 +28,10 @@ ALIGNED = 64  # matrix products are fastest when their sides are multiples of th
 def chunk_tokens(device: torch.device, vocab_size: int, dtype: torch.dtype) -> int:
     """How many tokens' logits are held at once. It depends on the whole memory of a GPU, not on what is free:
     chunks decide in which order a gradient is added up, and a rerun is to add up the same."""
-    if device.type != "cuda":
+    memory = gpu_memory_bytes(device) if device.type == "cuda" else gpu_stood_for()
+    if memory is None:
         return CHUNK_TOKENS
-    fit = CUDA_CHUNK_SHARE * gpu_memory_bytes(device) / (vocab_size * dtype.itemsize)
+    fit = CUDA_CHUNK_SHARE * memory / (vocab_size * dtype.itemsize)
     return min(max(CHUNK_TOKENS, 2 ** int(math.log2(fit))), CUDA_CHUNK_TOKENS)
 
 

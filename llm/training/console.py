@@ -62,7 +62,7 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
     )
     if run.chosen:
         log.info(
-            "           for this GPU, as nobody gave them: %s",
+            "           for this device, as nobody gave them: %s",
             " ".join(f"{key}={value}" for key, value in run.chosen.items()),
         )
     limit, value = budget.limit, getattr(training, budget.limit)

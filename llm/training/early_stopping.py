@@ -17,7 +17,8 @@ rung. With `early_stopping.rule=none` it runs to its end.
 
 import logging
 import math
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 from llm.config import TrainingConfig
 from llm.errors import UserError
-from llm.files import append_json_lines, flush, parse_json, read_content, read_json_lines
+from llm.files import append_json_lines, flush, parse_json, read_json_lines
 from llm.records import count, tokenizer_and_text, typed
 from llm.run_folder import read_summary
 from llm.training.run import Run
@@ -111,7 +112,7 @@ class EarlyStopping:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._judgements = read_judgements(run.run_dir / JUDGEMENTS)
-        self._read: dict[tuple[Path, str], tuple[tuple[int, int, int], Curve]] = {}
+        self._read: dict[tuple[Path, str], CurveReader] = {}
         self._evaluated_on: dict[Path, tuple[str, str]] = {}  # the tokenizer and the text of jobs
 
     def reason_to_stop(self) -> str | None:
@@ -210,16 +211,10 @@ class EarlyStopping:
 
     def _curve(self, job: Path, compared: str) -> Curve:
         """The evaluations of a job; empty if it has none yet."""
-        metrics = job / "metrics.jsonl"
-        key = metrics, compared
-        try:
-            status = metrics.stat()
-            version = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if key not in self._read or self._read[key][0] != version:
-                self._read[key] = version, read_curve(metrics, self.run.config.training, compared)
-        except OSError:  # not started, or just being cut back to a checkpoint that it resumes from
-            return []
-        return self._read[key][1]
+        key = job, compared
+        if key not in self._read:
+            self._read[key] = CurveReader(job / "metrics.jsonl", self.run.config.training, compared)
+        return self._read[key].curve()
 
 
 def _announced(reason: str | None) -> str | None:
@@ -237,18 +232,45 @@ def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
     }
 
 
-def read_curve(metrics: Path, training: TrainingConfig, compared: str = LOSS) -> Curve:
-    """The evaluations in a `metrics.jsonl`, placed by the limits of `training`. A damaged line is skipped, as
-    is one still being written, or cut off when its job was killed."""
-    curve = []
-    for line in read_content(metrics).splitlines():
-        if b'"val/loss"' not in line:  # most lines are of updates, and there are too many to parse
-            continue
-        values = typed(parse_json(line))
-        step, epoch, seconds = (values.get(name) for name in ("step", "epoch", "seconds"))
-        if compared not in values or step is None or epoch is None or seconds is None:
-            continue
-        loss = values[compared]
-        shares = spent(training, step + 1, epoch, seconds)
-        curve.append(Point(max(shares.values()), math.inf if loss is None else loss))
-    return curve
+class CurveReader:
+    """Reads the evaluations in a `metrics.jsonl` that grows, placed by the limits of `training`: each time
+    only what is new. A damaged line is skipped, as is one cut off when its job was killed."""
+
+    def __init__(self, metrics: Path, training: TrainingConfig, compared: str) -> None:
+        self.metrics, self.training, self.compared = metrics, training, compared
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._file = 0  # its inode: another, where it was cut back to a checkpoint
+        self._end = 0  # of what is read, in bytes
+        self._curve: Curve = []
+
+    def curve(self) -> Curve:
+        """All evaluations so far; empty if there is none, or the file is just being replaced."""
+        try:
+            with self.metrics.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._file or status.st_size < self._end:
+                    self._begin_anew()
+                    self._file = status.st_ino
+                file.seek(self._end)
+                new = file.read()
+        except OSError:
+            self._begin_anew()
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self._end += len(whole)
+        self._curve += self._points(whole)
+        return self._curve
+
+    def _points(self, lines: bytes) -> Iterator[Point]:
+        for line in lines.splitlines():
+            if b'"val/loss"' not in line:  # most lines are of updates, and there are too many to parse
+                continue
+            values = typed(parse_json(line))
+            step, epoch, seconds = (values.get(name) for name in ("step", "epoch", "seconds"))
+            if self.compared not in values or step is None or epoch is None or seconds is None:
+                continue
+            loss = values[self.compared]
+            shares = spent(self.training, step + 1, epoch, seconds)
+            yield Point(max(shares.values()), math.inf if loss is None else loss)

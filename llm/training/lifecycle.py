@@ -36,7 +36,8 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
             del weights  # the model has them
         # Before W&B starts, whose own processes take time of the same cores.
         matmul_flops = measure_matmul_flops(runtime) * runtime.processes
-        recorder = Recorder(run, start) if runtime.is_main else None  # last: from here on it has to be closed
+        # Last: from here on it has to be closed.
+        recorder = Recorder(run, start, summary) if runtime.is_main else None
         observer = recorder or Follower(run)
         try:
             run.model.train()
@@ -114,7 +115,8 @@ def close(recorder: Recorder, summary: Summary) -> None:
     recorder.writer.wait()
     tracker = recorder.tracker
     figures = summary.as_dict()
-    del figures["total_seconds"], figures["wandb_folder"]  # not known yet
+    for name in ("total_seconds", "wandb_folder", "heartbeat"):  # not known yet, or of no use there
+        del figures[name]
     tracker.log_picture("loss", recorder.run.run_dir / "loss.png")
     tracker.finish(figures, failed=summary.status == "failed")
     summary.wandb_folder = str(tracker.wandb_folder) if tracker.wandb_folder else None

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from llm.checkpoints.checkpoint import NOT_SAVED, CheckpointWriter
@@ -18,9 +20,12 @@ from llm.training.early_stopping import EarlyStopping
 from llm.training.run import Run
 from llm.training.start import Start, rewind
 from llm.training.state import copy_weights, gathered, snapshot, whole_model
+from llm.training.summary import Summary
 
 log = logging.getLogger(__name__)
 
+HEARTBEAT_SECONDS = 15.0  # from one to the next; more where a disk is so slow that they would take time
+LARGEST_SHARE = 0.005  # of a run's time, for heartbeats
 MEASURED_SECONDS = 2.0  # of updates, that tell how fast a run trains
 
 
@@ -58,12 +63,13 @@ class Follower:
 class Recorder:
     """The observer of the main process: metrics, evaluations, samples, checkpoints, early stopping."""
 
-    def __init__(self, run: Run, start: Start) -> None:
+    def __init__(self, run: Run, start: Start, summary: Summary) -> None:
         """
         Raises:
             UserError: W&B cannot start, or the run folder cannot be written.
         """
-        self.run, self.run_id = run, start.run_id
+        self.run, self.run_id, self.summary = run, start.run_id, summary
+        self._next_heartbeat = 0.0
         was_stopped = bool(read_summary(run.run_dir).get("stopped_early"))
         self.tracker = Tracker(run.run_dir, run.config.tracking, asdict(run.config), "pretrain", start.run_id)
         rewind(start)  # W&B has started: from here on, little can keep the run from continuing
@@ -71,6 +77,7 @@ class Recorder:
         self.tracker.replay()
         self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
         self.progress = Progress("training", run.progress())
+        run.alive = self.heartbeat
         self._before = replace(run.counters)  # the update that is being done
         # Tokens and seconds of each update of this process, until they have corrected the announcement.
         self._measured: list[tuple[int, float]] | None = []
@@ -85,6 +92,20 @@ class Recorder:
         self.progress.update(self.run.progress(), *console.status(metrics))
         self._measure(metrics["tokens_per_second"])
         self._before = replace(self.run.counters)
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """Now and then, let `summary.json` say how far the run is and that it lives: one that hangs does not
+        come here."""
+        begin = time.monotonic()
+        if begin < self._next_heartbeat:
+            return
+        self.summary.count(self.run.counters)
+        self.summary.heartbeat = time.time()
+        with suppress(UserError):  # a full disk, of which others speak
+            self.summary.write(self.run.run_dir)
+        now = time.monotonic()
+        self._next_heartbeat = now + max(HEARTBEAT_SECONDS, (now - begin) / LARGEST_SHARE)
 
     def _measure(self, tokens_per_second: float) -> None:
         """Correct the announcement, when some updates have shown how fast this run trains."""

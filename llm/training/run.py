@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import tiktoken
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from llm.config import PretrainConfig
@@ -18,7 +20,7 @@ from llm.data.prompt import first_line
 from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of_tokens
 from llm.data.windows import AnyWindows, Batch, Mixture, TrainingBatches, cut_windows
-from llm.device import memory_bytes
+from llm.device import Device, device_of, memory_bytes
 from llm.generation.texts import prompt_ids
 from llm.model.gpt import GPTModel, parameters_of
 from llm.runtime import Late, Runtime
@@ -66,7 +68,7 @@ class Run:
     # them: one limited by the clock then ends after the same update, with the same rates on the way.
     recorded_clock: list[tuple[float, float]] = field(default_factory=list)
     resumed: list[dict[str, Any]] = field(default_factory=list)  # see Summary
-    chosen: dict[str, int] = field(default_factory=dict)  # keys and values of the config, for this GPU
+    chosen: dict[str, int] = field(default_factory=dict)  # keys and values of the config, for this device
     # The updates that are launched and not yet counted, oldest first: at most one, and none where the device
     # has no queue. So `counters` are about those before.
     in_flight: deque[Launched] = field(default_factory=deque)
@@ -74,6 +76,8 @@ class Run:
     finished_at: float = 0.0  # when that was, on the clock of `time.perf_counter`
     # `queue_update` as one CUDA graph, see llm/training/capture.py.
     captured: Callable[[list[Batch]], Tensor] | None = None
+    # Called now and then by what takes long, to show that the run lives.
+    alive: Callable[[], None] = lambda: None
 
     @property
     def sharded(self) -> bool:
@@ -157,22 +161,26 @@ class Run:
         return f"training.{name}", getattr(self.config.training, name)
 
 
-def build_run(start: Start, runtime: Runtime) -> Run:
+def build_run(start: Start, runtime: Runtime, planned_for: Device | None = None) -> Run:
     """Put a run together. What a user can have got wrong is found here, before the first update; and what
-    nobody has decided is chosen for a GPU, and from here on is part of the config.
+    is left to the device is chosen, and from here on is part of the config.
+
+    Args:
+        planned_for: the run is only to be planned, for this device, where `runtime` is of a CPU: the model
+            and the optimizers have shapes, and no data.
 
     Raises:
         UserError: the text or the prompt of the samples does not exist or does not suit the run, see
             `cut_windows` and `prompt_ids`.
         MemoryError: the model cannot fit this machine.
     """
-    config = start.config
-    if 8 * parameters_of(config.model) > memory_bytes():  # weights and gradients in fp32
-        raise MemoryError  # now: a system that is out of memory kills a process without a word
+    config, device = start.config, planned_for or device_of(runtime)
     tokenizer, splits = find_tokenizer(start.tokenizer, config.data)
     files = token_files(config.data, tokenizer, splits)
-    chosen = chosen_for_device(config, start.undecided, runtime, len(files[0].ids))
+    chosen = chosen_for_device(config, start.undecided, device, runtime.precision, len(files[0].ids))
     config = start.config = with_chosen(config, chosen)
+    if not planned_for and 8 * parameters_of(config.model) > memory_bytes():  # weights and gradients in fp32
+        raise MemoryError  # now: a system that is out of memory kills a process without a word
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
     # The sample comes last, and a prompt that cannot be used would be found when the budget is spent.
     prompt = config.samples.prompt
@@ -180,14 +188,16 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         prompt = first_line(files[1].ids, tokenizer)
     prompt_ids(prompt, tokenizer, config.model.vocab_size, "samples.prompt")
     torch.manual_seed(config.seed)
-    model = GPTModel(config.model)
-    model.checkpoint_activations(config.runtime.checkpoint_activations)
-    trained_model: GPTModel | DistributedDataParallel = model
-    if config.runtime.sharding == "fsdp":
-        shard(model, runtime)
-    else:
-        model.to(runtime.device)
-        trained_model = DistributedDataParallel(model) if runtime.processes > 1 else model
+    with FakeTensorMode() if planned_for else nullcontext():
+        model = GPTModel(config.model)
+        model.checkpoint_activations(config.runtime.checkpoint_activations)
+        trained_model: GPTModel | DistributedDataParallel = model
+        if config.runtime.sharding == "fsdp" and not planned_for:
+            shard(model, runtime)
+        elif not planned_for:
+            model.to(runtime.device)
+            trained_model = DistributedDataParallel(model) if runtime.processes > 1 else model
+        optimizers = build_optimizers(model, config.optimizer, runtime)
     run = Run(
         config=config,
         run_dir=start.run_dir,
@@ -196,7 +206,7 @@ def build_run(start: Start, runtime: Runtime) -> Run:
         bytes_of_tokens=bytes_of_tokens(tokenizer, config.model.vocab_size),
         model=model,
         trained_model=trained_model,
-        optimizers=build_optimizers(model, config.optimizer, runtime),
+        optimizers=optimizers,
         data=[file.fingerprint for file in files],
         training_windows=training_windows,
         validation_windows=validation_windows,

@@ -20,7 +20,15 @@ from llm.checkpoints.checkpoint import (
 )
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights
-from llm.config import ModelConfig, PretrainConfig, TokenizerConfig, differences, own_defaults, with_given
+from llm.config import (
+    AUTO,
+    ModelConfig,
+    PretrainConfig,
+    TokenizerConfig,
+    differences,
+    own_defaults,
+    with_given,
+)
 from llm.data.corpus import source_prompt
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
@@ -51,7 +59,8 @@ FREE_MODEL_KEYS = ("init", "drop_rate")
 # Those by which a chosen preset is not compared with given weights: it stands for its sizes and its parts.
 INCIDENTAL_KEYS = ("vocab_size", "qkv_bias", "tie_weights", "hidden_dim", "norm_eps", "rotary_base")
 
-RESULTS = ("error", "stopped_early", "train_loss", "evaluated_windows")  # of a summary, besides the `val_…`
+# Of a summary, besides the `val_…`.
+RESULTS = ("error", "stopped_early", "train_loss", "evaluated_windows", "heartbeat")
 
 
 @dataclass
@@ -157,7 +166,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     if checkpoint is None:
         return _begin_again(config, name, run_dir, given)
     recorded = read_config(checkpoint)
-    wanted = with_given(start_config(run_dir, steps_of(checkpoint)) or recorded, config, given)
+    wanted = _with_given(start_config(run_dir, steps_of(checkpoint)) or recorded, config, given)
     wanted = replace(wanted, resume=config.resume, rerun=recorded.rerun)
     if wanted.rerun:
         wanted = replace(recorded, resume=config.resume, tracking=wanted.tracking)
@@ -183,6 +192,14 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     )
 
 
+def _with_given(recorded: PretrainConfig, config: PretrainConfig, given: Collection[str]) -> PretrainConfig:
+    """`with_given`, where `data.batch_size=auto` means what was chosen."""
+    wanted = with_given(recorded, config, given)
+    if wanted.data.batch_size == AUTO:
+        wanted = replace(wanted, data=replace(wanted.data, batch_size=recorded.data.batch_size))
+    return wanted
+
+
 def _begin_again(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
     """Begin a run that has no checkpoint yet with the config that it was begun with."""
     recorded = start_config(run_dir, 0)
@@ -192,7 +209,7 @@ def _begin_again(config: PretrainConfig, name: str, run_dir: Path, given: Collec
             f"delete {run_dir}, and begin the run again"
         )
     log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
-    wanted = replace(with_given(recorded, config, given), resume=None)
+    wanted = replace(_with_given(recorded, config, given), resume=None)
     # The record has the sizes and the tokenizer of given weights; those are to be the same again. And it has
     # what was chosen for the device.
     return find_start(wanted, run_dir, {*given, "model", "tokenizer.name", *DEVICE_KEYS})

@@ -51,6 +51,7 @@ class Summary(Counts):
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     mfu: float | None = None  # model FLOPs per second over those of a large matrix product
+    heartbeat: float | None = None  # when it was last known to live, in seconds since the epoch
     total_seconds: float = 0.0  # since the run was begun or resumed, everything counted
     parameters: int = 0
     seed: int = 0

@@ -1,4 +1,5 @@
-"""How large an update of a new run is on a CUDA GPU, and how often it is evaluated there, if nobody has said.
+"""How large an update of a new run is, and how it is divided into micro-batches, where that is left to the
+device: with `data.batch_size=auto`; and on a CUDA GPU, if nobody has said.
 
 The keys' own values, and those of `conf/scale/`, are for CPUs.
 """
@@ -8,13 +9,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from llm.config import ModelConfig, PretrainConfig, value_of
-from llm.device import gpu_memory_bytes
+from llm.config import AUTO, PretrainConfig, value_of
+from llm.device import Device
+from llm.errors import UserError
 from llm.model.gpt import parameters_of
-from llm.model.parts import ACTIVATIONS, hidden_dim
-from llm.runtime import Runtime
+from llm.training.memory import largest_that_fits
 
-# What may be chosen for a GPU. All of it is recorded, so that a run is resumed and repeated with the same.
+# What may be chosen for a device. All of it is recorded, so that a run is resumed and repeated with the same.
 DEVICE_KEYS = ("data.batch_size", "training.accumulate", "training.eval_freq")
 
 # Of an update of 124M parameters: with as many, half of what an H100 can do was measured. They grow with the
@@ -24,62 +25,37 @@ DEVICE_KEYS = ("data.batch_size", "training.accumulate", "training.eval_freq")
 TOKENS, OF_PARAMETERS = 32_768, 124e6
 LARGEST_SHARE_OF_TEXT = 1 / 32  # an update takes no more of the training split
 
-PARAMETER_BYTES = 18  # a weight, its gradient and AdamW's two averages in fp32, and the weight in bf16
-# Of the memory that these leave, for activations by `activation_bytes`. The rest is for the logits of a chunk
-# of tokens, for the steps of the optimizer, for what torch keeps and cannot use, and for other programs.
-USED_SHARE = 0.5
-
 FEWER_EVALUATIONS = 10  # times as many updates from one evaluation to the next, as updates take less time
 LEAST_EVALUATIONS = 40  # of a run limited by steps, but for those that have fewer on a CPU
 
 
-def activation_bytes(model: ModelConfig, number_bytes: int) -> int:
-    """Memory that training takes for each token of a micro-batch, at most: what the backward pass needs.
-
-    Of each block, 24 numbers for each one of its width, for the residual stream and what attention reads and
-    writes, and two for each one within the feed-forward network. That is what rotary positions with QK-norm
-    take; GPT-2's parts take two thirds of it. See tests/training/test_update_size.py.
-
-    Args:
-        number_bytes: 2 in bf16, 4 in fp32.
-    """
-    hidden = hidden_dim(model) * ACTIVATIONS[model.activation].inputs
-    return model.n_layers * number_bytes * (24 * model.emb_dim + 2 * hidden)
-
-
 def chosen_for_device(
-    config: PretrainConfig, undecided: Collection[str], runtime: Runtime, training_tokens: int
+    config: PretrainConfig, undecided: Collection[str], device: Device, precision: str, training_tokens: int
 ) -> dict[str, int]:
-    """The keys, and their values, that suit a run's device better than those of the config; the same in all
-    of its processes. On all but CUDA GPUs there are none.
+    """The keys, and their values, that suit a run's device better than those of the config. The memory of the
+    device decides only how many micro-batches an update is made of.
 
     Args:
         undecided: those of `DEVICE_KEYS` that nobody has given.
         training_tokens: of the training split.
+
+    Raises:
+        UserError: `training.update_tokens` cannot be divided evenly.
     """
-    if runtime.device.type != "cuda" or not undecided:
-        return {}
-    memory_bytes = runtime.agree(gpu_memory_bytes(runtime.device))
-    return chosen_for_gpu(config, undecided, memory_bytes, runtime.dtype.itemsize, training_tokens)
-
-
-def chosen_for_gpu(
-    config: PretrainConfig,
-    undecided: Collection[str],
-    memory_bytes: float,
-    number_bytes: int,
-    training_tokens: int,
-) -> dict[str, int]:
-    """`chosen_for_device` of a GPU with so much memory, which decides only how many micro-batches an update
-    is made of.
-
-    Args:
-        number_bytes: see `activation_bytes`.
-    """
+    undecided, auto = {*undecided}, config.data.batch_size == AUTO
+    if device.kind != "cuda":
+        undecided &= {"training.accumulate"}  # which only auto asks for
     found = {}
-    if {"data.batch_size", "training.accumulate"} <= {*undecided}:
-        batch_size, accumulate = _batch(config, memory_bytes, number_bytes, training_tokens)
-        found = {"data.batch_size": batch_size, "training.accumulate": accumulate}
+    if auto or {"data.batch_size", "training.accumulate"} <= undecided:
+        accumulate = None if "training.accumulate" in undecided else config.training.accumulate
+        windows = _windows(config, accumulate or 1, training_tokens)
+        rows = windows // (accumulate or 1)
+        divisors = [each for each in range(rows, 0, -1) if rows % each == 0]
+        fitting = largest_that_fits(divisors, _as_accumulating(config), precision, device)
+        found = {
+            "data.batch_size": fitting * config.runtime.processes,
+            "training.accumulate": accumulate or rows // fitting,
+        }
     frequency, steps = config.training.eval_freq, config.training.max_steps
     if "training.eval_freq" in undecided and frequency is not None:
         fewer = FEWER_EVALUATIONS * frequency
@@ -87,6 +63,38 @@ def chosen_for_gpu(
             fewer = min(fewer, max(frequency, steps // LEAST_EVALUATIONS))
         found["training.eval_freq"] = fewer
     return {key: value for key, value in found.items() if value != value_of(config, key)}
+
+
+def _as_accumulating(config: PretrainConfig) -> PretrainConfig:
+    """So that the gradients of an earlier micro-batch are counted."""
+    return replace(config, training=replace(config.training, accumulate=2))
+
+
+def _windows(config: PretrainConfig, accumulate: int, training_tokens: int) -> int:
+    """Windows of an update, of one process.
+
+    Raises:
+        UserError: `training.update_tokens` cannot be divided evenly.
+    """
+    context, processes, wanted = (
+        config.model.context_length,
+        config.runtime.processes,
+        config.training.update_tokens,
+    )
+    if wanted is not None:
+        if wanted % (each := context * processes * accumulate):
+            raise UserError(
+                f"training.update_tokens={wanted}: make it a multiple of {each}, the product of "
+                f"model.context_length={context}, runtime.processes={processes} and "
+                f"training.accumulate={accumulate}"
+            )
+        return wanted // (context * processes)
+    parameters = parameters_of(config.model)
+    tokens = min(TOKENS * math.sqrt(parameters / OF_PARAMETERS), LARGEST_SHARE_OF_TEXT * training_tokens)
+    windows = _power_of_two(tokens / context)
+    if config.data.batch_size != AUTO:  # no fewer than on a CPU
+        windows = max(windows, config.data.batch_size * config.training.accumulate)
+    return accumulate * max(1, windows // (processes * accumulate))
 
 
 def with_chosen(config: PretrainConfig, chosen: dict[str, int]) -> PretrainConfig:
@@ -100,29 +108,6 @@ def with_chosen(config: PretrainConfig, chosen: dict[str, int]) -> PretrainConfi
         data=replace(config.data, **groups["data"]),
         training=replace(config.training, **groups["training"]),
     )
-
-
-def _batch(
-    config: PretrainConfig, memory_bytes: float, number_bytes: int, training_tokens: int
-) -> tuple[int, int]:
-    """Windows of a batch, over all processes, and batches of an update. An update has no fewer windows than
-    on a CPU, and else a power of two."""
-    model, processes = config.model, config.runtime.processes
-    parameters = parameters_of(model)
-    tokens = min(TOKENS * math.sqrt(parameters / OF_PARAMETERS), LARGEST_SHARE_OF_TEXT * training_tokens)
-    windows = max(
-        config.data.batch_size * config.training.accumulate, _power_of_two(tokens / model.context_length)
-    )
-    fitting = windows_that_fit(model, memory_bytes, number_bytes)
-    rows = min(max(1, windows // processes), fitting)  # of a process
-    return rows * processes, max(1, round(windows / (rows * processes)))
-
-
-def windows_that_fit(model: ModelConfig, memory_bytes: float, number_bytes: int) -> int:
-    """Windows of a micro-batch that a GPU has memory for, by this page's estimate: a power of two, and at
-    least 1 even if that is too many."""
-    free = USED_SHARE * (memory_bytes - PARAMETER_BYTES * parameters_of(model))
-    return _power_of_two(free / (model.context_length * activation_bytes(model, number_bytes)))
 
 
 def _power_of_two(number: float) -> int:

@@ -87,6 +87,7 @@ def evaluate_at_the_end(run: Run) -> tuple[dict[str, float], int]:
     def batches() -> Iterator[Batch]:
         for start in range(0, count, batch_size):
             progress.update(start / count, f"window {start:,} of {count:,}")
+            run.alive()
             yield windows.batch(chosen[start : start + batch_size])
 
     metrics = evaluate(run.model, batches(), run.bytes_of_tokens, run.runtime)

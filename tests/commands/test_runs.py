@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from llm.commands.runs import list_runs
 from llm.config import PretrainConfig, RunsConfig
 from llm.errors import UserError
 from llm.files import held, read_json_lines, write_json
-from llm.run_folder import LOCK, RUN_ID
+from llm.run_folder import LOCK, RUN_ID, read_summary
 from llm.runs import find_run
 from llm.sweeps.jobs import write_record
 
@@ -198,3 +199,14 @@ def test_a_name_without_a_run_is_refused(tmp_path: Path) -> None:
     for name in ("latest", "best"):
         with pytest.raises(UserError, match=f"{name}: there is no run under"):
             find_run(name, tmp_path)
+
+
+def test_a_run_that_is_not_heard_of_is_told(script: Script, outputs: Path) -> None:
+    summary = read_summary(Path(OLD))
+    for ago, said in ((30, ""), (7500, ": not heard of for 2h05m")):
+        beating = {"status": "running", "heartbeat": time.time() - ago}
+        write_json(Path(OLD) / "summary.json", {**summary, **beating})
+        with held(Path(OLD) / LOCK):
+            told = row(script("runs").stdout, OLD)
+        assert told.startswith("running")
+        assert told.partition("max_minutes=null")[2].partition(":")[2] == said[1:]

@@ -10,10 +10,12 @@ from conftest import TINY, Script, numbers
 
 from llm.commands import benchmark_device
 from llm.commands.device_checks import CHECKS, Check, products
-from llm.config import ModelConfig, RuntimeConfig
+from llm.config import ModelConfig, OptimizerConfig, PretrainConfig, RuntimeConfig
+from llm.device import device_of
 from llm.model.gpt import GPTModel
 from llm.runtime import computes_in_tf32, precisions_of, set_product_precision, start_runtime
-from llm.training.update_size import activation_bytes
+from llm.training.memory import memory_of
+from llm.training.optimizers import build_optimizers
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -116,27 +118,30 @@ def test_a_run_fills_the_gpu_unless_told_otherwise(script: Script, tmp_path: Pat
         "pretrain", *model, *ends, "samples.max_new_tokens=5", "runtime.device=cuda", "hydra.run.dir=run"
     )
     assert result.returncode == 0, result.stderr
-    assert "for this GPU, as nobody gave them: data.batch_size=64" in result.stdout
+    assert "for this device, as nobody gave them: data.batch_size=64" in result.stdout
     config = json.loads((tmp_path / "run" / "checkpoints" / "last" / "config.json").read_text())
     assert (config["data"]["batch_size"], config["training"]["accumulate"]) == (64, 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_estimate_of_memory_is_enough(precision: str) -> None:
+def test_memory_is_what_was_counted(precision: str) -> None:
     runtime = start_runtime(RuntimeConfig(device="cuda", precision=precision))
-    config = ModelConfig(1000, 256, 512, 8, 6)
-    model, idx = GPTModel(config).to(runtime.device), torch.zeros(32, 256, dtype=torch.long, device="cuda")
-    allocated = []
-    for rows in (idx[:8], idx):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+    config = PretrainConfig(model=ModelConfig(1000, 256, 512, 8, 6), optimizer=OptimizerConfig("adamw"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = GPTModel(config.model).to(runtime.device)
+    optimizers = build_optimizers(model, config.optimizer, runtime)
+    optimizers.set_lr(1e-3)
+    idx = torch.zeros(32, 256, dtype=torch.long, device="cuda")
+    for _ in range(2):
         with runtime.autocast():
-            kept = model.features(rows)  # with all that its gradient needs
-        allocated.append(torch.cuda.memory_allocated() - before)
-        del kept
-    used = (allocated[1] - allocated[0]) / (24 * 256)  # without copies of weights
-    assert 0.4 < used / activation_bytes(config, runtime.dtype.itemsize) < 1
+            model(idx, idx).backward()
+        optimizers.step_unless(torch.zeros((), device="cuda"))
+        optimizers.zero_grad()
+    used = torch.cuda.max_memory_allocated() - before
+    counted = memory_of(config, 32, precision, device_of(runtime)).update
+    assert used == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.gpu(count=2)

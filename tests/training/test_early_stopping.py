@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,16 +22,16 @@ from settings import changed, settings
 from llm.commands.pretrain import pretrain
 from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, validate
 from llm.errors import UserError
-from llm.files import append_json_lines, read_json_lines
+from llm.files import append_json_lines, read_json_lines, write_text
 from llm.run_folder import write_summary
 from llm.training.early_stopping import (
     JUDGEMENTS,
-    Curve,
+    LOSS,
+    CurveReader,
     EarlyStopping,
     Point,
     halving_rule,
     median_rule,
-    read_curve,
     read_judgements,
     rungs,
 )
@@ -237,10 +238,35 @@ def test_metrics_are_placed_by_the_limits_of_who_reads_them(tmp_path: Path) -> N
         (TrainingConfig(max_minutes=None, max_steps=100, max_epochs=1.0), [0.01, 0.5]),
         (TrainingConfig(max_minutes=0.25, max_steps=100, max_epochs=1.0), [0.5 / 15, 0.8]),
     ):
-        assert read_curve(metrics, training) == [(progress[0], 5.0), (progress[1], math.inf)]
+        assert CurveReader(metrics, training, LOSS).curve() == [(progress[0], 5.0), (progress[1], math.inf)]
 
 
-def test_only_jobs_of_the_sweep_are_read_and_only_anew_when_they_change(
+def test_each_line_of_metrics_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {n}, "epoch": {n}, "seconds": 1, "val/loss": {n}}}\n' for n in range(6)]
+    reader = CurveReader(metrics, TrainingConfig(max_minutes=None, max_epochs=10.0), LOSS)
+    read: list[bytes] = []
+    points = CurveReader._points
+
+    def watched(reader: CurveReader, lines: bytes) -> Iterator[Point]:
+        read.append(lines)
+        return points(reader, lines)
+
+    monkeypatch.setattr(CurveReader, "_points", watched)
+    assert reader.curve() == []
+    metrics.write_text("".join(lines[:3]) + lines[3][:9])
+    assert [loss for _, loss in reader.curve()] == [0, 1, 2]
+    with metrics.open("a") as file:
+        file.write(lines[3][9:] + lines[4])
+    assert [loss for _, loss in reader.curve()] == [0, 1, 2, 3, 4]
+    assert b"".join(read).decode() == "".join(lines[:5])
+    write_text(metrics, "".join(lines[:2] + lines[5:]))  # resumed at an earlier checkpoint
+    assert [loss for _, loss in reader.curve()] == [0, 1, 5]
+    metrics.unlink()
+    assert reader.curve() == []
+
+
+def test_only_jobs_of_the_sweep_are_read_and_only_what_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopping = EarlyStoppingConfig("median", min_jobs=1)
@@ -251,11 +277,14 @@ def test_only_jobs_of_the_sweep_are_read_and_only_anew_when_they_change(
     own = Job(tmp_path / "10", stopping, 100, 10)
     read: list[str] = []
 
-    def watched(metrics: Path, training: TrainingConfig, compared: str) -> Curve:
-        read.append(metrics.parent.name)
-        return read_curve(metrics, training, compared)
+    points = CurveReader._points
 
-    monkeypatch.setattr("llm.training.early_stopping.read_curve", watched)
+    def watched(reader: CurveReader, lines: bytes) -> Iterator[Point]:
+        if lines:
+            read.append(reader.metrics.parent.name)
+        return points(reader, lines)
+
+    monkeypatch.setattr(CurveReader, "_points", watched)
     assert own.evaluate(40, 2.5) is None  # notes would have it stopped
     assert sorted(read) == ["0", "1", "10"]
     assert own.evaluate(45, 2.5) is None

@@ -1,0 +1,94 @@
+"""What an update takes of a CPU's memory, as planned and as measured.
+
+    python tests/memory.py OVERRIDES… WINDOWS…
+
+For each number of windows, two processes make three updates each: one that returns freed memory to the system
+at once, so that what it takes is what it holds; and one that keeps it, as runs do because that is faster.
+"""
+
+import ctypes
+import gc
+import multiprocessing as mp
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from torch import nn
+
+from llm.config import PretrainConfig, own_defaults
+from llm.device import Device
+from llm.model.gpt import GPTModel
+from llm.runtime import start_runtime
+from llm.training.memory import memory_of
+from llm.training.optimizers import build_optimizers
+
+ROOT = Path(__file__).parents[1]
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def grown(overrides: list[str], rows: int, keeps: bool, result: mp.Queue) -> None:
+    config = composed(overrides)
+    runtime = start_runtime(replace(config.runtime, device="cpu"))
+    if not keeps:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+    def update(rows: int, times: int) -> None:
+        model = GPTModel(config.model).train()
+        optimizers = build_optimizers(model, config.optimizer, runtime)
+        optimizers.set_lr(1e-3)
+        for _ in range(times):
+            tokens = torch.randint(config.model.vocab_size, (rows, config.model.context_length + 1))
+            with runtime.autocast():
+                model(tokens[:, :-1], tokens[:, 1:]).backward()
+            parameters = list(model.parameters())
+            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+            nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+            optimizers.step()
+            optimizers.zero_grad()
+
+    if not keeps:
+        update(1, 1)  # what libraries take when they are first used, some 15 MB, is not the update's
+        gc.collect()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    update(rows, 3)
+    result.put((runtime.precision, status("VmHWM") - before))
+
+
+def status(name: str) -> int:
+    """A line of this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def composed(overrides: list[str]) -> PretrainConfig:
+    ConfigStore.instance().store("pretrain_schema", own_defaults(PretrainConfig))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("pretrain", overrides)
+    return cast(PretrainConfig, OmegaConf.to_object(config))
+
+
+if __name__ == "__main__":
+    overrides = [each for each in sys.argv[1:] if "=" in each]
+    print(f"{'windows':>7}  {'planned':>8}  {'held':>15}  {'with what is kept':>17}")
+    for rows in (int(each) for each in sys.argv[1:] if each.isdecimal()):
+        figures = []
+        for keeps in (False, True):
+            queue = mp.get_context("spawn").Queue()
+            process = mp.get_context("spawn").Process(target=grown, args=(overrides, rows, keeps, queue))
+            process.start()
+            precision, measured = queue.get()
+            process.join()
+            figures.append(measured)
+        planned = memory_of(composed(overrides), rows, precision, Device("cpu", 0)).update
+        held, kept = figures
+        print(
+            f"{rows:7}  {planned / 1e6:6.0f}MB  {held / 1e6:6.0f}MB ({held / planned:.2f})  "
+            f"{kept / 1e6:8.0f}MB ({kept / planned:.2f})",
+            flush=True,
+        )
