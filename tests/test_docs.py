@@ -31,7 +31,7 @@ from llm import config as schemas
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HELP = sorted(CONF.glob("*.yaml"))  # the texts of --help
-SCRIPTS = {page.stem for page in HELP} - {"common", "pretraining"}
+SCRIPTS = {page.stem for page in HELP} - {"common"}
 
 COMMAND = re.compile(r"(?:\bpython|\btorchrun .*?) (?=experiments/\w+\.py)(.*)")
 CODE_SPAN = re.compile(r"`([^`]+)`")

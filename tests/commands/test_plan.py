@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 from conftest import TINY, Script, numbers
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from scripts import ROOT
 
 from llm.config import ModelConfig
 from llm.model.gpt import parameters_of
@@ -78,15 +75,6 @@ def test_what_cannot_be_planned_is_said_in_a_line(script: Script, arguments: lis
     result = script("plan", *RUN, "data.path=text.txt", *arguments)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert said in result.stderr
-
-
-@pytest.mark.parametrize("arguments", [[], ["model=gpt124m", "experiment=book_ch05", "model/part=rotary"]])
-def test_a_plan_takes_what_pretrain_takes(arguments: list[str]) -> None:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        of_plan, of_run = (OmegaConf.to_container(compose(name, arguments)) for name in ("plan", "pretrain"))
-    assert isinstance(of_plan, dict)
-    del of_plan["plan"]
-    assert of_plan == of_run
 
 
 @pytest.mark.parametrize("flops", [1e18, 5.76e23])
