@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
 
-from llm.config import PretrainConfig, own_defaults
+from llm.config import ModelConfig, PretrainConfig, own_defaults
 from llm.device import Device
 from llm.model.gpt import GPTModel
 from llm.runtime import start_runtime
@@ -37,12 +37,12 @@ def grown(overrides: list[str], rows: int, keeps: bool, result: mp.Queue) -> Non
     if not keeps:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
-    def update(rows: int, times: int) -> None:
-        model = GPTModel(config.model).train()
+    def update(size: ModelConfig, rows: int, times: int) -> None:
+        model = GPTModel(size).train()
         optimizers = build_optimizers(model, config.optimizer, runtime)
         optimizers.set_lr(1e-3)
         for _ in range(times):
-            tokens = torch.randint(config.model.vocab_size, (rows, config.model.context_length + 1))
+            tokens = torch.randint(size.vocab_size, (rows, size.context_length + 1))
             with runtime.autocast():
                 model(tokens[:, :-1], tokens[:, 1:]).backward()
             parameters = list(model.parameters())
@@ -51,12 +51,13 @@ def grown(overrides: list[str], rows: int, keeps: bool, result: mp.Queue) -> Non
             optimizers.step()
             optimizers.zero_grad()
 
-    if not keeps:
-        update(1, 1)  # what libraries take when they are first used, some 15 MB, is not the update's
-        gc.collect()
+    # What libraries take when they are first used is the process's, not the update's.
+    tiny = replace(config.model, vocab_size=64, n_layers=1)
+    update(tiny if keeps else config.model, 1 if keeps else rows, 1)
+    gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    update(rows, 3)
+    update(config.model, rows, 3)
     result.put((runtime.precision, status("VmHWM") - before))
 
 

@@ -19,7 +19,16 @@ from llm.runtime import Runtime, start_runtime
 from llm.tables import format_table, terminal_width
 from llm.training.budget import EXPECTED_MFU, Budget, estimate_budget, expected_speed
 from llm.training.compute_optimal import FLOPS_PER_PARAMETER, LAWS, SMALLEST_FITTED, model_of_about
-from llm.training.memory import KEPT, USED_SHARE, Memory, fits, largest_that_fits, memory_of, needed, sharded
+from llm.training.memory import (
+    KEPT,
+    USED_SHARE,
+    Memory,
+    fits,
+    largest_that_fits,
+    memory_of,
+    needed,
+    sharded,
+)
 from llm.training.probe import Probe, probe
 from llm.training.run import Run, build_run
 from llm.training.start import find_start
@@ -191,7 +200,7 @@ def _memory(plan: Plan) -> Rows:
     yield "copies", f"{_bytes(memory.copies)}, of the weights and of a checkpoint that is written{where}"
     limit = f"{USED_SHARE:.0%} of {_bytes(plan.device.memory_bytes)}"
     verdict = "fits" if fits(memory, plan.device) else "does not fit"
-    kept = "" if on_gpu else f" at most, with what is kept of freed memory (up to {KEPT:g} times)"
+    kept = "" if on_gpu else f" at most, {KEPT:g} times what is held at once, copies and the process itself"
     yield "together", f"{_bytes(needed(memory, plan.device))}{kept}: {verdict} in {limit}"
 
 

@@ -31,6 +31,7 @@ USED_SHARE = 0.75
 # `_keep_freed_memory` in llm/runtime.py), and what it keeps is not of the sizes that are asked for next. See
 # docs/plan.md for what was measured.
 KEPT = 2.0
+PROCESS = 0.4e9  # bytes of Python, torch and its libraries, in a process on a CPU
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def largest_that_fits(
 
 
 def needed(memory: Memory, device: Device) -> float:
-    """Bytes that a device has to have: a CPU for the copies, too, and for what is kept of freed memory."""
-    return memory.peak if device.kind == "cuda" else KEPT * memory.peak + memory.copies
+    """Bytes that a device has to have: a CPU for the process and its copies, too, and for what is kept."""
+    return memory.peak if device.kind == "cuda" else PROCESS + KEPT * memory.peak + memory.copies
 
 
 def fits(memory: Memory, device: Device) -> bool:

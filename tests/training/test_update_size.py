@@ -26,7 +26,7 @@ from llm.device import Device
 from llm.errors import UserError
 from llm.model.gpt import GPTModel, parameters_of
 from llm.runtime import Runtime
-from llm.training.memory import KEPT, USED_SHARE, Memory, _counted, memory_of
+from llm.training.memory import KEPT, PROCESS, USED_SHARE, Memory, _counted, memory_of
 from llm.training.optimizers import build_optimizers
 from llm.training.update_size import DEVICE_KEYS, chosen_for_device
 
@@ -201,7 +201,7 @@ def test_auto_divides_an_update_as_large_as_suits_the_model_by_the_memory() -> N
     whole = chosen(AUTO_SMALL, undecided=undecided, kind="cpu")
     assert whole == {"data.batch_size": 16}
     of_5 = memory_of(AUTO_SMALL, 5, "bf16", CPU_DEVICE)
-    tight = (KEPT * of_5.peak + of_5.copies) / USED_SHARE / GIB
+    tight = (PROCESS + KEPT * of_5.peak + of_5.copies) / USED_SHARE / GIB
     parts = chosen(AUTO_SMALL, gib=tight, undecided=undecided, kind="cpu")
     assert parts == {"data.batch_size": 4, "training.accumulate": 4}  # the largest divisor of 16 up to 5
     assert chosen(AUTO_SMALL, undecided=set(), kind="cpu") == {"data.batch_size": 16}
