@@ -119,14 +119,15 @@ def _counted(config: PretrainConfig, rows: int, precision: str, device: Device) 
             held.most = held.bytes
             before = held.bytes
             for _ in range(min(2, config.training.accumulate)):
+                begin = held.bytes
                 inputs, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
                 with runtime.autocast():
                     features = model.features(inputs)
-                    activations = held.bytes - before
+                    activations = held.bytes - begin
                     update, held.most = held.most, held.bytes
                     loss = model.loss_of(features, targets)
                     del features
-                    logits, update = held.most - before - activations, max(update, held.most)
+                    logits, update = held.most - begin - activations, max(update, held.most)
                     loss.backward()
                 del loss
             gradients = sum(each.grad.nbytes for each in parameters if each.grad is not None)
@@ -174,10 +175,14 @@ def sharded(memory: Memory, model: GPTModel, dtype: torch.dtype, processes: int)
         "gradients": memory.gradients // processes,
         "optimizer": memory.optimizer // processes,
     }
-    less = sum(getattr(memory, name) - part for name, part in parts.items())
-    held_at_evaluation = less - (memory.gradients - parts["gradients"])
+    less = {name: getattr(memory, name) - part for name, part in parts.items()}
+    # Before the backward pass there are no gradients of which less could be held.
+    forward = parts["weights"] + parts["optimizer"] + memory.activations + memory.logits
     return replace(
-        memory, **parts, update=memory.update - less, evaluation=memory.evaluation - held_at_evaluation
+        memory,
+        **parts,
+        update=max(forward, memory.update - sum(less.values())),
+        evaluation=memory.evaluation - less["weights"] - less["optimizer"],
     )
 
 

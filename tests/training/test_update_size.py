@@ -195,6 +195,19 @@ def test_memory_of_a_deep_model_is_told_from_fewer_blocks() -> None:
         assert getattr(told, part) == pytest.approx(getattr(counted, part), rel=0.01)
 
 
+def test_a_shard_is_a_share_of_the_states_and_what_is_gathered() -> None:
+    config = replace(SMALL, optimizer=OptimizerConfig("adamw"), training=TrainingConfig(accumulate=2))
+    whole = memory_of(config, 4, "fp32", CPU_DEVICE)
+    shared = replace(config, runtime=RuntimeConfig(processes=4, sharding="fsdp"))
+    shard = memory_of(shared, 4, "fp32", CPU_DEVICE)
+    # Two blocks, all there are, and all that is around them: each process gathers the whole model.
+    assert shard.weights == pytest.approx(1.25 * whole.weights, rel=0.01)
+    assert (4 * shard.gradients, 4 * shard.optimizer) == pytest.approx((whole.gradients, whole.optimizer))
+    assert shard.activations == whole.activations
+    states = shard.weights + shard.gradients + shard.optimizer
+    assert states + shard.activations < shard.update < whole.update
+
+
 def test_auto_divides_an_update_as_large_as_suits_the_model_by_the_memory() -> None:
     """√(0.13M / 124M) of 32,768 tokens are 1,060: 16 windows of 64."""
     undecided = {"training.accumulate"}
