@@ -1,5 +1,6 @@
 """runs.py, and what `latest`, `best` and a mistyped run mean: on the recorded runs of tests/fixtures."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Script
+from conftest import TINY, Script
 from scripts import ROOT, run_python, script_path
 
 from llm.checkpoints.checkpoint import find_checkpoint, write_start
@@ -20,6 +21,7 @@ from llm.files import held, read_json_lines, write_json
 from llm.run_folder import LOCK, RUN_ID, read_summary
 from llm.runs import find_run
 from llm.sweeps.jobs import write_record
+from llm.training.summary import Summary
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -210,3 +212,29 @@ def test_a_run_that_is_not_heard_of_is_told(script: Script, outputs: Path) -> No
             told = row(script("runs").stdout, OLD)
         assert told.startswith("running")
         assert told.partition("max_minutes=null")[2].partition(":")[2] == said[1:]
+
+
+def test_a_run_says_that_it_lives(
+    script: Script, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second between two heartbeats, on a clock by which an update takes 0.4 seconds."""
+    told: list[tuple[int, float | None]] = []
+    write, clock = Summary.write, itertools.count(0, 0.2)  # a heartbeat looks twice where it writes
+
+    def watched(summary: Summary, run_dir: Path) -> None:
+        write(summary, run_dir)
+        if summary.heartbeat and summary.status == "running":
+            told.append((read_summary(run_dir)["steps"], read_summary(run_dir)["heartbeat"]))
+
+    monkeypatch.setattr(Summary, "write", watched)
+    monkeypatch.setattr("llm.training.recorder.HEARTBEAT_SECONDS", 1.0)
+    monkeypatch.setattr("llm.training.recorder.LARGEST_SHARE", 1.0)
+    monkeypatch.setattr("llm.training.recorder.time.monotonic", lambda: next(clock))
+    begin = time.time()
+    result = script("pretrain", *TINY, "data=text", text, "training.max_steps=20", "hydra.run.dir=run")
+    assert result.returncode == 0, result.stderr
+    steps, times = zip(*told, strict=True)
+    assert steps[0] == 1
+    assert 3 <= len(steps) < 12
+    assert begin < times[0] <= times[-1] < time.time()
+    assert sorted(set(steps)) == list(steps)
