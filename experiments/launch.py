@@ -126,7 +126,10 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
     if is_called_off(place):
         return math.nan
     script = str(hydra_config.job.config_name)
-    made_with, done = made_before(script, config, place) if repeatable else (None, None)
+    folders = [Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"]
+    resumes = bool(config.get("resume"))
+    given = given_keys(overrides, folders, values=resumes)
+    made_with, done = made_before(script, config, given, place) if repeatable else (None, None)
     with ExitStack() as stack:
         try:
             stack.callback(place.remove_if_empty)
@@ -135,7 +138,6 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
                 return None
             if place.in_worker:
                 stack.callback(give_back_memory)
-            resumes = bool(config.get("resume"))
             place = stack.enter_context(claimed_place(place, resumes))
             if recorded:
                 stack.enter_context(logged(place, script))
@@ -147,10 +149,6 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
                 )
             refuse_unknown_keys(config, OmegaConf.get_type(config))
             settings = complete(OmegaConf.to_object(config), place, overrides)
-            folders = [
-                Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"
-            ]
-            given = given_keys(overrides, folders, values=resumes)
             if done:
                 return take_over(script, done, place.run_dir)
             if repeatable:

@@ -23,7 +23,9 @@ from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
 
-def made_before(script: str, config: DictConfig, place: Place) -> tuple[str | None, Path | None]:
+def made_before(
+    script: str, config: DictConfig, given: Collection[str], place: Place
+) -> tuple[str | None, Path | None]:
     """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
 
     There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
@@ -37,7 +39,7 @@ def made_before(script: str, config: DictConfig, place: Place) -> tuple[str | No
             return None, None
         from llm.commands.done import find_done, fingerprint  # imports torch
 
-        made_with = fingerprint(settings)
+        made_with = fingerprint(settings, given)
         if not made_with or settings.if_done == "again":
             return made_with, None
         found = find_done(made_with, _root(place))

@@ -651,25 +651,8 @@ def validate(config: Any, prefix: str = "") -> None:
                 f"early_stopping.rule={stopping.rule} compares evaluations during the run: "
                 f"set training.eval_freq"
             )
-        case DataConfig(batch_size=str(size)) if size != AUTO:
+        case DataConfig(batch_size=size) if isinstance(size, str) and size != AUTO:
             raise UserError(f"{prefix}batch_size={size}: must be a whole number or {AUTO}")
-        case PretrainConfig(data=DataConfig(batch_size=int(size)), runtime=runtime) if (
-            size % runtime.processes
-        ):
-            raise UserError(
-                f"data.batch_size={size} cannot be divided evenly among "
-                f"runtime.processes={runtime.processes}: make it a multiple of {runtime.processes}"
-            )
-        case PretrainConfig(
-            model=ModelConfig(context_length=context),
-            data=DataConfig(batch_size=int(size)),
-            training=TrainingConfig(update_tokens=int(tokens), accumulate=accumulate),
-        ) if tokens != size * accumulate * context:
-            raise UserError(
-                f"training.update_tokens={tokens}: data.batch_size={size} × training.accumulate={accumulate} "
-                f"× model.context_length={context} is {size * accumulate * context}; set "
-                f"data.batch_size={AUTO}, or remove it"
-            )
         case PlanSettings(probe=True, device=str(device)):
             raise UserError(f"plan.device={device}: plan.probe=true measures this machine; remove one")
         case PlanSettings(budget=float() | int(), price=None | 0):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from typing import Any
 import llm
 from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint
 from llm.checkpoints.opening import is_ours
-from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig, validate
+from llm.config import AUTO, EvaluateConfig, GenerateConfig, PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_files, find_splits
 from llm.data.token_file import token_files
@@ -22,11 +23,13 @@ from llm.files import as_typed, parse_json, read_content, remove, replacing, sha
 from llm.run_folder import FINGERPRINT, LOCK, SUMMARY, read_summary, write_summary
 from llm.runs import OUTPUTS, folders_with
 from llm.runtime import device_kind, launched_processes
+from llm.training.update_size import DEVICE_KEYS
 
 RECORD_BYTES = 10_000  # more is no such record
 
 # Keys that do not change what comes out. The text counts by its content, and weights by theirs.
 IRRELEVANT = ("if_done", "tracking", "quiet", "resume", "checkpoint", "init_from", "prompt_file", "path")
+OF_WEIGHTS = "model", "model.context_length", "model.n_heads", "tokenizer", "tokenizer.name"
 OF_DATA = ("source", "path", "cache_dir")
 # Of a run's folder, what another does not take: what says where and how it was begun, and what is unfinished.
 NOT_TAKEN, NOT_TAKEN_SUFFIXES = (LOCK, ".hydra", "wandb"), (".log", ".tmp")
@@ -36,9 +39,13 @@ log = logging.getLogger(__name__)
 Repeatable = PretrainConfig | GenerateConfig | EvaluateConfig
 
 
-def fingerprint(config: Repeatable) -> str | None:
+def fingerprint(config: Repeatable, given: Collection[str] = ()) -> str | None:
     """What decides the outcome of a run: every key, this package's code, torch's version, the kind of device
     and the number of processes, and the content of texts and weights. None if that is not known ahead.
+
+    Args:
+        given: see llm/commands/pretrain.py. A value that nobody gave may be left to the device or to given
+            weights, and then decides nothing.
 
     Raises:
         UserError: a value is out of range, or a text or a checkpoint is not there.
@@ -50,6 +57,7 @@ def fingerprint(config: Repeatable) -> str | None:
         case PretrainConfig():
             about["data"] = {key: value for key, value in about["data"].items() if key not in OF_DATA}
             about["checkpoint"] = asdict(config.checkpoint)
+            about["given"] = sorted({*given} & _left_open(config))
             read = _text(config)
             read += [_weights(config.init_from)] if config.init_from else []
         case GenerateConfig(prompt_file="-") | EvaluateConfig(text=str()):
@@ -63,6 +71,12 @@ def fingerprint(config: Repeatable) -> str | None:
     made_with = [_code(), version("torch"), device_kind(config.runtime), launched_processes()]
     described = json.dumps([type(config).__name__, about, read, made_with], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _left_open(config: PretrainConfig) -> set[str]:
+    """The keys and groups whose values are not what the config says where nobody gave them."""
+    by_device = config.data.batch_size == AUTO or device_kind(config.runtime) == "cuda"
+    return {*(DEVICE_KEYS if by_device else ()), *(OF_WEIGHTS if config.init_from else ())}
 
 
 @cache

@@ -15,7 +15,7 @@ from llm.model.gpt import description, parameter_count, parameters_of, training_
 from llm.outcome import Outcome
 from llm.processes import processes
 from llm.progress import format_count, format_seconds
-from llm.runtime import Runtime, start_runtime
+from llm.runtime import Runtime, device_kind, start_runtime
 from llm.tables import format_table, terminal_width
 from llm.training.budget import EXPECTED_MFU, Budget, estimate_budget, expected_speed
 from llm.training.compute_optimal import FLOPS_PER_PARAMETER, LAWS, SMALLEST_FITTED, model_of_about
@@ -32,6 +32,7 @@ from llm.training.memory import (
 from llm.training.probe import Probe, probe
 from llm.training.run import Run, build_run
 from llm.training.start import find_start
+from llm.training.update_size import refuse_uneven
 from llm.training.validation import FORWARD_SHARE
 
 MOST_ROWS = 4096  # windows of a micro-batch, up to where a larger one is looked for
@@ -132,6 +133,8 @@ def _planned(config: PlanConfig, run_dir: Path, given: Collection[str]) -> Plan:
     asked = PretrainConfig(**{item.name: getattr(config, item.name) for item in fields(PretrainConfig)})
     start = find_start(asked, run_dir, given)
     validate(start.config)
+    kind = DEVICES[settings.device].kind if settings.device else device_kind(start.config.runtime)
+    refuse_uneven(start.config, start.undecided, kind)
     asked_for, probed = start.config.runtime, None
     count = asked_for.processes
     if settings.device:

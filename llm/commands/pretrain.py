@@ -19,13 +19,14 @@ from llm.processes import follow, processes
 from llm.progress import LineFormatter, format_figure
 from llm.run_folder import CHECKPOINTS, LOSS_PLOT, RECORDS, SUMMARY, claimed, read_summary
 from llm.runs import find_run
-from llm.runtime import launched_processes
+from llm.runtime import device_kind, launched_processes
 from llm.training import console
 from llm.training.evaluation import METRICS
 from llm.training.lifecycle import execute, status_after
 from llm.training.reruns import compare_rerun
 from llm.training.start import find_start, keys_unlike_default
 from llm.training.summary import Summary
+from llm.training.update_size import refuse_uneven
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
         validate(config)
         start = find_start(config, run_dir, given)
         validate(start.config)
+        refuse_uneven(start.config, start.undecided, device_kind(start.config.runtime))
         summary.seed, summary.init_from = start.config.seed, start.config.init_from
         if start.tokenizer.name == LEARNT and start.config.runtime.processes > 1:
             # It is learnt here, as the other processes would show no progress.

@@ -42,11 +42,9 @@ def chosen_for_device(
     Raises:
         UserError: `training.update_tokens` cannot be divided evenly.
     """
-    undecided, auto = {*undecided}, config.data.batch_size == AUTO
-    if device.kind != "cuda":
-        undecided &= {"training.accumulate"}  # which only auto asks for
+    undecided = _open_to(device.kind, undecided)
     found = {}
-    if auto or {"data.batch_size", "training.accumulate"} <= undecided:
+    if _leaves_size_open(config, undecided):
         accumulate = None if "training.accumulate" in undecided else config.training.accumulate
         windows = _windows(config, accumulate or 1, training_tokens)
         rows = windows // (accumulate or 1)
@@ -63,6 +61,38 @@ def chosen_for_device(
             fewer = min(fewer, max(frequency, steps // LEAST_EVALUATIONS))
         found["training.eval_freq"] = fewer
     return {key: value for key, value in found.items() if value != value_of(config, key)}
+
+
+def refuse_uneven(config: PretrainConfig, undecided: Collection[str], kind: str) -> None:
+    """See that the sizes of a config go together, unless they are left to a device of this kind.
+
+    Raises:
+        UserError: the processes cannot share a batch evenly, or an update has not `training.update_tokens`.
+    """
+    if _leaves_size_open(config, _open_to(kind, undecided)):
+        return
+    size, processes, training = config.data.batch_size, config.runtime.processes, config.training
+    if size % processes:
+        raise UserError(
+            f"data.batch_size={size} cannot be divided evenly among runtime.processes={processes}: make it a "
+            f"multiple of {processes}"
+        )
+    context, wanted = config.model.context_length, training.update_tokens
+    if wanted is not None and wanted != (tokens := size * training.accumulate * context):
+        raise UserError(
+            f"training.update_tokens={wanted}: data.batch_size={size} × training.accumulate="
+            f"{training.accumulate} × model.context_length={context} is {tokens}; set "
+            f"data.batch_size={AUTO}, or remove it"
+        )
+
+
+def _open_to(kind: str, undecided: Collection[str]) -> set[str]:
+    """Those of the undecided keys that a device of this kind decides."""
+    return {*undecided} if kind == "cuda" else {*undecided} & {"training.accumulate"}  # only with auto
+
+
+def _leaves_size_open(config: PretrainConfig, undecided: set[str]) -> bool:
+    return config.data.batch_size == AUTO or {"data.batch_size", "training.accumulate"} <= undecided
 
 
 def _as_accumulating(config: PretrainConfig) -> PretrainConfig:

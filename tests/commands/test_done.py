@@ -170,3 +170,13 @@ def test_what_decides_a_run_is_all_of_its_config(text: str, tmp_path: Path) -> N
     config.tracking.mode, config.if_done = "disabled", "again"
     config.data.cache_dir = str(tmp_path / "cache")
     assert done.fingerprint(config) == made_with
+
+
+def test_what_nobody_gave_may_be_left_to_the_device(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 16 windows a batch are what was asked for if they are given, and a CPU's number if not."""
+    config = PretrainConfig()
+    config.data.path, config.data.source = text.partition("=")[2], "text"
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setattr(done, "device_kind", lambda _, kind=kind: kind)
+        left_open, given = (done.fingerprint(config, keys) for keys in (["seed"], ["data.batch_size"]))
+        assert (left_open == given) == (kind == "cpu")

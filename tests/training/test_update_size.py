@@ -28,7 +28,7 @@ from llm.model.gpt import GPTModel, parameters_of
 from llm.runtime import Runtime
 from llm.training.memory import KEPT, PROCESS, USED_SHARE, Memory, _counted, memory_of
 from llm.training.optimizers import build_optimizers
-from llm.training.update_size import DEVICE_KEYS, chosen_for_device
+from llm.training.update_size import DEVICE_KEYS, chosen_for_device, refuse_uneven
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -228,6 +228,16 @@ def test_auto_divides_an_update_as_large_as_suits_the_model_by_the_memory() -> N
         chosen(odd, undecided=undecided, kind="cpu")
 
 
+def test_only_sizes_that_stay_have_to_go_together() -> None:
+    """The presets' sizes are a CPU's: 8 processes cannot share 4 windows, and on GPUs there are 128."""
+    shared = replace(GPT124M, runtime=RuntimeConfig(processes=8))
+    refuse_uneven(shared, DEVICE_KEYS, "cuda")
+    refuse_uneven(replace(shared, data=AUTO_SMALL.data), (), "cpu")
+    for undecided, kind in ((DEVICE_KEYS, "cpu"), (["training.accumulate"], "cuda")):
+        with pytest.raises(UserError, match="batch_size=4 cannot be divided evenly among"):
+            refuse_uneven(shared, undecided, kind)
+
+
 def test_auto_makes_the_same_update_and_is_recorded_resumed_and_repeated(
     script: Script, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +267,10 @@ def test_auto_makes_the_same_update_and_is_recorded_resumed_and_repeated(
         (
             "training.update_tokens=100",
             "is 256; set data.batch_size=auto, or remove it",
+        ),
+        (
+            "runtime.processes=3",
+            "among runtime.processes=3: make it a multiple of 3",
         ),
     ):
         refused = script("pretrain", *arguments, steps, given, "hydra.run.dir=no")
