@@ -20,7 +20,7 @@ from llm.config import ModelConfig
 from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention, Remember, RememberLayer
 from llm.model.cpu import Dropout
-from llm.model.loss import capped, chunk_tokens, linear_cross_entropy
+from llm.model.loss import SCORED_PARTS, capped, chunk_tokens, linear_cross_entropy
 from llm.model.parts import NORMS, POSITIONS, FeedForward, Turns, turns_of
 
 # Logits (tokens, vocab_size) and the tokens that came (tokens,) to a number for each (tokens,).
@@ -168,8 +168,13 @@ class GPTModel(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Through the output head: (…, emb_dim) to (…, vocab_size)."""
+        return self._capped(self._products(features))
+
+    def _products(self, features: Tensor) -> Tensor:
         head = self.out_head
-        logits = F.linear(features, self.head_weight) if head is None else head(features)
+        return F.linear(features, self.head_weight) if head is None else head(features)
+
+    def _capped(self, logits: Tensor) -> Tensor:
         cap = self.config.logit_softcap
         return logits if cap is None else capped(logits.float(), cap)
 
@@ -190,13 +195,13 @@ class GPTModel(nn.Module):
         """What each of `scores` makes of the logits at each target (batch, time): as many tensors (batch,
         time), fp32. The logits are computed a chunk at a time, as they take vocab_size numbers a token."""
         tokens = chunk_tokens(idx.device, self.config.vocab_size, torch.float32)
-        chunks = zip(
-            self.features(idx).flatten(0, 1).split(tokens), targets.flatten().split(tokens), strict=True
-        )
+        few = tokens // SCORED_PARTS
+        wanted_of_parts = iter(targets.flatten().split(few))
         scored = []
-        for features, wanted in chunks:
-            logits = self.logits(features).float()
-            scored.append([score(logits, wanted).float() for score in scores])
+        for chunk in self.features(idx).flatten(0, 1).split(tokens):
+            for part in self._products(chunk).split(few):
+                logits, wanted = self._capped(part).float(), next(wanted_of_parts)
+                scored.append([score(logits, wanted).float() for score in scores])
         return [torch.cat(each).view(targets.shape) for each in zip(*scored, strict=True)]
 
 

@@ -22,6 +22,7 @@ CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2'
 # On CUDA more, as far as they take this share of its memory: a GPU is fastest at large products, and each
 # chunk adds to the gradient of all of the head's weights.
 CUDA_CHUNK_TOKENS, CUDA_CHUNK_SHARE = 16_384, 1 / 32
+SCORED_PARTS = 16  # of a chunk, each scored by itself: scores take several numbers in fp32 for each logit
 ALIGNED = 64  # matrix products are fastest when their sides are multiples of this; GPT-2's 50,257 is odd
 
 
