@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -143,8 +144,27 @@ def gpu_stood_for() -> float | None:
 
 
 def memory_bytes() -> int:
-    """The memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The memory of this machine, or what a container or a cluster's job may take of it."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+
+
+def _limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """The memory limits of the control groups that this process is in, each within those above it. Linux has
+    them in two versions, and a machine one of these or both (cgroups(7))."""
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            if folder.is_relative_to(top) and (file := folder / name).is_file():
+                limit = file.read_text().strip()
+                if limit != "max":
+                    yield int(limit)
 
 
 @cache

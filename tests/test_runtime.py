@@ -11,7 +11,7 @@ import torch
 from scripts import run_python
 
 from llm.config import RuntimeConfig
-from llm.device import exactness_in_words
+from llm.device import _limits, exactness_in_words, memory_bytes
 from llm.errors import UserError
 from llm.processes import processes
 from llm.runtime import Runtime, any_kernels, set_product_precision, start_runtime, use_deterministic_kernels
@@ -70,6 +70,26 @@ def _flags() -> Iterator[None]:
     yield
     set_product_precision("fp32")
     use_deterministic_kernels(False)
+
+
+def test_memory_is_what_a_containers_groups_allow(tmp_path: Path) -> None:
+    """Files as cgroups(7) describes them: version 2 has one tree, version 1 one for memory; `max` and absent
+    files are no limit, and that of a parent holds too."""
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    groups.write_text("9:cpu,memory:/job/step\n8:cpu:/other\n0::/user/run\n")
+    for name, limit in {
+        "memory.max": "max\n",
+        "user/memory.max": "8000\n",
+        "user/run/memory.max": "max\n",
+        "memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "memory/job/step/memory.limit_in_bytes": "6000\n",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(limit)
+    (tmp_path / "memory.max").write_text("1\n")  # above the tree
+    assert sorted(_limits(groups, root)) == [6000, 8000, 9223372036854771712]
+    assert not list(_limits(tmp_path / "none", root))
+    assert 1 << 28 < memory_bytes() < 1 << 50
 
 
 def test_tf32_needs_a_gpu_that_has_it() -> None:
