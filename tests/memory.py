@@ -4,6 +4,7 @@
 
 For each number of windows, two processes make three updates each: one that returns freed memory to the system
 at once, so that what it takes is what it holds; and one that keeps it, as runs do because that is faster.
+With `runtime.processes`, each is the first of so many, and the windows are each one's own.
 """
 
 import ctypes
@@ -19,35 +20,50 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from llm.config import ModelConfig, PretrainConfig, own_defaults
 from llm.device import Device
 from llm.model.gpt import GPTModel
-from llm.runtime import start_runtime
+from llm.processes import processes
+from llm.runtime import Runtime
 from llm.training.memory import memory_of
 from llm.training.optimizers import build_optimizers
+from llm.training.sharding import clip_gradients, shard
 
 ROOT = Path(__file__).parents[1]
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def grown(overrides: list[str], rows: int, keeps: bool, result: mp.Queue) -> None:
+    config = composed(overrides).runtime
+    with processes(replace(config, device="cpu"), growth, overrides, rows, keeps) as runtime:
+        result.put((runtime.precision, growth(overrides, rows, keeps, runtime)))
+
+
+def growth(overrides: list[str], rows: int, keeps: bool, runtime: Runtime) -> int:
     config = composed(overrides)
-    runtime = start_runtime(replace(config.runtime, device="cpu"))
+    shards = config.runtime.sharding == "fsdp"
     if not keeps:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
     def update(size: ModelConfig, rows: int, times: int) -> None:
         model = GPTModel(size).train()
+        trained: nn.Module = model
+        if shards:
+            shard(model, runtime)
+        elif runtime.processes > 1:
+            trained = DistributedDataParallel(model)
         optimizers = build_optimizers(model, config.optimizer, runtime)
         optimizers.set_lr(1e-3)
         for _ in range(times):
             tokens = torch.randint(size.vocab_size, (rows, size.context_length + 1))
             with runtime.autocast():
-                model(tokens[:, :-1], tokens[:, 1:]).backward()
-            parameters = list(model.parameters())
-            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-            nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+                trained(tokens[:, :-1], tokens[:, 1:]).backward()
+            if shards:
+                clip_gradients(model, 1.0, runtime)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers.step()
             optimizers.zero_grad()
 
@@ -58,7 +74,7 @@ def grown(overrides: list[str], rows: int, keeps: bool, result: mp.Queue) -> Non
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     update(config.model, rows, 3)
-    result.put((runtime.precision, status("VmHWM") - before))
+    return status("VmHWM") - before
 
 
 def status(name: str) -> int:

@@ -141,7 +141,7 @@ def _planned(config: PlanConfig, run_dir: Path, given: Collection[str]) -> Plan:
         device, name = DEVICES[settings.device], settings.device
         precision = "bf16" if asked_for.precision == "auto" else asked_for.precision
     else:
-        here = start_runtime(replace(asked_for, processes=1))
+        here = start_runtime(replace(asked_for, processes=1, sharding="none"))
         device, name, precision = device_of(here, count), device_name(here.device), here.precision
     run = build_run(start, Runtime(torch.device("cpu"), precision, processes=count), planned_for=device)
     if settings.probe:

@@ -42,6 +42,15 @@ def test_a_plan_says_what_the_run_is_and_fits_the_terminal(
     assert "data.batch_size=4096" in output  # as many as are looked for
 
 
+def test_a_sharded_run_is_planned_for_as_many_processes_as_it_is_to_have(
+    script: Script, text: str, tmp_path: Path
+) -> None:
+    output, figures = planned(script, tmp_path, *RUN, text, "runtime.processes=2", "runtime.sharding=fsdp")
+    assert "2 processes on " in output
+    assert "sharded over 2 processes, as all of this is told" in " ".join(output.split())
+    assert figures["memory"]["gradients"] < 4 * figures["parameters"]
+
+
 def test_a_probe_measures_updates_of_the_run(
     script: Script, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
