@@ -17,7 +17,8 @@ from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint
 from llm.checkpoints.opening import is_ours
 from llm.config import AUTO, EvaluateConfig, GenerateConfig, PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
-from llm.data.corpus import find_files, find_splits
+from llm.data.corpus import find_splits
+from llm.data.text_files import find_files
 from llm.data.token_file import token_files
 from llm.files import as_typed, parse_json, read_content, remove, replacing, sha256, write_json
 from llm.run_folder import FINGERPRINT, LOCK, SUMMARY, read_summary, write_summary

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from llm.config import EvaluateConfig, SamplingConfig, validate
-from llm.data.corpus import Corpus, find_files
+from llm.data.corpus import Corpus
 from llm.data.pieces import encode_pieces
+from llm.data.text_files import find_files
 from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of, bytes_of_tokens, identity_of
 from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches

@@ -13,7 +13,8 @@ from typing import Any
 
 from llm.config import GenerateConfig, validate
 from llm.data.byte_level import END_OF_TEXT
-from llm.data.corpus import find_files, read_text, text_of
+from llm.data.decoding import read_text, text_of
+from llm.data.text_files import find_files
 from llm.data.token_file import token_files
 from llm.data.tokenizer import identity_of
 from llm.device import device_errors_in_one_line

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from llm.data.corpus import BYTE_ORDER_MARK, PIECE_BYTES, decoded, parse_document
+from llm.data.decoding import BYTE_ORDER_MARK, PIECE_BYTES, decoded, parse_document
 from llm.data.tokenizer import END_OF_TEXT
 from llm.errors import UserError
 

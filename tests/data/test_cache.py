@@ -135,14 +135,14 @@ def test_a_text_that_changes_while_it_is_read_is_refused_and_not_kept(
 ) -> None:
     path, line = tmp_path / "text.txt", r"text\.txt changed while it was read"
     with monkeypatch.context() as patch:  # between the hash and the first reading
-        digests = corpus._digests
+        digests = corpus.digests_of
 
         def then_changed(files: list[Path]) -> tuple[str, ...]:
             found = digests(files)
             path.write_text(TEXT.upper())
             return found
 
-        patch.setattr(corpus, "_digests", then_changed)
+        patch.setattr(corpus, "digests_of", then_changed)
         with pytest.raises(UserError, match=line):
             used(config)
     with monkeypatch.context() as patch:  # between the first reading and the last

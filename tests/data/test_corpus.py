@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from llm.config import DataConfig
-from llm.data import corpus
-from llm.data.corpus import Corpus, find_corpus, find_files, find_splits, read_text
+from llm.data import corpus, decoding
+from llm.data.corpus import Corpus, find_corpus, find_splits
+from llm.data.decoding import read_text
+from llm.data.text_files import find_files
 from llm.errors import UserError
 
 TEXT = b"I HAD always thought Jack Gisburn rather a cheap genius"
@@ -72,7 +74,7 @@ def test_files_are_read_the_same_in_blocks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     text = "\ufeffnaïve\r\n café – 語 🎭\r\r\n\ufeff\n" * 5
-    monkeypatch.setattr(corpus, "PIECE_BYTES", block)
+    monkeypatch.setattr(decoding, "PIECE_BYTES", block)
     for length in range(len(text.encode()) + 1):  # a character that the end cuts in two
         content = text.encode()[:length]
         (tmp_path / "text.txt").write_bytes(content)
@@ -89,7 +91,7 @@ def test_files_are_read_the_same_in_blocks_of_any_size(
 def test_a_text_is_split_by_characters_and_read_again_only_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 5)
+    monkeypatch.setattr(decoding, "PIECE_BYTES", 5)
     config = DataConfig("text", str(tmp_path / "*.txt"), train_ratio=0.7, cache_dir=str(tmp_path / "cache"))
     for content in ("naïve 語 🎭" * 3, "changed " * 9):
         (tmp_path / "a.txt").write_text(content, encoding="utf-8")
@@ -111,7 +113,7 @@ def test_a_line_of_json_is_a_document(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "b.JSONL").write_text('\n{"text": "\ufefffour"}', encoding="utf-8")
     documents = ["one\ntwo", "", "three", "four"]
     for block in (1, 5, 1000):
-        monkeypatch.setattr(corpus, "PIECE_BYTES", block)
+        monkeypatch.setattr(decoding, "PIECE_BYTES", block)
         assert text_of(DataConfig("text", f"{tmp_path}/[ab].*")) == "<|endoftext|>".join(documents)
     deep = '{"text": ' + "[" * 100_000
     for bad in ("no json", "[1]", '{"content": "one"}', '{"text": 1}', '{"text": "\\ud800"}', "\udcff", deep):

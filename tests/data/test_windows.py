@@ -11,7 +11,7 @@ import torch
 from scripts import FORKED
 
 from llm.config import DataConfig, PretrainConfig
-from llm.data import cache, corpus, pieces
+from llm.data import cache, decoding, pieces
 from llm.data.corpus import Corpus, Split, find_corpus, find_splits
 from llm.data.token_file import token_file, token_files
 from llm.data.tokenizer import encode, load_tokenizer
@@ -40,7 +40,7 @@ def test_windows_are_the_books() -> None:
 
 
 def test_a_text_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 5_000)
+    monkeypatch.setattr(decoding, "PIECE_BYTES", 5_000)
     monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 5_000)
     monkeypatch.setattr(cache, "BLOCK_BYTES", 50_000)
     text = "to be or not to be\n" * 100_000
