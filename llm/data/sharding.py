@@ -15,7 +15,8 @@ from llm.data import bpe
 from llm.data.cache import Record
 from llm.data.corpus import Corpus, Split, find_corpus
 from llm.data.documents import SUFFIXES, TABLES, Dataset, divided, divided_rows, kind_of, read_documents
-from llm.data.shard_writer import Job, is_held_out, write_shards
+from llm.data.shard_worker import Job, is_held_out
+from llm.data.shard_writer import write_shards
 from llm.data.shards import SPLITS
 from llm.data.text_files import find_files
 from llm.data.tokenizer import LEARNT, end_of_text_id, load_tokenizer

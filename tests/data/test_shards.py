@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY, Script, numbers
 
-from llm.data import accelerated, documents, shard_writer
+from llm.data import accelerated, documents, shard_worker
 from llm.data.cutting import DocumentWindows, Windows
 from llm.data.documents import divided, passages, read_documents
 from llm.data.mixture import MIXED, Mixture
@@ -115,7 +115,7 @@ def test_a_prepare_that_was_cut_off_keeps_its_shards(
     """Whole, by two processes; cut off in its third unit, damaged, and finished by one: the same bytes."""
     arguments = ["data=text", f"data.path={write(tmp_path, 'jsonl')}"]
     prepare(script, *arguments, "shards.path=whole", "shards.workers=2")
-    finish, done = shard_writer.write_record, list[Path]()
+    finish, done = shard_worker.write_record, list[Path]()
 
     def killed(path: Path, *record: object) -> None:
         if len(done) == 2:
@@ -123,10 +123,10 @@ def test_a_prepare_that_was_cut_off_keeps_its_shards(
         done.append(path)
         finish(path, *record)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shard_writer, "write_record", killed)
+    monkeypatch.setattr(shard_worker, "write_record", killed)
     alone = ["shards.path=cut", "shards.workers=1"]
     assert script("prepare", "tokenizer=bytes", "shards.validation=0.1", *arguments, *alone).returncode != 0
-    monkeypatch.setattr(shard_writer, "write_record", finish)
+    monkeypatch.setattr(shard_worker, "write_record", finish)
     cut = tmp_path / "cut"
     kept = cut / "training-000000-000.bin"
     (cut / "training-000001-000.bin").write_bytes(b"damaged")
@@ -141,7 +141,7 @@ def test_ids_that_differ_end_the_use_of_gigatoken(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        shard_writer, "accelerated", lambda tokenizer: lambda text: np.array([1, 2], np.uint32)
+        shard_worker, "accelerated", lambda tokenizer: lambda text: np.array([1, 2], np.uint32)
     )
     out = prepare(script, "data=text", f"data.path={write(tmp_path, 'jsonl')}", "shards.path=s")
     assert "gigatoken gave other ids than tiktoken" in out
