@@ -163,6 +163,12 @@ class DataConfig:
         [],
         "shards: FOLDER:WEIGHT of each folder to draw windows from, instead of path; any sum will do",
     )
+    shards: list[int] = key(
+        [],
+        "shards: how many of each folder to use, from its first on, with what is held out of the same text; "
+        "[]: all. A run that begins while a folder is being written records what was there",
+        at_least=1,
+    )
     cross_documents: bool = key(
         True,
         "shards: whether a window may hold the end of a document and the beginning of the next; false: "
@@ -629,6 +635,8 @@ def validate(config: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}path={path} and {prefix}mixture are both set: give one of them")
         case DataConfig(source=source, mixture=[_, *_]) if source != "shards":
             raise UserError(f"{prefix}mixture is of shards: give data=shards too")
+        case DataConfig(source=source, shards=[_, *_] as counts) if source != "shards":
+            raise UserError(f"{prefix}shards={counts} is of shards: give data=shards too")
         case DataConfig(source=source, cross_documents=False) if source != "shards":
             raise UserError(f"{prefix}cross_documents=false is for data=shards, whose documents are known")
         case DataConfig(source="shards", order="book", mixture=[_, *_]):

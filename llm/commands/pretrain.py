@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm.config import PretrainConfig, validate
 from llm.data.bpe import find_tokenizer
+from llm.data.shards import with_shards_there
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.files import as_typed
@@ -72,6 +73,7 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
     try:
         validate(config)
         start = find_start(config, run_dir, given)
+        start.config = replace(start.config, data=with_shards_there(start.config.data))
         validate(start.config)
         refuse_uneven(start.config, start.undecided, device_kind(start.config.runtime))
         summary.seed, summary.init_from = start.config.seed, start.config.init_from

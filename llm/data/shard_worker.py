@@ -195,6 +195,8 @@ def _write_shard(documents: Iterator[str], number: int, shard: int, show: Any) -
             record[split] = {**totals[split], "sha256": digests}
     _count(read_bytes - told_bytes, sum(each["tokens"] for each in totals.values()) - told_tokens)
     write_record(job.folder / RECORDS / f"{name}.json", name, record)
+    if show:
+        show()
     return record
 
 

@@ -6,6 +6,7 @@ they were killed: what is recorded is kept, and the rest is made again.
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -18,7 +19,7 @@ from llm.config import TokenizerConfig
 from llm.data import shard_worker
 from llm.data.accelerated import DifferentIds
 from llm.data.byte_level import as_files
-from llm.data.cache import Record, write_record
+from llm.data.cache import Record, read_record, write_record
 from llm.data.shard_worker import BY_TIKTOKEN, RECORDS, Job, begin, integers, shard_name, write_unit
 from llm.data.shards import FORMAT, INDEX, SETTINGS, SPLITS, TOKENIZER
 from llm.data.tokenizer import LEARNT, identity_of
@@ -46,8 +47,8 @@ def write_shards(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig,
         if asked.name == LEARNT:
             for name, content in as_files(tokenizer).items():
                 write_json(job.folder / TOKENIZER / name, content)
-        records = _by_workers(job, workers)
-        index = _index(job, tokenizer, asked, records)
+        records = _by_workers(job, workers, lambda: _publisher(job, tokenizer, asked))
+        index = _index(job, tokenizer, asked, records, complete=True)
         write_record(job.folder / INDEX, FORMAT, index)
     return index
 
@@ -73,19 +74,20 @@ def _claim(job: Job, fingerprint: str) -> None:
         remove_leftovers(folder)
 
 
-def _by_workers(job: Job, workers: int) -> list[list[Record]]:
+def _by_workers(job: Job, workers: int, publisher: Callable[[], Callable[[], None]]) -> list[list[Record]]:
     """The records of each unit's shards."""
     while True:
         try:
-            return _run(job, workers)
+            return _run(job, workers, publisher())
         except DifferentIds:
             log.warning("gigatoken gave other ids than tiktoken: beginning again with tiktoken alone")
+            remove(job.folder / INDEX)
             for path in [*job.folder.glob("*.bin"), *job.folder.glob("*.documents"), job.folder / RECORDS]:
                 remove(path)
             write_text(job.folder / RECORDS / BY_TIKTOKEN, "")
 
 
-def _run(job: Job, workers: int) -> list[list[Record]]:
+def _run(job: Job, workers: int, publish: Callable[[], None]) -> list[list[Record]]:
     progress, total = Progress("tokenising"), max(1, sum(part.bytes for unit in job.units for part in unit))
     context = get_context("forkserver")
     context.set_forkserver_preload([shard_worker.__name__])  # or each process would import torch by itself
@@ -94,6 +96,7 @@ def _run(job: Job, workers: int) -> list[list[Record]]:
     read = 0  # of the text, in units that are done
 
     def show() -> None:
+        publish()
         of_done = sum(record["read_bytes"] for records in done.values() for record in records)
         expected = total * of_done / read if read else total  # of a compressed text more than its size
         progress.update(min(1.0, counted[0] / max(1, expected)), f"{format_count(counted[1])} tokens")
@@ -144,10 +147,43 @@ def _wait(tasks: dict[Future[list[Record]], int], show: Any, finish: Any) -> Non
             ) from error
 
 
+def _publisher(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig) -> Callable[[], None]:
+    """A function that writes, whenever there are more, an index of the shards up to the first of the text
+    that is not there yet. Runs may begin on them, and later indices have them in the same places."""
+    published = read_record(job.folder / INDEX, FORMAT) or {split: [] for split in SPLITS}
+    records: list[list[Record]] = [[]]
+
+    def publish() -> None:
+        nonlocal published
+        known = sum(map(len, records))
+        while len(records) <= len(job.units):
+            name = shard_name(len(records) - 1, len(records[-1]))
+            record = read_record(job.folder / RECORDS / f"{name}.json", name)
+            if record is None:
+                break
+            records[-1].append(record)
+            if record["is_last"]:
+                records.append([])
+        if sum(map(len, records)) == known or published.get("complete"):
+            return  # nothing is new, or a whole folder is checked once more
+        index = _index(job, tokenizer, asked, records)
+        if all(len(index[split]) >= max(1, len(published[split])) for split in SPLITS):  # a run needs both
+            published = index
+            write_record(job.folder / INDEX, FORMAT, index)
+
+    return publish
+
+
 def _index(
-    job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig, records: list[list[Record]]
+    job: Job,
+    tokenizer: tiktoken.Encoding,
+    asked: TokenizerConfig,
+    records: list[list[Record]],
+    complete: bool = False,
 ) -> Record:
     """What is in the folder: the shards of each split with their counts and hashes, in the text's order."""
+    sizes = [sum(part.bytes for part in unit) for unit in job.units]
+    done = [size for size, of_unit in zip(sizes, records, strict=False) if of_unit and of_unit[-1]["is_last"]]
     index: Record = {
         "tokenizer": {
             "asked": [asked.name, asked.vocab_size if asked.name == LEARNT else None],
@@ -157,6 +193,8 @@ def _index(
         "dtype": integers(tokenizer),
         "column": job.column,
         "held_out": job.validation,
+        "complete": complete,
+        "share": sum(done) / max(1, sum(sizes)),  # of the text, as far as units of it are done
     }
     for split in SPLITS:
         index[split] = [

@@ -5,6 +5,9 @@ modded-nanogpt (`*_train_*.bin`, `*_val_*.bin`) have none; which tokenizer they 
 """
 
 import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from llm.data.tokenizer import LEARNT, fingerprint_of_ids, identity_of, load_tok
 from llm.data.tokens import Shard, ShardedTokens, TokenFile
 from llm.errors import UserError
 from llm.files import expanded
+from llm.progress import format_count
+
+log = logging.getLogger(__name__)
 
 INDEX, FORMAT = "index.json", "shards-1"
 SETTINGS = "settings"  # of whoever writes here: from then on it is a folder of shards
@@ -26,6 +32,7 @@ SPLITS = ("training", "validation")
 # The header of modded-nanogpt's files, as llm.c's: 256 int32, of which the first three are a number that
 # tells them, the version and how many tokens follow, as uint16.
 HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
+UINT16 = np.dtype("<u2")
 
 
 def shard_files(data: DataConfig, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
@@ -35,8 +42,9 @@ def shard_files(data: DataConfig, tokenizer: tiktoken.Encoding) -> tuple[TokenFi
     Raises:
         UserError: there are no shards, they are damaged, or of another tokenizer.
     """
-    opened = [open_folder(folder, tokenizer) for folder, _ in weighted_folders(data)]
-    about = repr([weight for _, weight in weighted_folders(data)]) if data.mixture else ""
+    folders = folders_of(data)
+    opened = [open_folder(folder, tokenizer) for folder in folders]
+    about = repr([folder.weight for folder in folders]) if data.mixture else ""
     return tuple(  # type: ignore[return-value]
         _joined([folder[split] for folder in opened], tokenizer, (about, "")[split]) for split in range(2)
     )
@@ -46,13 +54,10 @@ def _joined(files: list[TokenFile], tokenizer: tiktoken.Encoding, about: str) ->
     if len(files) == 1 and not about:
         return files[0]
     shards = [shard for file in files for shard in sharded(file).shards]
-    dtypes = {sharded(file).dtype for file in files}
-    if len(dtypes) > 1:
-        raise UserError("data.mixture: its folders hold integers of different sizes; prepare them alike")
     digest = hashlib.sha256("".join([about, *(file.fingerprint for file in files)]).encode())
     sizes = [file.bytes for file in files]
     return TokenFile(
-        ShardedTokens(shards, dtypes.pop(), tokenizer.n_vocab),
+        ShardedTokens(shards, tokenizer.n_vocab),
         fingerprint_of_ids(tokenizer, digest.hexdigest()),
         None if None in sizes else sum(filter(None, sizes)),
         files[0].path,
@@ -64,28 +69,62 @@ def sharded(file: TokenFile) -> ShardedTokens:
     return file.ids
 
 
-def weighted_folders(data: DataConfig) -> list[tuple[Path, float]]:
-    """The folders of shards and their weights.
+@dataclass(frozen=True)
+class Folder:
+    path: Path
+    weight: float
+    count: int | None  # of its training shards that are used, from the first on; None: all
+
+
+def folders_of(data: DataConfig) -> list[Folder]:
+    """The folders of shards.
 
     Raises:
-        UserError: an entry of `data.mixture` has no weight above 0.
+        UserError: an entry of `data.mixture` has no weight above 0, or `data.shards` not one count a folder.
     """
-    if not data.mixture:
-        return [(expanded(data.path or ""), 1.0)]
-    found = []
-    for entry in data.mixture:
-        folder, _, weight = entry.rpartition(":")
-        try:
-            found.append((expanded(folder), float(weight)))
-        except ValueError:
-            weight = ""
-        if not folder or not weight or not 0 < found[-1][1] < float("inf"):
-            raise UserError(
-                f"data.mixture: {entry} must be FOLDER:WEIGHT, with a weight above 0, as in web:0.7"
-            )
-    if len({folder for folder, _ in found}) < len(found):
+    weighted = [_weighted(entry) for entry in data.mixture] or [(expanded(data.path or ""), 1.0)]
+    if len({path for path, _ in weighted}) < len(weighted):
         raise UserError("data.mixture: a folder comes twice: give each one weight")
-    return found
+    if data.shards and len(data.shards) != len(weighted):
+        raise UserError(
+            f"data.shards={data.shards}: give one count for each folder, of which there are {len(weighted)}"
+        )
+    counts: Sequence[int | None] = data.shards or [None] * len(weighted)
+    return [Folder(path, weight, count) for (path, weight), count in zip(weighted, counts, strict=True)]
+
+
+def _weighted(entry: str) -> tuple[Path, float]:
+    folder, _, weight = entry.rpartition(":")
+    try:
+        if folder and 0 < float(weight) < float("inf"):
+            return expanded(folder), float(weight)
+    except ValueError:
+        pass
+    raise UserError(f"data.mixture: {entry} must be FOLDER:WEIGHT, with a weight above 0, as in web:0.7")
+
+
+def with_shards_there(data: DataConfig) -> DataConfig:
+    """The config with the number of shards that there are now, where a folder is still being written, and a
+    line in the log that says so. All processes of a run are to use the same, and so is whoever resumes or
+    repeats it."""
+    if data.source != "shards" or data.shards:
+        return data
+    counts, growing = [], False
+    for folder in folders_of(data):
+        index = read_record(folder.path / INDEX, FORMAT)
+        counts.append(len(index["training"] if index else _foreign_files(folder.path, "train")))
+        if index and not index.get("complete", True):
+            growing = True
+            tokens = format_count(sum(entry["tokens"] for entry in index["training"]))
+            share = f", of about {index['share']:.0%} of the text" if index["share"] else ""
+            log.info(
+                "%s is still being written: %s training tokens in the first %d shards are used%s",
+                folder.path,
+                tokens,
+                counts[-1],
+                share,
+            )
+    return replace(data, shards=counts) if growing and all(counts) else data
 
 
 def folder_tokenizer(data: DataConfig, config: TokenizerConfig) -> tiktoken.Encoding:
@@ -94,7 +133,7 @@ def folder_tokenizer(data: DataConfig, config: TokenizerConfig) -> tiktoken.Enco
     Raises:
         UserError: none was learnt, or one of another size; see `load_tokenizer`.
     """
-    folder = weighted_folders(data)[0][0]
+    folder = folders_of(data)[0].path
     if config.name != LEARNT or config.vocab_size is None:
         return load_tokenizer(config.name)
     index = read_record(folder / INDEX, FORMAT)
@@ -118,8 +157,8 @@ def _other_tokenizer(folder: Path, index: dict[str, Any] | None, wanted: str) ->
 def _no_shards(folder: Path) -> UserError:
     if (folder / SETTINGS).exists():
         return UserError(
-            f"{folder}: its shards are not complete, or its index is damaged; run the experiments/prepare.py "
-            f"that made them once more"
+            f"{folder} has no shard yet, or its index is damaged: wait for the first shard, or run the "
+            f"experiments/prepare.py that makes them once more"
         )
     return UserError(
         f"data.path={folder}: no shards there; make them with experiments/prepare.py shards.path={folder}, "
@@ -127,42 +166,66 @@ def _no_shards(folder: Path) -> UserError:
     )
 
 
-def open_folder(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
+def open_folder(folder: Folder, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
     """The training and the validation tokens of a folder; see `shard_files`."""
     try:
-        return _indexed(folder, tokenizer) if (folder / INDEX).exists() else _foreign(folder, tokenizer)
+        is_ours = (folder.path / INDEX).exists()
+        return _indexed(folder, tokenizer) if is_ours else _foreign(folder, tokenizer)
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+        raise UserError(f"cannot read {error.filename or folder.path}: {error.strerror}") from error
 
 
-def _indexed(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
-    index = read_record(folder / INDEX, FORMAT)
+def _indexed(folder: Folder, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
+    index = read_record(folder.path / INDEX, FORMAT)
     if index is None:
-        raise _no_shards(folder)
+        raise _no_shards(folder.path)
     if index["tokenizer"]["identity"] != identity_of(tokenizer):
-        raise _other_tokenizer(folder, index, tokenizer.name)
+        raise _other_tokenizer(folder.path, index, tokenizer.name)
     dtype, files = np.dtype(index["dtype"]), []
     for split in SPLITS:
         digest, shards = hashlib.sha256(), []
-        for entry in index[split]:
-            path = folder / entry["file"]
+        entries = _used(folder, index, split)
+        for entry in entries:
+            path = folder.path / entry["file"]
             if path.stat().st_size != entry["tokens"] * dtype.itemsize:
                 raise UserError(f"{path} is damaged: its size is not that of the index; prepare it once more")
-            shards.append(Shard(path, entry["tokens"], documents=path.with_suffix(".documents")))
+            shards.append(Shard(path, entry["tokens"], dtype, documents=path.with_suffix(".documents")))
             digest.update(entry["sha256"].encode())
-        tokens = ShardedTokens(shards, dtype, tokenizer.n_vocab)
+        tokens = ShardedTokens(shards, tokenizer.n_vocab)
         fingerprint = fingerprint_of_ids(tokenizer, digest.hexdigest())
-        files.append(TokenFile(tokens, fingerprint, sum(entry["bytes"] for entry in index[split]), folder))
+        files.append(TokenFile(tokens, fingerprint, sum(entry["bytes"] for entry in entries), folder.path))
     return files[0], files[1]
 
 
-def _foreign(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
+def _used(folder: Folder, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """The shards of a split that are used: of so many for training, and for validation what is held out of
+    the same text."""
+    if folder.count is None:
+        return index[split]
+    _refuse_more(folder, len(index["training"]))
+
+    def place(entry: dict[str, Any]) -> list[int]:
+        return [*map(int, Path(entry["file"]).stem.split("-")[1:])]
+
+    last = place(index["training"][folder.count - 1])
+    return [entry for entry in index[split] if place(entry) <= last]
+
+
+def _refuse_more(folder: Folder, there: int) -> None:
+    if (folder.count or 0) > there:
+        raise UserError(f"data.shards: {folder.path} has {there} of the {folder.count} shards asked for")
+
+
+def _foreign(folder: Folder, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
     """Of nanoGPT's or modded-nanogpt's files, by their names."""
     files = []
     for part in ("train", "val"):
-        paths = sorted(path for path in folder.glob("*.bin") if part in path.stem.split("_"))
+        paths = _foreign_files(folder.path, part)
         if not paths:
-            raise _no_shards(folder)
+            raise _no_shards(folder.path)
+        if part == "train" and folder.count:
+            _refuse_more(folder, len(paths))
+            paths = paths[: folder.count]
         shards = [_foreign_shard(path) for path in paths]
         digest = hashlib.sha256()
         for shard in shards:  # not of all, as that takes minutes: of the beginning and the end
@@ -170,10 +233,14 @@ def _foreign(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, Tok
                 digest.update(f"{shard.path.name} {shard.tokens} ".encode() + content.read(1 << 16))
                 content.seek(max(0, shard.begin + 2 * shard.tokens - (1 << 16)))
                 digest.update(content.read())
-        tokens = ShardedTokens(shards, np.dtype("<u2"), tokenizer.n_vocab)
+        tokens = ShardedTokens(shards, tokenizer.n_vocab)
         fingerprint = fingerprint_of_ids(tokenizer, digest.hexdigest())
-        files.append(TokenFile(tokens, fingerprint, None, folder))
+        files.append(TokenFile(tokens, fingerprint, None, folder.path))
     return files[0], files[1]
+
+
+def _foreign_files(folder: Path, part: str) -> list[Path]:
+    return sorted(path for path in folder.glob("*.bin") if part in path.stem.split("_"))
 
 
 def _foreign_shard(path: Path) -> Shard:
@@ -183,11 +250,16 @@ def _foreign_shard(path: Path) -> Shard:
     if header[0] != MAGIC:
         if size % 2:
             raise UserError(f"{path} is damaged: a file of uint16 has an even number of bytes")
-        return Shard(path, size // 2)
+        if header[0] and size > HEADER_BYTES and not header[4:].any():
+            raise UserError(
+                f"{path} begins with a header of another format (number {header[0]}): modded-nanogpt's has "
+                f"{MAGIC}, and nanoGPT's files have none"
+            )
+        return Shard(path, size // 2, UINT16)
     if header[1] != VERSION:
         raise UserError(f"{path}: version {header[1]} of its format is unknown; version {VERSION} is read")
     if size != HEADER_BYTES + 2 * int(header[2]):
         raise UserError(
             f"{path} is damaged: its header says {header[2]:,} tokens, and its size says otherwise"
         )
-    return Shard(path, int(header[2]), HEADER_BYTES)
+    return Shard(path, int(header[2]), UINT16, HEADER_BYTES)

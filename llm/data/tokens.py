@@ -16,17 +16,18 @@ ROWS_MAPPED = 1024  # read before the files are mapped anew: the memory of what 
 class Shard:
     path: Path
     tokens: int
-    begin: int = 0  # of the tokens in the file, in bytes
+    dtype: np.dtype  # of the tokens in the file
+    begin: int = 0  # of them, in bytes
     documents: Path | None = None  # where each document ends, int64
 
 
 class ShardedTokens:
     """The tokens of shards, one shard after the other, as an array (tokens,) of the files' integers."""
 
-    def __init__(self, shards: list[Shard], dtype: np.dtype, vocab_size: int) -> None:
+    def __init__(self, shards: list[Shard], vocab_size: int) -> None:
         """`vocab_size` bounds the ids: what is read beyond is an error."""
         self.shards = [shard for shard in shards if shard.tokens]
-        self.dtype, self.vocab_size = dtype, vocab_size
+        self.vocab_size = vocab_size
         self._ends = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._mapped: dict[int, np.memmap] = {}
         self._rows = 0
@@ -56,12 +57,15 @@ class ShardedTokens:
                     f"data.cross_documents=false: {shard.path} does not say where its documents end; make "
                     f"shards of the text with experiments/prepare.py"
                 )
-            ends.append(np.fromfile(shard.documents, "<i8") + before)
+            of_shard = np.fromfile(shard.documents, "<i8")
+            if not of_shard.size or of_shard[-1] != shard.tokens:
+                raise UserError(f"{shard.documents} is damaged: prepare it once more")
+            ends.append(of_shard + before)
         return np.concatenate(ends) if ends else np.empty(0, np.int64)
 
     def _read(self, start: int, end: int) -> np.ndarray:
         first = int(np.searchsorted(self._ends, start, side="right")) - 1
-        parts = [np.empty(0, self.dtype)]
+        parts = [np.empty(0, np.uint16)]
         for number in range(first, len(self.shards)):
             before = int(self._ends[number])
             if before >= end:
@@ -82,12 +86,11 @@ class ShardedTokens:
         if number not in self._mapped:
             shard = self.shards[number]
             try:
-                self._mapped[number] = np.memmap(
-                    shard.path, self.dtype, "r", offset=shard.begin, shape=(shard.tokens,)
-                )
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"cannot read {shard.path}: {reason}") from error
+                if shard.path.stat().st_size != shard.begin + shard.tokens * shard.dtype.itemsize:
+                    raise UserError(f"{shard.path} changed during the run: its size is another")
+                self._mapped[number] = np.memmap(shard.path, shard.dtype, "r", shard.begin, (shard.tokens,))
+            except OSError as error:
+                raise UserError(f"cannot read {shard.path}: {error.strerror}") from error
         return self._mapped[number]
 
 

@@ -13,7 +13,7 @@ from llm.config import DataConfig, PretrainConfig
 from llm.data.cutting import AnyWindows, Batch, DocumentWindows, Windows, shifted
 from llm.data.mixture import Mixture
 from llm.data.permutation import Permutation
-from llm.data.shards import open_folder, sharded, weighted_folders
+from llm.data.shards import folders_of, open_folder, sharded
 from llm.data.tokens import ShardedTokens, TokenFile
 from llm.errors import UserError
 
@@ -208,13 +208,13 @@ def _shuffled(
         return windows
     sources, weights = [windows], [1.0]
     if data.mixture:
-        folders = weighted_folders(data)
-        sources = [_windows(config, sharded(open_folder(folder, tokenizer)[0])) for folder, _ in folders]
-        weights = [weight for _, weight in folders]
-        for source, (folder, _) in zip(sources, folders, strict=True):
+        folders = folders_of(data)
+        sources = [_windows(config, sharded(open_folder(folder, tokenizer)[0])) for folder in folders]
+        weights = [folder.weight for folder in folders]
+        for source, folder in zip(sources, folders, strict=True):
             if not len(source):
                 raise UserError(
-                    f"data.mixture: {folder} is too short for a window of "
+                    f"data.mixture: {folder.path} is too short for a window of "
                     f"model.context_length={config.model.context_length}: leave it out"
                 )
     return Mixture(windows.tokens, sources, weights, config.seed, data.shift_windows)

@@ -212,8 +212,10 @@ def sharded(tmp_path: Path, tokens: np.ndarray, counts: list[int]) -> ShardedTok
         part.tofile(tmp_path / f"{number}.bin")
         ends = np.flatnonzero(part == 0) + 1
         ends.astype("<i8").tofile(tmp_path / f"{number}.documents")
-        shards.append(Shard(tmp_path / f"{number}.bin", len(part), 0, tmp_path / f"{number}.documents"))
-    return ShardedTokens(shards, np.dtype("<u2"), 60_000)
+        shards.append(
+            Shard(tmp_path / f"{number}.bin", len(part), np.dtype("<u2"), 0, tmp_path / f"{number}.documents")
+        )
+    return ShardedTokens(shards, 60_000)
 
 
 def test_shards_are_read_as_one_array(tmp_path: Path) -> None:

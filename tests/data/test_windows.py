@@ -64,8 +64,8 @@ def test_token_file_is_kept_in_the_smallest_type(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(name)
         file = token_file(split_of("To be, or not to be", tmp_path), tokenizer, tmp_path, "test")
         tokens = file.ids
-        assert tokens.dtype == np.uint16  # 257 and 50,257 ids
         assert isinstance(tokens, np.memmap)
+        assert tokens.dtype == np.uint16  # 257 and 50,257 ids
         assert tokens.tolist() == encode("To be, or not to be", tokenizer)
         assert file.bytes == len("To be, or not to be")
     assert len(list((tmp_path / "tokens").iterdir())) == 4  # two of tokens, and a record beside each
