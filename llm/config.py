@@ -635,8 +635,6 @@ def validate(config: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}path={path} and {prefix}mixture are both set: give one of them")
         case DataConfig(source=source, mixture=[_, *_]) if source != "shards":
             raise UserError(f"{prefix}mixture is of shards: give data=shards too")
-        case DataConfig(source=source, shards=[_, *_] as counts) if source != "shards":
-            raise UserError(f"{prefix}shards={counts} is of shards: give data=shards too")
         case DataConfig(source=source, cross_documents=False) if source != "shards":
             raise UserError(f"{prefix}cross_documents=false is for data=shards, whose documents are known")
         case DataConfig(source="shards", order="book", mixture=[_, *_]):
@@ -659,6 +657,10 @@ def validate(config: Any, prefix: str = "") -> None:
                 f"early_stopping.rule={stopping.rule} compares evaluations during the run: "
                 f"set training.eval_freq"
             )
+        case PretrainConfig(resume=None, data=DataConfig(source=source, shards=[_, *_] as counts)) if (
+            source != "shards"
+        ):
+            raise UserError(f"data.shards={counts} is of shards: give data=shards too")
         case DataConfig(batch_size=size) if isinstance(size, str) and size != AUTO:
             raise UserError(f"{prefix}batch_size={size}: must be a whole number or {AUTO}")
         case PlanSettings(probe=True, device=str(device)):

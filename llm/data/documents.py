@@ -2,9 +2,7 @@
 both compressed, Parquet, and Hugging Face's datasets."""
 
 import codecs
-import functools
 import gzip
-import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+from llm.data.dataset import Dataset, load_dataset, optional
 from llm.data.decoding import BYTE_ORDER_MARK, PIECE_BYTES, decoded, parse_document
 from llm.data.tokenizer import END_OF_TEXT
 from llm.errors import UserError
@@ -36,35 +35,10 @@ class Part:
     bytes: int  # of memory or disk: about how much work it is
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset of Hugging Face's, by name on their hub, by a local folder of its files, or as one was saved
-    by `save_to_disk`."""
-
-    path: str
-    config: str | None
-    split: str
-
-
 def kind_of(path: Path) -> str:
     """The suffix that tells a file's format, such as `.jsonl.gz`; of a file without a known one, `.txt`."""
     found = "".join(path.suffixes[-2:]).lower(), path.suffix.lower()
     return next((suffix for suffix in found if suffix in SUFFIXES), ".txt")
-
-
-def optional(module: str, purpose: str) -> Any:
-    """A module that only some texts need.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        raise UserError(
-            f"{purpose} needs the package {name}: pip install 'gpt-experiment-runner[data]', or {name} alone"
-        ) from error
 
 
 def divided(files: Iterable[Path], size: int) -> Iterator[list[Part]]:
@@ -135,27 +109,6 @@ def divided_rows(dataset: Dataset, size: int) -> Iterator[list[Part]]:
     for start in range(0, rows, step):
         end = min(start + step, rows)
         yield [Part(dataset.path, start, end, length * (end - start) // rows)]
-
-
-@functools.lru_cache(maxsize=1)
-def load_dataset(dataset: Dataset) -> Any:
-    """
-    Raises:
-        UserError: it is not there, has several configurations or several splits, or cannot be downloaded.
-    """
-    library = optional("datasets", "data=huggingface")
-    library.disable_progress_bars()
-    try:
-        if Path(dataset.path, "state.json").is_file() or Path(dataset.path, "dataset_dict.json").is_file():
-            found = library.load_from_disk(dataset.path)
-            return found[dataset.split] if isinstance(found, dict) else found
-        return library.load_dataset(dataset.path, dataset.config, split=dataset.split)
-    except KeyError as error:
-        there = ", ".join(found)
-        raise UserError(f"shards.dataset_split={dataset.split}: {dataset.path} has {there}") from error
-    except Exception as error:  # of many libraries, for a name, a network or a file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.path={dataset.path}: cannot load this dataset: {reason}") from error
 
 
 def read_documents(part: Part, column: str, dataset: Dataset | None = None) -> Iterator[str]:
@@ -262,7 +215,7 @@ def _parquet(file: Path) -> Any:
     try:
         return parquet.ParquetFile(file, buffer_size=PIECE_BYTES, pre_buffer=False)
     except ValueError as error:  # pyarrow's ArrowInvalid
-        raise UserError(f"{file} is not Parquet, or damaged: {error}") from error
+        raise _damaged(file, error) from error
 
 
 def _rows(dataset: Dataset, part: Part, column: str) -> Iterator[str]:
@@ -314,14 +267,21 @@ def readable(file: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except EOFError as error:
-        raise UserError(f"{file} is damaged: it ends too early") from error
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        if error.errno is None:  # of gzip's and pyarrow's, about the content
+            raise _damaged(file, error) from error
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except (EOFError, UnicodeDecodeError) as error:
+        raise _damaged(file, error) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("zlib", "pyarrow"):
-            raise UserError(f"{file} is damaged: {error}") from error
+            raise _damaged(file, error) from error
         raise
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return UserError(f"{file} is damaged ({reason}): copy or download it once more, or leave it out")
 
 
 _READERS: dict[str, Callable[[Part, str], Iterator[str]]] = {

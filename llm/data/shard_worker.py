@@ -18,7 +18,8 @@ import torch
 
 from llm.data.accelerated import Checked, accelerated
 from llm.data.cache import Record, read_record, write_record
-from llm.data.documents import Dataset, Part, read_documents
+from llm.data.dataset import Dataset
+from llm.data.documents import Part, read_documents
 from llm.data.shards import FORMAT, SPLITS, TOKENIZER
 from llm.data.tokenizer import LEARNT, bytes_of_tokens, end_of_text_id, identity_of, load_tokenizer
 from llm.files import replacing

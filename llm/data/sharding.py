@@ -14,7 +14,8 @@ from llm.config import PrepareConfig
 from llm.data import bpe
 from llm.data.cache import Record
 from llm.data.corpus import Corpus, Split, find_corpus
-from llm.data.documents import SUFFIXES, TABLES, Dataset, divided, divided_rows, kind_of, read_documents
+from llm.data.dataset import Dataset
+from llm.data.documents import SUFFIXES, TABLES, divided, divided_rows, kind_of, read_documents
 from llm.data.shard_worker import Job, is_held_out
 from llm.data.shard_writer import write_shards
 from llm.data.shards import SPLITS
@@ -40,7 +41,10 @@ def prepare_shards(config: PrepareConfig) -> Record:
     if data.source == "shards":
         raise UserError("data=shards is prepared already: give the text, as data=text data.path=FILE")
     if data.source == "huggingface":
-        dataset = Dataset(data.path or "", shards.dataset_config, shards.dataset_split)
+        local = expanded(data.path or "")
+        dataset = Dataset(
+            str(local) if local.exists() else data.path or "", shards.dataset_config, shards.dataset_split
+        )
         units = [*divided_rows(dataset, size)]
         what = f"{sum(unit[0].end - unit[0].start for unit in units):,} rows"
     else:
@@ -80,6 +84,10 @@ def _files(config: PrepareConfig) -> list[Path]:
     files = find_files(config.data.path, "data.path", SUFFIXES)
     tables = [file for file in files if kind_of(file).startswith(TABLES)]
     if expanded(config.data.path).is_dir() and tables:
+        if len(tables) < len(files):
+            log.info(
+                "data.path=%s: skipped texts beside tables (%d)", config.data.path, len(files) - len(tables)
+            )
         return tables
     return files
 
