@@ -61,8 +61,8 @@ def load_dataset(dataset: Dataset) -> Any:
         raise
     except ConnectionError as error:
         raise UserError(
-            f"data.path={dataset.path}: no such folder here, and Hugging Face's hub cannot be reached: without "
-            f"a network, give a folder with the dataset's files"
+            f"data.path={dataset.path}: no such folder here, and Hugging Face's hub cannot be reached: "
+            f"without a network, give a folder with the dataset's files"
         ) from error
     except KeyError as error:
         there = ", ".join(found)

@@ -5,19 +5,25 @@ import gzip
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import TINY, Script, numbers
 
+from llm.config import DataConfig
 from llm.data import accelerated, documents, shard_worker
 from llm.data.cutting import DocumentWindows, Windows
-from llm.data.documents import divided, passages, read_documents
+from llm.data.dataset import Dataset, load_dataset
+from llm.data.documents import Part, divided, passages, read_documents
 from llm.data.mixture import MIXED, Mixture
-from llm.data.tokenizer import encode, load_tokenizer
+from llm.data.shards import shard_files
+from llm.data.tokenizer import END_OF_TEXT, TOKENIZERS, encode, load_tokenizer
 from llm.data.tokens import Shard, ShardedTokens
+from llm.data.windows import TrainingBatches
 from llm.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -26,6 +32,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 RANDOM = random.Random(5)
 LETTERS = ["to ", "be", " or", "\n", "é", "你好", "🙂", " 12", "don't", "  ", '"']
 TEXTS = ["".join(RANDOM.choices(LETTERS, k=RANDOM.randrange(5, 400))).strip() + "." for _ in range(300)]
+TEXTS[200] = "a document longer than a shard " * 1000
 END = 256
 
 
@@ -84,37 +91,82 @@ def prepare(script: Script, *arguments: str) -> str:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of 20 kB, of which these texts make several."""
+    """Units and shards of 20 kB, of which these texts make several."""
+    job = shard_worker.Job
+    monkeypatch.setattr("llm.data.sharding.Job", lambda *what: replace(job(*what), shard_bytes=20_000))
     for name in ("divided", "divided_rows"):
         plain = getattr(documents, name)
         monkeypatch.setattr(f"llm.data.sharding.{name}", lambda what, size, plain=plain: plain(what, 20_000))
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "dataset"])
-def test_every_format_gives_the_same_tokens(script: Script, tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind)
-    source = "huggingface" if kind == "dataset" else "text"
-    prepare(script, f"data={source}", f"data.path={path}", "shards.path=shards", "shards.workers=1")
-    for split, tokens in expected().items():
-        assert tokens_in(tmp_path / "shards", split) == tokens
-    index = json.loads((tmp_path / "shards" / "index.json").read_text())["record"]
-    for split, tokens in expected().items():
-        assert sum(shard["tokens"] for shard in index[split]) == len(tokens)
-        assert sum(shard["documents"] for shard in index[split]) == tokens.count(END)
-        for shard in index[split]:
-            content = (tmp_path / "shards" / shard["file"]).read_bytes()
-            assert hashlib.sha256(content).hexdigest() == shard["sha256"]
-    assert len(index["training"]) > 1 or "." in kind
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_format_has_the_same_documents(tmp_path: Path, kind: str) -> None:
+    units = [*divided([write(tmp_path, kind)], 20_000)]
+    assert [text for unit in units for part in unit for text in read_documents(part, "text")] == TEXTS
+    assert len(units) > 1 or "." in kind
 
 
 @pytest.mark.usefixtures("small")
-def test_a_prepare_that_was_cut_off_keeps_its_shards(
+def test_a_dataset_by_its_folder_configuration_and_split(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole, by two processes; cut off in its third unit, damaged, and finished by one: the same bytes."""
-    arguments = ["data=text", f"data.path={write(tmp_path, 'jsonl')}"]
-    prepare(script, *arguments, "shards.path=whole", "shards.workers=2")
+    """Saved by `save_to_disk`, and as on the hub: files, and a card that divides them."""
+    config = pytest.importorskip("datasets.config")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path, "dataset").rename(tmp_path / "saved")
+    card = "configs:\n- {config_name: %s, data_files: [{split: train, path: none.jsonl}]}\n"
+    card += "- {config_name: plays, data_files: [{split: first, path: text.jsonl}]}"
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub", "jsonl")
+    (tmp_path / "hub" / "none.jsonl").write_text(json.dumps({"text": "none"}))
+    (tmp_path / "hub" / "README.md").write_text(f"---\n{card % 'none'}\n---\n")
+    asked = ["shards.dataset_config=plays", "shards.dataset_split=first"]
+    for name, arguments in (("saved", []), ("hub", asked)):
+        options = ["data=huggingface", f"data.path={name}", f"shards.path=of_{name}", "shards.workers=1"]
+        prepare(script, *options, *arguments)
+        for split, tokens in expected().items():
+            assert tokens_in(tmp_path / f"of_{name}", split) == tokens
+    hub = str(tmp_path / "hub")
+    with pytest.raises(UserError, match=r"one among the available configs: \['none', 'plays'\]"):
+        load_dataset(Dataset(hub, None, "train"))
+    with pytest.raises(UserError, match=r"Unknown split \"train\"\. Should be one of \['first'\]"):
+        load_dataset(Dataset(hub, "plays", "train"))
+    with pytest.raises(UserError, match=r"no column 'body': give shards\.column=, one of id, text"):
+        [*read_documents(Part(hub, 0, 1, 1), "body", Dataset(hub, "plays", "first"))]
+    with pytest.raises(UserError, match=r"split=test: .*saved was saved as one split: remove it"):
+        load_dataset(Dataset(str(tmp_path / "saved"), None, "test"))
+
+
+def test_a_hub_out_of_reach_is_one_line(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as without a network, but at once
+    result = script("prepare", "data=huggingface", "data.path=some/stories", "shards.path=x")
+    assert "data.path=some/stories: no such folder here, and Hugging Face's hub cannot be" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("small", "no_pictures")
+def test_a_run_on_a_folder_that_grows_stays_on_its_shards(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prepare is cut off in its third shard, and damaged; a run begins on the first ones, beside a whole
+    folder; the prepare is finished, with the bytes that another had by two processes; the run goes on."""
+    first, second = b"".join(lines().splitlines(True)[:150]), b"".join(lines().splitlines(True)[150:])
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "1.jsonl.gz").write_bytes(gzip.compress(first))
+    (tmp_path / "texts" / "2.jsonl").write_bytes(second)
+    text = "data.path=texts"
+    prepare(script, "data=text", text, "shards.path=whole", "shards.workers=2")
+    for split, tokens in expected().items():
+        assert tokens_in(tmp_path / "whole", split) == tokens
+        index = json.loads((tmp_path / "whole" / "index.json").read_text())["record"]
+        assert sum(shard["documents"] for shard in index[split]) == tokens.count(END)
+        assert len(index[split]) > 3
+        for shard in index[split]:
+            content = (tmp_path / "whole" / shard["file"]).read_bytes()
+            assert len(content) == 2 * shard["tokens"]
+            assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+
     finish, done = shard_worker.write_record, list[Path]()
 
     def killed(path: Path, *record: object) -> None:
@@ -123,18 +175,44 @@ def test_a_prepare_that_was_cut_off_keeps_its_shards(
         done.append(path)
         finish(path, *record)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shard_worker, "write_record", killed)
-    alone = ["shards.path=cut", "shards.workers=1"]
-    assert script("prepare", "tokenizer=bytes", "shards.validation=0.1", *arguments, *alone).returncode != 0
-    monkeypatch.setattr(shard_worker, "write_record", finish)
-    cut = tmp_path / "cut"
-    kept = cut / "training-000000-000.bin"
-    (cut / "training-000001-000.bin").write_bytes(b"damaged")
+    begin = ["prepare", "tokenizer=bytes", "shards.validation=0.1", "data=text", text]
+    alone = ["shards.path=grows", "shards.workers=1"]
+    run = [*TINY, "data=shards", "data.mixture=[grows:1,whole:0.5]", "training.eval_freq=3"]
+    run += ["schedule=constant"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_worker, "write_record", killed)
+        assert script(*begin, *alone).returncode != 0
+    refused = script(*begin, *alone, "shards.column=id")
+    assert "of other settings: give another folder" in refused.stderr
+    part = script("pretrain", *run, "training.max_steps=3", "hydra.run.dir=part")
+    assert part.returncode == 0, part.stderr
+    assert "grows is still being written: 35.3k training tokens in the first 2 shards are used" in part.stdout
+
+    grows = tmp_path / "grows"
+    kept = grows / "training-000000-000.bin"
     before = kept.stat().st_mtime_ns
-    assert "no shards" not in script("pretrain", *TINY, "data=shards", "data.path=cut").stderr  # half of them
-    assert "training-000001-000.bin is damaged" in prepare(script, *arguments, *alone)
+    (grows / "training-000000-001.bin").write_bytes(b"damaged")
+    assert "training-000000-001.bin is damaged" in prepare(script, "data=text", text, *alone)
     assert kept.stat().st_mtime_ns == before
-    assert contents(cut) == contents(tmp_path / "whole")
+    assert contents(grows) == contents(tmp_path / "whole")
+
+    resumed = script("pretrain", "resume=part", "training.max_steps=6")
+    assert resumed.returncode == 0, resumed.stderr
+    counts = f"data.shards=[2,{len(index['training'])}]"
+    at_once = script("pretrain", *run, counts, "training.max_steps=6", "hydra.run.dir=at_once")
+    assert at_once.returncode == 0, at_once.stderr
+    assert "still being written" not in at_once.stdout
+    losses = [[line.get("train/loss") for line in numbers(tmp_path / name)] for name in ("at_once", "part")]
+    assert [*filter(None, losses[0])] == [*filter(None, losses[1])]
+    assert "data.shards=[9, 9] (it is [2, " in script("pretrain", "resume=part", "data.shards=[9,9]").stderr
+    for folder, shards, message in (
+        ("whole", [99], r"whole has \d+ of the 99 shards asked for"),
+        ("whole", [1, 2], "one count for each folder, of which there are 1"),
+    ):
+        data = DataConfig(source="shards", path=str(tmp_path / folder), shards=shards)
+        with pytest.raises(UserError, match=message):
+            shard_files(data, load_tokenizer("bytes"))
+    assert "validation split" in script("evaluate", "checkpoint=at_once").stdout
 
 
 def test_ids_that_differ_end_the_use_of_gigatoken(
@@ -158,27 +236,48 @@ def test_gigatoken_gives_the_ids_of_tiktoken() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bad.jsonl", r'bad\.jsonl, line 2: each line must be a JSON object with a "text"'),
+        ("cut.jsonl.gz", r"cut\.jsonl\.gz is damaged \(Compressed file ended before .*: copy or download it"),
+        ("bad.txt.gz", r"bad\.txt\.gz is damaged \(Not a gzipped file"),
+        ("cut.jsonl.zst", r"cut\.jsonl\.zst is damaged \(Truncated compressed stream\)"),
+        ("bad.parquet", r"bad\.parquet is damaged \(Parquet file size is 4 bytes"),
+        ("latin.parquet", r"latin\.parquet is damaged \('utf-8' codec can't decode byte 0xe9"),
+        ("t.parquet", r"has no column 'text': give shards\.column=, one of body, number"),
+        ("latin.txt", r"latin\.txt is not UTF-8: byte 0xe9 at offset 3; convert the file"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, message: str) -> None:
+    path = tmp_path / name
+    match name.split(".", 1):
+        case ["cut", kind]:
+            path.write_bytes(write(tmp_path, kind).read_bytes()[:-50])
+        case ["bad", "jsonl"]:
+            path.write_text('{"text": "a"}\n{"body": "b"}\n')
+        case ["latin", "parquet"]:
+            buffers = [None, *map(pyarrow.py_buffer, (np.array([0, 4], "<i4").tobytes(), b"caf\xe9"))]
+            column = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+            parquet.write_table(pyarrow.table({"text": column}), path)
+        case ["t", "parquet"]:
+            parquet.write_table(pyarrow.table({"body": ["a"], "number": [1]}), path)
+        case _:
+            path.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=message) as raised:
+        [*read_documents(next(divided([path], 10**6))[0], "text")]
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.path=bad.jsonl"], 'bad.jsonl, line 2: each line must be a JSON object with a "text"'),
-        (["data.path=cut.jsonl.gz"], "cut.jsonl.gz is damaged"),
-        (["data.path=cut.jsonl.zst"], "cut.jsonl.zst"),
-        (["data.path=bad.parquet"], "bad.parquet is damaged ("),
-        (["data.path=t.parquet", "shards.column=body"], "has no column 'body': give shards.column=, one of"),
-        (["data.path=latin.txt"], "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
         (["data.path=empty.txt"], "is empty"),
-        (["data.path=t.jsonl", "shards.path=used"], "used holds other files"),
-        (["data=huggingface", "data.path=./none"], "cannot load this dataset"),
+        (["data.path=text.txt", "shards.path=used"], "used holds other files"),
+        (["data=huggingface", "data.path=./none"], "data.path=./none: no such folder"),
     ],
 )
 def test_bad_texts_are_one_line(script: Script, tmp_path: Path, arguments: list[str], message: str) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    for kind in ("jsonl.gz", "jsonl.zst", "parquet", "jsonl"):
-        write(tmp_path, kind)
-        (tmp_path / f"text.{kind}").rename(tmp_path / f"t.{kind}")
-        (tmp_path / f"cut.{kind}").write_bytes((tmp_path / f"t.{kind}").read_bytes()[:-50])
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    write(tmp_path, "txt")
     (tmp_path / "empty.txt").write_bytes(b" \n")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("mine")
@@ -277,62 +376,101 @@ def test_a_mixture_has_each_source_by_its_weight_and_starts_anywhere() -> None:
     )
 
 
-@pytest.fixture
-def two_folders(script: Script, tmp_path: Path) -> None:
-    for name, word in (("a", "to be "), ("b", "or not ")):
-        texts = (json.dumps({"text": f"{number} {word}" * 40}) for number in range(60))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
-        arguments = ["data=text", f"data.path={name}.jsonl", "tokenizer=bytes", f"shards.path={name}"]
-        assert script("prepare", *arguments, "shards.validation=0.2").returncode == 0
+def test_each_window_once_an_epoch_and_in_another_order_each() -> None:
+    windows = Windows(np.arange(4001, dtype=np.int64), 4, 4)
+    config = DataConfig(source="shards", batch_size=10)
+    batches = TrainingBatches(Mixture(windows.tokens, [windows], [1.0], 5, False), config, 5)
+    epochs = [[start for _ in range(100) for start in next(batches)[0][:, 0].tolist()] for _ in range(3)]
+    for starts in epochs:
+        assert sorted(starts) == [*range(0, 4000, 4)]
+    for one, other in ((epochs[0], epochs[1]), (epochs[1], epochs[2]), (epochs[0], sorted(epochs[0]))):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) < 8  # 1 is expected
+    for starts in epochs:  # neighbours come from anywhere: of 1,000 things, a third of them lies between two
+        assert np.abs(np.diff(starts)).mean() / 4 == pytest.approx(1000 / 3, rel=0.1)
 
 
-@pytest.mark.usefixtures("two_folders", "no_pictures")
-def test_runs_on_shards_resume_exactly(script: Script, tmp_path: Path) -> None:
-    data = "data.mixture=[a:1,b:0.5]"
-    run = [*TINY, "data=shards", data, "training.eval_freq=3", "schedule=constant"]
-    whole = script("pretrain", *run, "training.max_steps=6", "hydra.run.dir=mixed")
-    assert whole.returncode == 0, whole.stderr
-    assert script("pretrain", *run, "training.max_steps=3", "hydra.run.dir=cut").returncode == 0
-    again = script("pretrain", "resume=cut", "training.max_steps=6")
-    assert again.returncode == 0, again.stderr
-    losses = [[line.get("train/loss") for line in numbers(tmp_path / name)] for name in ("mixed", "cut")]
-    assert [*filter(None, losses[0])] == [*filter(None, losses[1])]
-    result = script("evaluate", "checkpoint=mixed")
-    assert "validation split" in result.stdout
-    run = [*TINY, "data=shards", "data.path=a", "training.max_steps=2", "data.cross_documents=false"]
-    assert script("pretrain", *run, "hydra.run.dir=within").returncode == 0
+def test_ids_beyond_16_bits(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer of the bytes and all pairs of them; and mixed with a file of 16 bits."""
+    pairs = [bytes([first, second]) for first in range(256) for second in range(256)]
+    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *pairs])}
+    end = {END_OF_TEXT: len(ranks)}
+    wide = tiktoken.Encoding("wide", pat_str=r"..?|\n", mergeable_ranks=ranks, special_tokens=end)
+    monkeypatch.setitem(TOKENIZERS, "wide", lambda: wide)
+    path = write(tmp_path, "txt")
+    options = ["data=text", f"data.path={path}", "shards.path=s", "tokenizer.name=wide", "shards.workers=1"]
+    prepare(script, *options)
+    ids = [token for text in TEXTS if not is_held_out(text) for token in [*wide.encode(text), len(ranks)]]
+    assert np.fromfile(tmp_path / "s" / "training-000000-000.bin", "<u4").tolist() == ids
+    foreign(tmp_path / "foreign", header=True)
+    mixture = [f"{tmp_path}/s:1", f"{tmp_path}/foreign:1"]
+    tokens = shard_files(DataConfig(source="shards", mixture=mixture), wide)[0].ids
+    assert tokens[: len(ids) + 2].tolist() == [*ids, ord("t"), ord(" ")]
+    inputs, targets = Windows(tokens, 8, 8).batch(torch.tensor([1, len(ids) // 8]))
+    assert inputs[0].tolist() == ids[8:16]
+    assert targets[1].tolist() == tokens[len(ids) // 8 * 8 + 1 :][:8].tolist()
+
+
+def foreign(folder: Path, header: bool, *numbers: int) -> dict[str, np.ndarray]:
+    """The files of nanoGPT, or with headers, of modded-nanogpt; returns their tokens."""
+    tokens = {
+        split: np.array([*f"{split[0]} be or not " * 300], "U1").view("<u4").astype("<u2")
+        for split in ("train", "val")
+    }
+    folder.mkdir(exist_ok=True)
+    for split, ids in tokens.items():
+        begin = np.zeros(256, "<i4")
+        begin[:3] = 20240520, 1, len(ids)
+        begin[: len(numbers)] = numbers
+        name = f"fineweb_{split}_000001.bin" if header else f"{split}.bin"
+        (folder / name).write_bytes((begin.tobytes() if header else b"") + ids.tobytes())
+    return tokens
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("header", [False, True])
 def test_files_of_nanogpt_and_modded_nanogpt(script: Script, tmp_path: Path, header: bool) -> None:
-    tokens = {
-        split: np.array([*f"{split} be or not " * 300], "U1").view("<u4").astype("<u2") for split in "tv"
-    }
-    for split, part in (("train", "t"), ("val", "v")):
-        name = f"fineweb_{split}_000001.bin" if header else f"{split}.bin"
-        begin = np.zeros(256, "<i4")
-        begin[:3] = 20240520, 1, len(tokens[part])
-        (tmp_path / name).write_bytes((begin.tobytes() if header else b"") + tokens[part].tobytes())
-    run = [*TINY, "data=shards", f"data.path={tmp_path}", "training.max_steps=2"]
-    result = script("pretrain", *run, "hydra.run.dir=run")
-    assert result.returncode == 0, result.stderr
-    assert f"{len(tokens['t']) / 1000:.3g}k training and" in result.stdout
+    tokens = foreign(tmp_path / "d", header)
+    data = DataConfig(source="shards", path=str(tmp_path / "d"))
+    for file, wanted in zip(shard_files(data, load_tokenizer("bytes")), tokens.values(), strict=True):
+        assert file.ids[:].tolist() == wanted.tolist()
+    run = [*TINY, "data=shards", "data.path=d", "training.max_steps=1"]
     if header:
-        with (tmp_path / "fineweb_val_000001.bin").open("ab") as file:
-            file.write(b"xx")
-        result = script("pretrain", *run)
-        assert "fineweb_val_000001.bin is damaged: its header says" in result.stderr
+        assert script("pretrain", *run).returncode == 0
     else:
         result = script("pretrain", *run, "data.cross_documents=false")
         assert "does not say where its documents end" in result.stderr
+        (tmp_path / "d" / "train.bin").write_bytes(np.full(5_000, 300, "<u2").tobytes())
+        result = script("pretrain", *run, "hydra.run.dir=run")
+        assert "train.bin holds the token id 300, and the tokenizer has 257: give the tok" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "end", "message"),
+    [
+        ((20240520, 2), None, r"val_000001\.bin: version 2 of its format is unknown; version 1 is read"),
+        ((20240801, 7), None, r"val_000001\.bin begins with a header of another format \(number 20240801\)"),
+        ((), -2, r"val_000001\.bin is damaged: its header says 3,600 tokens, and its size says otherwise"),
+        ((), 2000, r"val_000001\.bin is damaged: its header says"),
+        ((1, 1, 1, 1, 1), -1, r"val_000001\.bin is damaged: a file of uint16 has an even number of bytes"),
+    ],
+)
+def test_other_files_than_these_are_one_line(
+    tmp_path: Path, numbers: tuple[int, ...], end: int | None, message: str
+) -> None:
+    foreign(tmp_path, True, *numbers)
+    [file] = tmp_path.glob("*_val_*")
+    file.write_bytes(file.read_bytes()[:end])
+    foreign_train = next(tmp_path.glob("*_train_*"))
+    foreign_train.write_bytes(np.ones(3000, "<u2").tobytes())
+    with pytest.raises(UserError, match=message):
+        shard_files(DataConfig(source="shards", path=str(tmp_path)), load_tokenizer("bytes"))
 
 
 def test_a_run_needs_the_tokenizer_of_its_shards(script: Script, tmp_path: Path) -> None:
     prepare(script, "data=text", f"data.path={write(tmp_path, 'txt')}", "shards.path=s")
-    for tokenizer in ("gpt2", "bpe"):
-        result = script("pretrain", "data=shards", "data.path=s", f"tokenizer={tokenizer}")
-        assert "s holds tokens of another tokenizer than" in result.stderr
-        assert result.stderr.endswith(": give tokenizer=bytes\n")
-    arguments = ["data=text", "data.path=text.txt", "shards.path=s", "tokenizer=gpt2"]
-    assert "another text, or of other settings" in script("prepare", *arguments).stderr
+    result = script("pretrain", "data=shards", "data.path=s", "tokenizer=bpe")
+    assert "s holds tokens of another tokenizer than a learnt one of 4,096 tokens" in result.stderr
+    assert result.stderr.endswith(": give tokenizer=bytes\n")
+    with pytest.raises(UserError, match="of another tokenizer than gpt2: give tokenizer=bytes"):
+        shard_files(DataConfig(source="shards", path=str(tmp_path / "s")), load_tokenizer("gpt2"))
