@@ -144,7 +144,7 @@ def folder_tokenizer(data: DataConfig, config: TokenizerConfig) -> tiktoken.Enco
 
 def _other_tokenizer(folder: Path, index: dict[str, Any] | None, wanted: str) -> UserError:
     if index is None:
-        if not folder.exists() or any(folder.glob("*.json")):
+        if not folder.exists() or (folder / SETTINGS).exists() or (folder / INDEX).exists():
             return _no_shards(folder)
         return UserError(f"{folder} does not say its tokenizer: give it, as in tokenizer=gpt2")
     name, size = index["tokenizer"]["asked"]

@@ -474,3 +474,7 @@ def test_a_run_needs_the_tokenizer_of_its_shards(script: Script, tmp_path: Path)
     assert result.stderr.endswith(": give tokenizer=bytes\n")
     with pytest.raises(UserError, match="of another tokenizer than gpt2: give tokenizer=bytes"):
         shard_files(DataConfig(source="shards", path=str(tmp_path / "s")), load_tokenizer("gpt2"))
+    (tmp_path / "s" / "index.json").unlink()  # as before the first shard
+    for tokenizer in ("bytes", "bpe"):
+        result = script("pretrain", "data=shards", "data.path=s", f"tokenizer={tokenizer}")
+        assert "s has no shard yet, or its index is damaged: wait for the first shard, or run" in result.stderr
