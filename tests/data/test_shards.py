@@ -477,4 +477,4 @@ def test_a_run_needs_the_tokenizer_of_its_shards(script: Script, tmp_path: Path)
     (tmp_path / "s" / "index.json").unlink()  # as before the first shard
     for tokenizer in ("bytes", "bpe"):
         result = script("pretrain", "data=shards", "data.path=s", f"tokenizer={tokenizer}")
-        assert "s has no shard yet, or its index is damaged: wait for the first shard, or run" in result.stderr
+        assert "s has no shard yet, or its index is damaged: wait for the first shard" in result.stderr
