@@ -9,6 +9,8 @@ from typing import Any
 
 from llm.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -56,6 +58,8 @@ def load_dataset(dataset: Dataset) -> Any:
                     f"shards.dataset_split={dataset.split}: {dataset.path} was saved as one split: remove it"
                 )
             return found
+        if not Path(dataset.path).exists():
+            log.info("asking Hugging Face's hub for %s", dataset.path)
         return library.load_dataset(dataset.path, dataset.config, split=dataset.split)
     except UserError:
         raise

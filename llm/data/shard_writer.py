@@ -47,7 +47,10 @@ def write_shards(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig,
         if asked.name == LEARNT:
             for name, content in as_files(tokenizer).items():
                 write_json(job.folder / TOKENIZER / name, content)
-        records = _by_workers(job, workers, lambda: _publisher(job, tokenizer, asked))
+        try:
+            records = _by_workers(job, workers, lambda: _publisher(job, tokenizer, asked))
+        finally:  # of processes that were ended in the midst of a shard
+            remove_leftovers(job.folder)
         index = _index(job, tokenizer, asked, records, complete=True)
         write_record(job.folder / INDEX, FORMAT, index)
     return index
@@ -122,9 +125,12 @@ def _run(job: Job, workers: int, publish: Callable[[], None]) -> list[list[Recor
             try:
                 _wait(tasks, show, finish)
             except BaseException:
+                begun = [*pool._processes.values()]
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in [*pool._processes.values()]:
+                for process in begun:
                     process.terminate()
+                for process in begun:
+                    process.join()
                 raise
     progress.clear()
     return [done[number] for number in range(len(job.units))]

@@ -268,6 +268,19 @@ def test_a_text_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, messa
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("small")
+def test_a_fault_that_one_of_two_processes_meets_is_one_line(script: Script, tmp_path: Path) -> None:
+    rows = lines().splitlines(True)
+    rows[250] = b'{"text": "no end\n'
+    (tmp_path / "broken.jsonl").write_bytes(b"".join(rows))
+    options = ["data=text", "data.path=broken.jsonl", "shards.path=s", "shards.workers=2", "tokenizer=bytes"]
+    result = script("prepare", *options)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: broken.jsonl, line 251: each line must be a JSON object")
+    assert result.stderr.count("\n") == 1
+    assert not [*(tmp_path / "s").glob(".*.tmp")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
