@@ -116,12 +116,13 @@ def with_shards_there(data: DataConfig) -> DataConfig:
         if index and not index.get("complete", True):
             growing = True
             tokens = format_count(sum(entry["tokens"] for entry in index["training"]))
-            share = f", of about {index['share']:.0%} of the text" if index["share"] else ""
+            share = f", of about {index['share']:.0%} of the text" if index["share"] >= 0.01 else ""
+            first = f"first {counts[-1]} shards" if counts[-1] > 1 else "first shard"
             log.info(
-                "%s is still being written: %s training tokens in the first %d shards are used%s",
+                "%s is still being written: %s training tokens in the %s are used%s",
                 folder.path,
                 tokens,
-                counts[-1],
+                first,
                 share,
             )
     return replace(data, shards=counts) if growing and all(counts) else data
