@@ -16,7 +16,7 @@ from conftest import TINY, Script, numbers
 from drill import outcome
 from settings import changed, settings
 
-from llm.checkpoints.checkpoint import NOT_SAVED, CheckpointWriter, Snapshot
+from llm.checkpoints.writing import NOT_SAVED, CheckpointWriter, Snapshot
 from llm.commands.pretrain import pretrain
 from llm.errors import UserError
 from llm.files import append_json_lines, cache_folder, expanded, replacing, write_json, write_text

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from llm.checkpoints.checkpoint import save_tensors
 from llm.checkpoints.gpt2_layout import GPT2
 from llm.checkpoints.layout import Described, Layout, misfits, spelled, their_shapes, to_ours, to_theirs
 from llm.checkpoints.llama_layout import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -25,6 +24,7 @@ from llm.checkpoints.weights import (
     new_folder,
     without_wrappers,
 )
+from llm.checkpoints.writing import save_tensors
 from llm.config import ModelConfig, validate
 from llm.data.byte_level import as_files
 from llm.data.tokenizer import end_of_text_id, load_tokenizer

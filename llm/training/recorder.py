@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 
-from llm.checkpoints.checkpoint import NOT_SAVED, CheckpointWriter
+from llm.checkpoints.writing import NOT_SAVED, CheckpointWriter
 from llm.errors import UserError
 from llm.generation.inference import for_inference
 from llm.generation.texts import generate_texts

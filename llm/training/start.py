@@ -9,17 +9,17 @@ from typing import Any
 from llm.checkpoints.checkpoint import (
     STEP_FILES,
     damage,
-    go_back,
     kept_tokenizer,
     newest_whole,
     read_config,
     read_weights,
     run_id,
     start_config,
-    write_start,
 )
 from llm.checkpoints.opening import open_weights, tokenizer_of
+from llm.checkpoints.pruning import go_back
 from llm.checkpoints.weights import Weights
+from llm.checkpoints.writing import write_start
 from llm.config import (
     AUTO,
     ModelConfig,

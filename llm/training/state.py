@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm.checkpoints.checkpoint import Snapshot, TrainingState, read_training_state
+from llm.checkpoints.checkpoint import TrainingState, read_training_state
 from llm.checkpoints.weights import Weights, build_model, check_shapes
+from llm.checkpoints.writing import Snapshot
 from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError
 from llm.model.gpt import GPTModel

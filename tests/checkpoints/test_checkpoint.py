@@ -16,14 +16,12 @@ from drill import DAMAGES, damage_file
 from parts import CPU
 from safetensors.torch import save_file
 
-from llm.checkpoints import checkpoint
+from llm.checkpoints import writing
 from llm.checkpoints.checkpoint import (
     BEST_FILES,
     CHECKSUMS,
     FORMAT_VERSION,
     STEP_FILES,
-    CheckpointWriter,
-    Snapshot,
     TrainingState,
     find_checkpoint,
     newest_whole,
@@ -32,6 +30,7 @@ from llm.checkpoints.checkpoint import (
 )
 from llm.checkpoints.opening import open_weights
 from llm.checkpoints.weights import build_model
+from llm.checkpoints.writing import CheckpointWriter, Snapshot
 from llm.config import ModelConfig, OptimizerConfig, PretrainConfig
 from llm.errors import UserError
 from llm.model.gpt import GPTModel
@@ -171,7 +170,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_is_tried_again(
         save_file(content, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_disk)
+        patch.setattr(writing, "save_file", full_disk)
         writer.write(snapshot(tmp_path, 2, best_step=1))
         error = writer.wait()
     assert "step-00000002: No space left on device (it takes " in str(error)
@@ -189,7 +188,7 @@ def test_too_little_room_is_seen_before_the_first_byte(
 ) -> None:
     writer = save(tmp_path, 1)
     monkeypatch.setattr("llm.files._room", lambda folder: 1000)
-    monkeypatch.setattr(checkpoint, "save_file", None)  # not to be called
+    monkeypatch.setattr(writing, "save_file", None)  # not to be called
     writer.write(snapshot(tmp_path, 2))
     # 3888 weights and 496 averages of 4 bytes, 5056 bytes of a random state, and two lines of 12
     assert str(writer.wait()).endswith("(it takes 22.6kB, and 1kB are free)")
@@ -207,7 +206,7 @@ def test_a_crash_of_the_writer_is_not_silent(tmp_path: Path, monkeypatch: pytest
         raise ZeroDivisionError
 
     writer = save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "write_step", crash)
+    monkeypatch.setattr(writing, "write_step", crash)
     writer.write(snapshot(tmp_path, 2))
     with pytest.raises(ZeroDivisionError):
         writer.wait()
@@ -220,7 +219,7 @@ def test_what_is_not_read_back_as_written_is_not_kept(
         save_file({name: tensor + 1 for name, tensor in content.items()}, path)
 
     writer = save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "save_file", bad_disk)
+    monkeypatch.setattr(writing, "save_file", bad_disk)
     writer.write(snapshot(tmp_path, 2))
     assert "was not read back as it was written" in str(writer.wait())
     assert names(tmp_path) == ["last", "step-00000001"]

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 
 from llm.checkpoints.book import BOOKS_HEADS, export_book
-from llm.checkpoints.checkpoint import write_best
 from llm.checkpoints.huggingface import export_huggingface
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import build_model, check_shapes, without_wrappers
+from llm.checkpoints.writing import write_best
 from llm.commands.evaluate import run_evaluation
 from llm.commands.export import export_checkpoint
 from llm.config import (

@@ -174,7 +174,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_its_config(tmp_path: Path)
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     with pytest.raises(UserError, match="is not a run folder"):
         pretrain(resumed := changed(type(config)(), resume=str(tmp_path / "run")))
-    from llm.checkpoints.checkpoint import write_start
+    from llm.checkpoints.writing import write_start
 
     write_start(tmp_path / "run", 0, config)
     pretrain(resumed)

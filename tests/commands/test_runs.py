@@ -13,7 +13,8 @@ import pytest
 from conftest import TINY, Script
 from scripts import ROOT, run_python, script_path
 
-from llm.checkpoints.checkpoint import find_checkpoint, write_start
+from llm.checkpoints.checkpoint import find_checkpoint
+from llm.checkpoints.writing import write_start
 from llm.commands.runs import list_runs
 from llm.config import PretrainConfig, RunsConfig
 from llm.errors import UserError

@@ -14,7 +14,7 @@ from conftest import Script
 from pages import data_of
 from scipy.optimize import least_squares
 
-from llm.checkpoints.checkpoint import write_start
+from llm.checkpoints.writing import write_start
 from llm.commands.report import write_report
 from llm.config import ModelConfig, PretrainConfig, ReportConfig
 from llm.model.gpt import GPTModel, parameter_count, training_flops_per_token

@@ -14,7 +14,7 @@ import pytest
 from conftest import Script
 from pages import HOSTILE, data_of, in_browser, needs_browser
 
-from llm.checkpoints.checkpoint import write_start
+from llm.checkpoints.writing import write_start
 from llm.commands.report import write_report
 from llm.config import PretrainConfig, ReportConfig
 from llm.errors import UserError
