@@ -91,6 +91,13 @@ class Runtime:
         dist.broadcast(shared, src=0)
         return shared.item()
 
+    def told(self, value: Any) -> Any:
+        """The main process's value, of any kind, in every process."""
+        values = [value]
+        if self.processes > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def gather(self, value: Any) -> list[Any]:
         """One value of each process, in order of rank."""
         if self.processes == 1:

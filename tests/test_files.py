@@ -16,6 +16,7 @@ from conftest import TINY, Script, numbers
 from drill import outcome
 from settings import changed, settings
 
+from llm.checkpoints.training_state import TrainingState
 from llm.checkpoints.writing import NOT_SAVED, CheckpointWriter, Snapshot
 from llm.commands.pretrain import pretrain
 from llm.errors import UserError
@@ -92,7 +93,8 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(
 def test_a_disk_that_fails_inside_a_checkpoint_is_tried_again(
     tmp_path: Path, disk: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    snapshot = Snapshot(3, settings(tmp_path), {}, state=None, record_sizes={})  # type: ignore[arg-type]
+    state = TrainingState("0123abcd", {}, {}, [], [], {}, {}, None)
+    snapshot = Snapshot(3, settings(tmp_path), {}, state, record_sizes={})
     writer = CheckpointWriter(tmp_path / "run", keep=1)
     (tmp_path / "run").mkdir()
     let_the_disk_fail(disk, tmp_path / "run", errno.EROFS)
@@ -100,7 +102,7 @@ def test_a_disk_that_fails_inside_a_checkpoint_is_tried_again(
     writer.write(snapshot)
     error = writer.wait()
     assert isinstance(error, UserError)
-    assert "best-00000001: Read-only file system" in str(error)
+    assert "step-00000003: Read-only file system" in str(error)
     assert NOT_SAVED % error in caplog.text
 
 

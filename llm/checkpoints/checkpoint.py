@@ -9,6 +9,8 @@
             training_state.safetensors  optimizer state by parameter, random states
             training_state.json         counters, position in the data, which run this is
             metrics.jsonl, samples.jsonl    what the run had recorded by then
+            model/, training_state/     of a sharded run, in place of the two .safetensors: a file of each
+                                        process, with its rows, see llm/checkpoints/parts.py
             SHA256SUMS                  of all of these; `sha256sum -c` checks it too
             tokenizer.json, vocab.json, …   the tokenizer's, if it came in files
         best-00000300/      the weights with the lowest validation loss so far
@@ -26,8 +28,8 @@ import logging
 import os
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm.checkpoints.parts import SUFFIX, Found, part_names, read_parts, read_whole
+from llm.checkpoints.training_state import TrainingState, joined
 from llm.checkpoints.weights import Weights
 from llm.config import PretrainConfig, from_dict, validate
 from llm.data.tokenizer_files import TOKENIZER_FILES, holds_tokenizer
@@ -58,68 +62,10 @@ STEP_FILES = (WEIGHTS, CONFIG, STATE_TENSORS, STATE, *RECORDS)
 
 # Written to config.json. Version 1, before November 2026, did not say so. Version 2 adds the numbers that an
 # optimizer keeps (`optimizer_numbers`) to training_state.json, and the parts of the model to its config.
-FORMAT_VERSION = 2
+# Version 3 may hold tensors in files of several processes; what holds none of these says that it is of 2.
+FORMAT_VERSION = 3
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainingState:
-    """What a run needs to continue exactly, besides its weights and its config."""
-
-    run_id: str
-    counters: dict[str, Any]
-    batches: dict[str, int]  # position in the data
-    data: list[str]  # fingerprints of the training and of the validation tokens
-    resumed: list[dict[str, Any]]
-    optimizer: dict[str, dict[str, Tensor | float]]  # by the parameter's name and the optimizer's own
-    generators: list[dict[str, Tensor]]  # random states of each process, by kind of device
-    epoch_generator: Tensor | None  # the book's order: the CPU's random state when the epoch began
-
-
-def split(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a training state by name, and its plain values."""
-    values = {item.name: getattr(state, item.name) for item in fields(state)}
-    optimizer, generators, epoch_generator = (
-        values.pop(name) for name in ("optimizer", "generators", "epoch_generator")
-    )
-    tensors = {
-        f"generator/{rank}/{kind}": tensor
-        for rank, states in enumerate(generators)
-        for kind, tensor in states.items()
-    }
-    if epoch_generator is not None:
-        tensors["epoch_generator"] = epoch_generator
-    numbers: dict[str, dict[str, float]] = {}
-    for parameter, kept in optimizer.items():
-        for key, value in kept.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{parameter}/{key}"] = value
-            else:
-                numbers.setdefault(parameter, {})[key] = value
-    return tensors, {**values, "optimizer_numbers": numbers}
-
-
-def joined(tensors: dict[str, Tensor], values: dict[str, Any]) -> TrainingState:
-    """The inverse of `split`."""
-    optimizer: dict[str, dict[str, Tensor | float]] = {
-        name: dict(numbers) for name, numbers in values.get("optimizer_numbers", {}).items()
-    }
-    generators: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            parameter, _, key = rest.rpartition("/")
-            optimizer.setdefault(parameter, {})[key] = tensor
-        elif kind == "generator":
-            rank, _, device = rest.partition("/")
-            generators.setdefault(int(rank), {})[device] = tensor
-    return TrainingState(
-        **{name: values[name] for name in ("run_id", "counters", "batches", "data", "resumed")},
-        optimizer=optimizer,
-        generators=[generators[rank] for rank in sorted(generators)],
-        epoch_generator=tensors.get("epoch_generator"),
-    )
 
 
 def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
@@ -130,7 +76,8 @@ def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
     try:
         checksums = read_checksums(folder)
         tokenizer = [name for name in TOKENIZER_FILES if name in checksums or (folder / name).exists()]
-        for name in (*names, *tokenizer):
+        parts = [part for name in names for part in part_names(folder, name, checksums) or [name]]
+        for name in (*parts, *tokenizer):
             if name not in checksums:
                 return f"{CHECKSUMS} does not list {name}"
             if not (folder / name).is_file():  # to open a pipe would wait for its other end
@@ -179,7 +126,7 @@ def find_checkpoint(name: str) -> Path:
     """
     path = path_of(name)
     folder = named_checkpoint(path) or checkpoint_folder(path)
-    if path.parent.name == CHECKPOINTS or (folder / WEIGHTS).exists():
+    if path.parent.name == CHECKPOINTS or holds(folder, WEIGHTS):
         if problem := damage(folder, BEST_FILES):
             raise UserError(f"{folder} is damaged or no checkpoint: {problem}")
         return folder
@@ -195,7 +142,7 @@ def read_weights(folder: Path) -> Weights:
     config = read_config(folder)
     return Weights(
         config.model,
-        read_tensors(folder / WEIGHTS),
+        read_tensors(folder, WEIGHTS),
         kept_tokenizer(folder, config),
         origin=str(as_typed(folder)),
         trained=config,
@@ -254,13 +201,26 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read(folder / STATE, lambda file: dict(json.loads(file.read_text("utf-8"))))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+def holds(folder: Path, name: str) -> bool:
+    """Whether a checkpoint has tensors of this name, WEIGHTS or STATE_TENSORS, in one file or in parts."""
+    return (folder / name).exists() or bool(part_names(folder, name))
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The files of these tensors: one, or a part of each process."""
+    return [folder / part for part in part_names(folder, name) or [name]]
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's WEIGHTS or STATE_TENSORS.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: they are missing or damaged.
     """
-    return _read(file, load_file)
+    files = files_of(folder, name)
+    if files == [folder / name]:
+        return _read(folder / name, load_file)
+    return _read(folder / name.removesuffix(SUFFIX), lambda _: read_whole(files))
 
 
 def read_training_state(folder: Path) -> TrainingState:
@@ -269,8 +229,26 @@ def read_training_state(folder: Path) -> TrainingState:
     Raises:
         UserError: it is missing, damaged or of another format.
     """
-    tensors, values = read_tensors(folder / STATE_TENSORS), read_state(folder)
+    return state_of(folder, read_tensors(folder, STATE_TENSORS))
+
+
+def state_of(folder: Path, tensors: dict[str, Tensor]) -> TrainingState:
+    """The training state of which a step checkpoint holds these tensors, or of them those of one process.
+
+    Raises:
+        UserError: it is missing, damaged or of another format.
+    """
+    values = read_state(folder)
     return _read(folder / STATE, lambda file: joined(tensors, values))
+
+
+def read_shard(folder: Path, name: str, targets: Callable[[Found], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`read_parts` of a checkpoint's WEIGHTS or STATE_TENSORS.
+
+    Raises:
+        UserError: they are missing or damaged, or `targets` raised it.
+    """
+    return _read(folder / name, lambda _: read_parts(files_of(folder, name), targets))
 
 
 _DAMAGE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)

@@ -22,9 +22,9 @@ from llm.checkpoints.weights import (
     count_layers,
     in_fp32,
     new_folder,
+    save_tensors,
     without_wrappers,
 )
-from llm.checkpoints.writing import save_tensors
 from llm.config import ModelConfig, validate
 from llm.data.byte_level import as_files
 from llm.data.tokenizer import end_of_text_id, load_tokenizer

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -144,3 +146,19 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
         except RuntimeError as error:  # how torch reports a full disk
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else OSError(first_line(error))) from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, as readable for others as any new file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # how this library reports a full disk
+        raise OSError(first_line(error)) from error
+    if path.stat().st_mode != mode:  # safetensors lets only the owner read it
+        path.chmod(mode)

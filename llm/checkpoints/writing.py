@@ -1,15 +1,15 @@
 """Writing checkpoints: from a copy in memory, whole and read back, while training continues."""
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch.distributed as dist
 
 from llm.checkpoints.checkpoint import (
     CHECKSUMS,
@@ -18,17 +18,19 @@ from llm.checkpoints.checkpoint import (
     STATE,
     STATE_TENSORS,
     WEIGHTS,
-    TrainingState,
     damage,
     name_of,
     read_config,
-    split,
 )
+from llm.checkpoints.parts import part_name
 from llm.checkpoints.pruning import point, prune
+from llm.checkpoints.staging import Place, Staging, Tensors, bytes_of
+from llm.checkpoints.training_state import TrainingState, split
 from llm.config import PretrainConfig
-from llm.errors import UserError, first_line
+from llm.errors import UserError
 from llm.files import as_json, remove, replacing, sha256
 from llm.run_folder import CHECKPOINTS, step_folders
+from llm.runtime import Runtime
 
 NOT_SAVED = "checkpoint not saved: %s; training continues, and the next one tries again"
 
@@ -37,39 +39,83 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds, in memory of its own, so that training continues while it is written."""
+    """What a checkpoint is to hold. The tensors are those of the run, and are copied before it continues; in
+    a sharded run each process has its part of them."""
 
     steps: int
     config: PretrainConfig
-    weights: dict[str, Tensor]
+    weights: Tensors
     state: TrainingState
     record_sizes: dict[str, int]  # bytes of the run's RECORDS that belong to it
     tokenizer: dict[str, bytes] = field(default_factory=dict)  # its files, if it came in files
 
 
+class Lost(UserError):
+    """Another process of the run is gone, and with it its part of a checkpoint."""
+
+
+@dataclass
+class _Begun:
+    """Folders that a writer fills, which get their names when `unfinished` is closed."""
+
+    folders: dict[str, Path]  # temporary names of the `step` folder, and of the `best`, if there is one
+    checksums: dict[Path, dict[str, str]]  # of the tensors in each
+    unfinished: ExitStack
+
+
 class CheckpointWriter:
-    """Writes one snapshot at a time, in a thread of its own.
+    """Copies one snapshot at a time, and has it written while training continues: tensors by a process of its
+    own (see `Staging`), all else by a thread, which waits for it.
+
+    In a sharded run each process has a writer for its part. The main one begins and finishes the folder; it
+    alone logs, and knows what is on disk.
 
     An error that the user can fix (a full disk) is logged and returned by `wait`; existing checkpoints stay.
     Any other error of the thread is raised by the next `wait`.
     """
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.run_dir = run_dir
-        self.keep = keep
+    def __init__(self, run_dir: Path, keep: int, sharing: Runtime | None = None) -> None:
+        """
+        Args:
+            sharing: the processes of a sharded run, all of which have to make one.
+        """
+        self.run_dir, self.keep, self.sharing = run_dir, keep, sharing
         self.saved_steps: int | None = None  # of the newest snapshot on disk
-        # Steps and weights with the lowest validation loss, written with the next snapshot.
-        self.best: tuple[int, dict[str, Tensor]] | None = None
-        # With one CPU thread: were there others for this one, they would be more than there are cores, and
-        # OpenMP would put all of them to sleep between the pieces of an update, which then takes 1.7 times as
-        # long, for the rest of the run.
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=torch.set_num_threads, initargs=(1,))
+        # Steps and weights with the lowest validation loss, copied; written with the next snapshot.
+        self.best: tuple[int, Tensors] | None = None
+        self._staging = Staging()
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[UserError | None] | None = None
+        # For the threads, beside what the processes exchange as they train.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1000)) if sharing else None
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Start writing; `wait` first. The best weights are those of now, as the snapshot is: by the time the
-        thread runs, training may have found better ones, which this snapshot does not know."""
-        self._writing = self._pool.submit(self._write, snapshot, self.best)
+    def write(self, snapshot: Snapshot | None) -> None:
+        """Copy a snapshot and start writing it; `wait` first. In a sharded run all processes have to call it,
+        and nothing is written if the main one has no snapshot."""
+        begun = None
+        if snapshot and (self.sharing is None or self.sharing.is_main):
+            try:
+                begun = self._begin(snapshot)
+            except UserError as error:
+                self._writing = Future()
+                self._writing.set_result(_not_saved(error))
+        folders = begun.folders if begun else None
+        if self.sharing:
+            folders = self.sharing.told(folders)
+        if not snapshot or not folders:
+            return
+        if "best" not in folders:  # the main process has saved it
+            self.best = None
+        contents = {"step": {WEIGHTS: snapshot.weights, STATE_TENSORS: split(snapshot.state)[0]}}
+        if self.best:
+            contents["best"] = {WEIGHTS: self.best[1]}
+        files = {
+            folders[kind] / (part_name(name, self.sharing.rank) if self.sharing else name): tensors
+            for kind, content in contents.items()
+            for name, tensors in content.items()
+        }
+        staged = self._staging.stage(files)
+        self._writing = self._pool.submit(self._write, snapshot.steps, self.best, staged, begun)
 
     def has_saved(self, steps: int) -> bool:
         """Whether the state after `steps` updates is on disk, once a write in progress is done."""
@@ -80,59 +126,98 @@ class CheckpointWriter:
         """Wait for a write in progress; returns why it failed, if it did."""
         return self._writing.result() if self._writing else None
 
-    def _write(self, snapshot: Snapshot, best: tuple[int, dict[str, Tensor]] | None) -> UserError | None:
+    def close(self) -> None:
+        """Wait, and end the thread and the process."""
+        self._pool.shutdown()
+        self._staging.close()
+
+    def _begin(self, snapshot: Snapshot) -> _Begun:
+        """Make the folders, of what may be written with them.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        place = self.run_dir / CHECKPOINTS
+        records = {self.run_dir / name: size for name, size in snapshot.record_sizes.items()}
+        tensors, state = split(snapshot.state)
+        config, tokenizer = _versioned(snapshot.config, in_parts=bool(self.sharing)), snapshot.tokenizer
+        with ExitStack() as stack:
+            folder = place / name_of("step", snapshot.steps)
+            size = bytes_of(snapshot.weights) + bytes_of(tensors)
+            values = {CONFIG: config, STATE: state}
+            begun = {
+                "step": stack.enter_context(_new_folder(folder, size, values, tokenizer, records, "last"))
+            }
+            if self.best:  # finished first
+                folder, size = place / name_of("best", self.best[0]), bytes_of(self.best[1])
+                values = {CONFIG: config}
+                begun["best"] = stack.enter_context(_new_folder(folder, size, values, tokenizer, {}, "best"))
+            if self.sharing:
+                for folder, _ in begun.values():
+                    for name in (WEIGHTS, STATE_TENSORS):
+                        (folder / part_name(name, 0)).parent.mkdir()
+            return _Begun(
+                {kind: folder for kind, (folder, _) in begun.items()},
+                dict(begun.values()),
+                stack.pop_all(),
+            )
+
+    def _write(
+        self, steps: int, best: tuple[int, Tensors] | None, staged: dict[Path, Place], begun: _Begun | None
+    ) -> UserError | None:
+        """What the thread does.
+
+        Args:
+            staged: where the content of files lies.
+            begun: what the main process has to finish.
+        """
+        written: dict[Path, str] | OSError
         try:
-            if best:
-                write_best(self.run_dir, best[0], best[1], snapshot.config, snapshot.tokenizer)
-            write_step(self.run_dir, snapshot)
-            prune(self.run_dir, snapshot.steps, self.keep)
+            written = self._staging.write(staged)
+        except OSError as error:
+            written = error
+        if not begun:
+            dist.send_object_list([written], dst=0, group=self._group)
+            return None
+        try:
+            with begun.unfinished:
+                for part in (written, *self._of_others()):
+                    if isinstance(part, OSError):
+                        raise part
+                    for file, checksum in part.items():
+                        folder = next(each for each in begun.checksums if file.is_relative_to(each))
+                        begun.checksums[folder][str(file.relative_to(folder))] = checksum
+            prune(self.run_dir, steps, self.keep)
+        except Lost as error:
+            return error
         except (UserError, OSError) as error:  # of a disk that is full, read-only, or gone
-            log.warning(NOT_SAVED, error)
-            return error if isinstance(error, UserError) else UserError(str(error))
-        self.saved_steps = snapshot.steps
+            return _not_saved(error)
+        self.saved_steps = steps
         if self.best is best:
             self.best = None
         return None
 
+    def _of_others(self) -> list[dict[Path, str] | OSError]:
+        """What the others of a sharded run have written, or why they could not: all of them, so that none
+        still writes.
 
-def write_step(run_dir: Path, snapshot: Snapshot) -> None:
-    """Write a step checkpoint and point `last` at it.
-
-    Raises:
-        UserError: it cannot be written; existing checkpoints are untouched.
-    """
-    state_tensors, state = split(snapshot.state)
-    _write_folder(
-        run_dir / CHECKPOINTS / name_of("step", snapshot.steps),
-        tensors={WEIGHTS: snapshot.weights, STATE_TENSORS: state_tensors},
-        values={CONFIG: _versioned(snapshot.config), STATE: state},
-        files=snapshot.tokenizer,
-        records={run_dir / name: size for name, size in snapshot.record_sizes.items()},
-        link="last",
-    )
+        Raises:
+            Lost: one of them is gone.
+        """
+        parts = []
+        for rank in range(1, self.sharing.processes if self.sharing else 1):
+            received: list[Any] = [None]
+            try:
+                dist.recv_object_list(received, src=rank, group=self._group)
+            except RuntimeError as error:
+                raise Lost(f"process {rank} is gone, and with it its part of a checkpoint") from error
+            parts += received
+        return parts
 
 
-def write_best(
-    run_dir: Path,
-    steps: int,
-    weights: dict[str, Tensor],
-    config: PretrainConfig,
-    tokenizer: dict[str, bytes],
-) -> None:
-    """Write weights as the best so far, after `steps` updates, and point `best` at them.
-
-    Raises:
-        UserError: they cannot be written; existing checkpoints are untouched.
-    """
-    folder = run_dir / CHECKPOINTS / name_of("best", steps)
-    _write_folder(
-        folder,
-        tensors={WEIGHTS: weights},
-        values={CONFIG: _versioned(config)},
-        files=tokenizer,
-        records={},
-        link="best",
-    )
+def _not_saved(error: UserError | OSError) -> UserError:
+    log.warning(NOT_SAVED, error)
+    return error if isinstance(error, UserError) else UserError(str(error))
 
 
 def write_start(run_dir: Path, steps: int, config: PretrainConfig) -> None:
@@ -147,57 +232,48 @@ def write_start(run_dir: Path, steps: int, config: PretrainConfig) -> None:
         if other != folder:
             remove(other)
     if damage(folder, (CONFIG,)) or read_config(folder) != config:
-        _write_folder(folder, tensors={}, values={CONFIG: _versioned(config)}, files={}, records={})
+        with _new_folder(folder, 0, {CONFIG: _versioned(config)}, {}, {}):
+            pass
 
 
-def _versioned(config: PretrainConfig) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, **asdict(config)}
+def _versioned(config: PretrainConfig, in_parts: bool = False) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION if in_parts else 2, **asdict(config)}
 
 
-def _write_folder(
+@contextmanager
+def _new_folder(
     folder: Path,
-    tensors: dict[str, dict[str, Tensor]],
+    size: int,
     values: dict[str, Any],
     files: dict[str, bytes],
     records: dict[Path, int],
     link: str | None = None,
-) -> None:
-    size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Write a checkpoint, whose tensors are written meanwhile: to the folder that this yields. What is
+    yielded besides takes their checksums.
+
+    Args:
+        size: bytes of the tensors.
+
+    Raises:
+        UserError: it cannot be written; existing checkpoints are untouched.
+    """
     with replacing(folder, size + sum(records.values())) as temporary:
         temporary.mkdir()
-        for name, content in tensors.items():
-            save_tensors(content, temporary / name)
+        checksums: dict[str, str] = {}
+        yield temporary, checksums
         for name, value in values.items():
             (temporary / name).write_text(as_json(value), encoding="utf-8")
         for name, kept in files.items():
             (temporary / name).write_bytes(kept)
-        for record, size in records.items():
-            _copy_start(record, size, temporary / record.name)
-        checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
-        for name, content in tensors.items():
-            written = load_file(temporary / name)
-            if not all(_same_bytes(tensor, written[key]) for key, tensor in content.items()):
-                raise OSError(f"{name} was not read back as it was written: the disk or the memory is faulty")
-        lines = [f"{checksum}  {name}\n" for name, checksum in checksums.items()]
+        for record, length in records.items():
+            _copy_start(record, length, temporary / record.name)
+        others = [temporary / name for name in (*values, *files, *(record.name for record in records))]
+        checksums |= {file.name: sha256(file) for file in others}
+        lines = [f"{checksum}  {name}\n" for name, checksum in sorted(checksums.items())]
         (temporary / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     if link:
         point(folder.with_name(link), folder.name)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, as readable for others as any new file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # how this library reports a full disk
-        raise OSError(first_line(error)) from error
-    if path.stat().st_mode != mode:  # safetensors lets only the owner read it
-        path.chmod(mode)
 
 
 def _copy_start(source: Path, size: int, target: Path) -> None:
@@ -207,7 +283,3 @@ def _copy_start(source: Path, size: int, target: Path) -> None:
             with source.open("rb") as content:
                 if file.write(content.read(size)) < size:
                     raise OSError(f"{source} is shorter than it was")
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))

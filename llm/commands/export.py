@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from llm.checkpoints.book import export_book
-from llm.checkpoints.checkpoint import STATE, STATE_TENSORS, damage, read_training_state
+from llm.checkpoints.checkpoint import STATE, STATE_TENSORS, damage, holds, read_training_state
 from llm.checkpoints.huggingface import export_huggingface
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights, build_model
@@ -67,7 +67,7 @@ def _adamw_state(weights: Weights) -> tuple[State | None, str]:
         return None, f"with what learning rate and weight decay {weights.origin} was trained is not known"
     if not OPTIMIZERS[trained.optimizer.name].has_adamw_state:
         return None, f"the book's is AdamW, and this run was trained with {trained.optimizer.name}"
-    if not (folder / STATE_TENSORS).exists():  # the best checkpoint holds only weights
+    if not holds(folder, STATE_TENSORS):  # the best checkpoint holds only weights
         return None, f"{weights.origin} holds no optimizer state; the run's last checkpoint does"
     if problem := damage(folder, (STATE_TENSORS, STATE)):
         raise UserError(f"{folder} is damaged: {problem}")

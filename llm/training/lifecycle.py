@@ -28,17 +28,16 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
     with device_errors_in_one_line(lambda: console.sizes(start.config)):
         run = build_run(start, runtime)
         choose(run, start)
-        if weights := start.take_weights():
-            if start.checkpoint:
-                restore(run, start, weights)
-            else:
-                begin_from(run, weights)
+        if start.checkpoint:
+            restore(run, start)
+        elif weights := start.take_weights():
+            begin_from(run, weights)
             del weights  # the model has them
         # Before W&B starts, whose own processes take time of the same cores.
         matmul_flops = measure_matmul_flops(runtime) * runtime.processes
         # Last: from here on it has to be closed.
         recorder = Recorder(run, start, summary) if runtime.is_main else None
-        observer = recorder or Follower(run)
+        observer = recorder or Follower(run, start)
         try:
             run.model.train()
             summary.device, summary.precision = device_name(runtime.device), runtime.precision
@@ -68,6 +67,7 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
             raise
         finally:
             summary.count(run.counters)
+            observer.writer.close()
             if recorder:
                 close(recorder, summary)
     return run, recorder
@@ -112,7 +112,6 @@ def utilisation(run: Run, tokens_per_second: float, matmul_flops: float) -> floa
 
 def close(recorder: Recorder, summary: Summary) -> None:
     """End what a run has open, whatever became of it."""
-    recorder.writer.wait()
     tracker = recorder.tracker
     figures = summary.as_dict()
     for name in ("total_seconds", "wandb_folder", "heartbeat"):  # not known yet, or of no use there

@@ -12,7 +12,7 @@ from llm.errors import UserError
 from llm.model.gpt import GPTModel, block_matrices
 from llm.runtime import Runtime
 from llm.training.muon import Muon, orthogonalising_flops
-from llm.training.sharding import copied, is_sharded, sharded_like
+from llm.training.sharding import is_sharded, sharded_like
 
 State = dict[str, dict[str, Tensor | float]]  # by the parameter's name, then by the optimizer's own name
 
@@ -57,9 +57,9 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state(self, model: nn.Module) -> State:
-        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}, copied to
-        the main process's memory; empty before the first step, and in other processes. Hyperparameters are
-        not state: they come from the config. All processes of a run have to call it, as each may keep a part.
+        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}: of a sharded
+        one, a process's rows. Empty before the first step. Hyperparameters are not state: they come from the
+        config. All processes of a run have to call it, as each may keep the state of other parameters.
 
         Raises:
             UserError: an optimizer keeps something that is neither a tensor nor a number.
@@ -69,18 +69,14 @@ class Optimizers:
         for part in self.parts:
             whole = part.gathered_state() if isinstance(part, Muon) else part.state
             for parameter, kept in whole.items():
-                copies: dict[str, Tensor | float] = {}
                 for key, value in kept.items():
                     if value is not None and not isinstance(value, Tensor | int | float):
                         raise UserError(
                             f"{type(part).__name__} keeps {key}, a {type(value).__name__}, for "
                             f"{names[parameter]}: checkpoints hold only tensors and numbers"
                         )
-                    copy = copied(value, self.runtime.is_main) if isinstance(value, Tensor) else value
-                    if copy is not None:
-                        copies[key] = copy
-                found[names[parameter]] = copies
-        return found if self.runtime.is_main else {}
+                found[names[parameter]] = {key: value for key, value in kept.items() if value is not None}
+        return found
 
     def load_state(self, model: nn.Module, state: State, source: str) -> None:
         """The inverse of `state`.
@@ -106,6 +102,8 @@ class Optimizers:
 def _taken(value: Tensor | float, parameter: Tensor) -> Tensor | float:
     """A copy of what an optimizer keeps for a parameter, sharded as that is where it is of its shape."""
     if not isinstance(value, Tensor):
+        return value
+    if is_sharded(value):
         return value
     return sharded_like(parameter, value) if value.shape == parameter.shape else value.clone()
 

@@ -18,8 +18,9 @@ from llm.tracking import Tracker
 from llm.training import console
 from llm.training.early_stopping import EarlyStopping
 from llm.training.run import Run
+from llm.training.sharding import copies_of
 from llm.training.start import Start, rewind
-from llm.training.state import copy_weights, gathered, snapshot, whole_model
+from llm.training.state import copy_weights, parts_of_weights, snapshot, whole_model
 from llm.training.summary import Summary
 
 log = logging.getLogger(__name__)
@@ -30,17 +31,18 @@ MEASURED_SECONDS = 2.0  # of updates, that tell how fast a run trains
 
 
 class Follower:
-    """The observer of a process beside the main one: it contributes its random state, and the part of the
-    optimizer's state that it keeps, to each checkpoint."""
+    """The observer of a process beside the main one: it contributes its random state, and the part of weights
+    and of the optimizer's state that it keeps, to each checkpoint."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, start: Start) -> None:
+        self.run, self.run_id = run, start.run_id
+        self.writer = checkpoint_writer(run)
 
     def updated(self, metrics: dict[str, float]) -> None: ...
 
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
         if self.run.takes_part(False):  # the main process knows whether the weights are the best so far
-            copy_weights(self.run.model, is_main=False)
+            keep_best(self.run, self.writer)
 
     def sample_due(self, epoch_ended: bool) -> bool:
         return False
@@ -52,12 +54,25 @@ class Follower:
         copy_weights(self.run.model, is_main=False)
 
     def save(self) -> None:
-        gathered(self.run)
+        self.writer.wait()
+        state = snapshot(self.run, self.run_id, {})
+        if self.run.sharded:
+            self.writer.write(state)
 
     def finish_saving(self) -> None:
         """Save what is not saved yet."""
         if self.run.runtime.agree(False):  # the main process knows
             self.save()
+
+
+def checkpoint_writer(run: Run) -> CheckpointWriter:
+    """The writer of a run's checkpoints; of a sharded run, of this process's part of them."""
+    return CheckpointWriter(run.run_dir, run.config.checkpoint.keep, run.runtime if run.sharded else None)
+
+
+def keep_best(run: Run, writer: CheckpointWriter) -> None:
+    """Let the weights of now be saved as the best so far."""
+    writer.best = run.counters.steps, copies_of(parts_of_weights(run))
 
 
 class Recorder:
@@ -75,7 +90,7 @@ class Recorder:
         rewind(start)  # W&B has started: from here on, little can keep the run from continuing
         correct_record(run.run_dir, run.chosen)
         self.tracker.replay()
-        self.writer = CheckpointWriter(run.run_dir, run.config.checkpoint.keep)
+        self.writer = checkpoint_writer(run)
         self.progress = Progress("training", run.progress())
         run.alive = self.heartbeat
         self._before = replace(run.counters)  # the update that is being done
@@ -132,7 +147,7 @@ class Recorder:
         best = math.inf if counters.best_val_loss is None else counters.best_val_loss
         if run.takes_part(validation["loss"] < best):
             counters.best_val_loss, counters.best_step = validation["loss"], counters.step
-            self.writer.best = counters.steps, copy_weights(run.model)
+            keep_best(run, self.writer)
         self.stopped_early = self.early_stopping.reason_to_stop()
 
     def sample_due(self, epoch_ended: bool) -> bool:
@@ -168,13 +183,13 @@ class Recorder:
     def save(self) -> None:
         """Start writing a checkpoint of all that is needed to continue exactly."""
         self.writer.wait()  # so that memory never holds two
-        shared = gathered(self.run)
         try:
             record_sizes = self.tracker.record_sizes()
         except UserError as error:
             log.warning(NOT_SAVED, error)
-            return
-        self.writer.write(snapshot(self.run, self.run_id, shared, record_sizes))
+            record_sizes = None
+        state = snapshot(self.run, self.run_id, record_sizes or {})
+        self.writer.write(None if record_sizes is None else state)
 
     def finish_saving(self) -> None:
         """Save what is not saved yet, and wait until all is on disk.

@@ -4,7 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, damage, read_checksums
+import torch
+
+from llm.checkpoints.checkpoint import STATE_TENSORS, WEIGHTS, damage, read_checksums, read_tensors
+from llm.checkpoints.parts import part_names
 from llm.errors import UserError
 from llm.files import read_content, read_json_lines
 from llm.records import figure
@@ -68,11 +71,22 @@ def first_difference(rerun: Path, original: Path) -> str | None:
     [ours_newest], [theirs_newest] = (step_folders(run_dir)[:1] for run_dir in (rerun, original))
     if problem := damage(theirs_newest):
         raise UserError(f"the rerun cannot be compared with {theirs_newest}, which is damaged: {problem}")
-    ours_sums, theirs_sums = read_checksums(ours_newest), read_checksums(theirs_newest)
+    ours_sums, theirs_sums = (read_checksums(folder) for folder in (ours_newest, theirs_newest))
     for name in (WEIGHTS, STATE_TENSORS):
-        if ours_sums.get(name) != theirs_sums.get(name):
+        one, other = (
+            {part: sums.get(part) for part in part_names(folder, name, sums) or [name]}
+            for folder, sums in ((ours_newest, ours_sums), (theirs_newest, theirs_sums))
+        )
+        # In other parts they may be the same.
+        if one != other and (one.keys() == other.keys() or not _same(ours_newest, theirs_newest, name)):
             return f"the final {name}"
     return None
+
+
+def _same(one: Path, other: Path, name: str) -> bool:
+    """Whether two checkpoints have the same tensors."""
+    ours, theirs = read_tensors(one, name), read_tensors(other, name)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def _comparable(ours: Lines, theirs: Lines) -> tuple[Lines, Lines]:

@@ -5,12 +5,14 @@ Vectors (norms, biases, scalars) are a thousandth of a model. Every process keep
 only matrices are rounded to bf16, as without sharding.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llm.checkpoints.staging import Rows
 from llm.model.gpt import GPTModel
 from llm.runtime import Runtime
 
@@ -57,13 +59,46 @@ def copied(tensor: Any, is_main: bool) -> Tensor | None:
     return whole.detach().to("cpu", copy=whole is tensor) if is_main else None
 
 
+def parts_of(tensors: Mapping[str, Any], is_main: bool) -> dict[str, Tensor | Rows]:
+    """What a process writes of tensors, in the same memory: its own rows of those that are sharded; and of
+    others, which every process has, all in the main one."""
+    parts: dict[str, Tensor | Rows] = {}
+    for name, tensor in tensors.items():
+        if not is_sharded(tensor):
+            if is_main:
+                parts[name] = tensor
+        elif len(own(tensor)):
+            parts[name] = Rows(own(tensor), _first_row(tensor), tuple(tensor.shape))
+    return parts
+
+
+def copies_of(parts: Mapping[str, Tensor | Rows]) -> dict[str, Tensor | Rows]:
+    """Copies in the CPU's memory."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    return {
+        name: part._replace(own=copy(part.own)) if isinstance(part, Rows) else copy(part)
+        for name, part in parts.items()
+    }
+
+
+def _rows_each(parameter: Any) -> int:
+    """Of a sharded tensor, the rows of each process; of the last ones fewer, or none."""
+    return -(-len(parameter) // parameter.device_mesh.size())
+
+
+def _first_row(parameter: Any) -> int:
+    return _rows_each(parameter) * parameter.device_mesh.get_local_rank()
+
+
 def _own_of(whole: Tensor, parameter: Any) -> Tensor:
     """Of a whole tensor what this process keeps of a parameter of its shape."""
     if not is_sharded(parameter):
         return whole
-    rows = -(-len(whole) // parameter.device_mesh.size())  # of each process; of the last ones fewer, or none
-    first = rows * parameter.device_mesh.get_local_rank()
-    return whole[first : first + rows]
+    first = _first_row(parameter)
+    return whole[first : first + _rows_each(parameter)]
 
 
 def sharded_like(parameter: Any, whole: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from llm.checkpoints.checkpoint import (
     kept_tokenizer,
     newest_whole,
     read_config,
-    read_weights,
     run_id,
     start_config,
 )
@@ -95,10 +94,9 @@ class Start:
         return ours if kept == ours.name else TokenizerConfig(kept)
 
     def take_weights(self) -> Weights | None:
-        """The weights to begin with, if any; handed over, so that they are not kept beside the model's."""
+        """The weights to begin a new run with, if any; handed over, so that they are not kept beside the
+        model's."""
         weights, self.weights = self.weights, None
-        if weights is None and self.checkpoint:
-            return read_weights(self.checkpoint)
         if weights is None and self.config.init_from:
             return open_weights(self.config.init_from, self.config.model.n_heads)
         return weights

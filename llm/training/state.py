@@ -4,14 +4,25 @@ What is added to the one is added to the other; tests/drill.py shows whether tha
 """
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm.checkpoints.checkpoint import TrainingState, read_training_state
-from llm.checkpoints.weights import Weights, build_model, check_shapes
+from llm.checkpoints.checkpoint import (
+    STATE_TENSORS,
+    WEIGHTS,
+    read_shard,
+    read_training_state,
+    read_weights,
+    state_of,
+)
+from llm.checkpoints.parts import Found
+from llm.checkpoints.staging import Rows
+from llm.checkpoints.training_state import TrainingState
+from llm.checkpoints.weights import Weights, build_model, check_shapes, compare_shapes
 from llm.checkpoints.writing import Snapshot
 from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError
@@ -19,9 +30,9 @@ from llm.model.gpt import GPTModel
 from llm.overrides import as_argument
 from llm.progress import format_value
 from llm.runtime import Runtime, computes_in_bf16
-from llm.training.optimizers import OPTIMIZERS, State
+from llm.training.optimizers import OPTIMIZERS
 from llm.training.run import Run
-from llm.training.sharding import copied, load_weights
+from llm.training.sharding import copied, is_sharded, load_weights, parts_of
 from llm.training.start import Start
 from llm.training.summary import Counters
 
@@ -59,23 +70,6 @@ def restore_generators(states: dict[str, Tensor]) -> None:
 _GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
 
 
-@dataclass
-class Shared:
-    """What processes contribute to a snapshot. All but the main one get only the first."""
-
-    generators: list[dict[str, Tensor]]  # `generator_states` of each process, in order of rank
-    optimizer: State
-    weights: dict[str, Tensor]
-
-
-def gathered(run: Run) -> Shared:
-    """Copies of what is not the same in every process, on the CPU. All have to call it."""
-    generators = run.runtime.gather(generator_states(run.runtime))
-    optimizer = run.optimizers.state(run.model)
-    weights = copy_weights(run.model, run.runtime.is_main)
-    return Shared(generators, optimizer, weights)
-
-
 def whole_model(run: Run) -> tuple[GPTModel, Runtime]:
     """The model of a run for the main process alone, and where it computes. Of a sharded one, which need not
     fit a GPU, it is a copy on the CPU, to which all others have to contribute by `copy_weights`."""
@@ -88,45 +82,62 @@ def whole_model(run: Run) -> tuple[GPTModel, Runtime]:
     return build_model(copy), replace(runtime, device=cpu, precision=precision)
 
 
-def snapshot(run: Run, run_id: str, shared: Shared, record_sizes: dict[str, int]) -> Snapshot:
-    """A copy of a run's state, on the CPU.
+def parts_of_weights(run: Run) -> dict[str, Tensor | Rows]:
+    """What this process writes of the weights, in the same memory: of a sharded model, its rows."""
+    return parts_of(run.model.state_dict(), run.runtime.is_main)
+
+
+def snapshot(run: Run, run_id: str, record_sizes: dict[str, int]) -> Snapshot:
+    """A run's state, in the same memory. All processes have to call it: of a sharded run each has a part, and
+    otherwise the main one has all.
 
     Args:
         record_sizes: bytes of the run's records that belong to it.
     """
+    runtime = run.runtime
     place, epoch_generator = run.batches.state()
+    kept: dict[str, Any] = run.optimizers.state(run.model)
+    if run.sharded:
+        generators = {runtime.rank: generator_states(runtime)}
+        kept = {name: parts_of(state, runtime.is_main) for name, state in kept.items()}
+    else:
+        generators = dict(enumerate(runtime.gather(generator_states(runtime))))
     state = TrainingState(
         run_id=run_id,
         counters=asdict(run.counters),
         batches=place,
         data=run.data,
         resumed=run.resumed,
-        optimizer=shared.optimizer,
-        generators=shared.generators,
-        epoch_generator=epoch_generator,
+        optimizer=kept,
+        generators=generators,
+        epoch_generator=epoch_generator if runtime.is_main else None,
     )
-    tokenizer = kept_files(run.tokenizer)
-    return Snapshot(run.counters.steps, run.config, shared.weights, state, record_sizes, tokenizer)
+    weights, tokenizer = parts_of_weights(run), kept_files(run.tokenizer)
+    return Snapshot(run.counters.steps, run.config, weights, state, record_sizes, tokenizer)
 
 
-def restore(run: Run, start: Start, weights: Weights) -> None:
+def restore(run: Run, start: Start) -> None:
     """Put a run where the checkpoint of `start` left it; the inverse of `snapshot`.
 
     Raises:
-        UserError: the checkpoint is of other data or another model, or the run has reached its end.
+        UserError: the checkpoint is damaged, of other data or another model, or the run is at its end.
     """
-    folder = weights.folder
-    assert folder is not None  # the weights of a checkpoint of ours
-    state = read_training_state(folder)
-    check_shapes(run.model, weights.tensors, folder)
-    load_weights(run.model, weights.tensors)
+    folder = start.checkpoint
+    assert folder is not None
+    if run.sharded:
+        state = _restore_shard(run, folder)
+    else:
+        weights = read_weights(folder)
+        check_shapes(run.model, weights.tensors, folder)
+        load_weights(run.model, weights.tensors)
+        del weights  # the model has them
+        state = read_training_state(folder)
     run.optimizers.load_state(run.model, state.optimizer, str(folder))
     try:
         run.counters = Counters(**state.counters)
         run.batches.load_state(state.batches, state.epoch_generator)
         run.resumed = state.resumed
-        if run.runtime.rank < len(state.generators):  # a run may be continued by more processes
-            own = state.generators[run.runtime.rank]
+        if own := state.generators.get(run.runtime.rank):  # a run may be continued by more processes
             restore_generators({kind: own[kind] for kind in generator_states(run.runtime) if kind in own})
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged or of another format: {error}") from error
@@ -142,6 +153,35 @@ def restore(run: Run, start: Start, weights: Weights) -> None:
         )
     changed = {key: list(values) for key, values in start.changes.items() if not key.startswith("tracking.")}
     run.resumed = [*run.resumed, {"steps": run.counters.steps, "changed": changed}]
+
+
+def _restore_shard(run: Run, folder: Path) -> TrainingState:
+    """Read this process's rows of what a checkpoint holds, whoever wrote it: the weights into the model; and
+    returns the rest.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model.
+    """
+    weights, parameters = run.model.state_dict(), dict(run.model.named_parameters())
+
+    def into_model(found: Found) -> dict[str, Tensor]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        compare_shapes(shapes, {name: tuple(size) for name, (size, _) in found.items()}, folder)
+        return weights
+
+    def into_memory(found: Found) -> dict[str, Tensor]:
+        targets = {}
+        for name, (size, dtype) in found.items():
+            kind, _, rest = name.partition("/")
+            parameter: Any = parameters.get(rest.rpartition("/")[0]) if kind == "optimizer" else None
+            if is_sharded(parameter) and size == parameter.shape:
+                targets[name] = torch.zeros_like(parameter, dtype=dtype)
+            elif kind != "generator" or rest.partition("/")[0] == str(run.runtime.rank):
+                targets[name] = torch.zeros(size, dtype=dtype)
+        return targets
+
+    read_shard(folder, WEIGHTS, into_model)
+    return state_of(folder, read_shard(folder, STATE_TENSORS, into_memory))
 
 
 def begin_from(run: Run, source: Weights) -> None:

@@ -5,10 +5,10 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from drill import DAMAGES, damage_file
 from parts import CPU
 from safetensors.torch import save_file
 
-from llm.checkpoints import writing
+from llm.checkpoints import file_writer, writing
 from llm.checkpoints.checkpoint import (
     BEST_FILES,
     CHECKSUMS,
@@ -29,10 +29,12 @@ from llm.checkpoints.checkpoint import (
     read_training_state,
 )
 from llm.checkpoints.opening import open_weights
+from llm.checkpoints.staging import Place, Staging
 from llm.checkpoints.weights import build_model
 from llm.checkpoints.writing import CheckpointWriter, Snapshot
 from llm.config import ModelConfig, OptimizerConfig, PretrainConfig
 from llm.errors import UserError
+from llm.files import sha256
 from llm.model.gpt import GPTModel
 from llm.training.optimizers import OPTIMIZERS, build_optimizers
 from llm.training.state import copy_weights
@@ -58,7 +60,7 @@ def snapshot(run_dir: Path, steps: int, best_step: int | None = None) -> Snapsho
         data=["training", "validation"],
         resumed=[],
         optimizer={"tok_emb.weight": {"exp_avg": torch.full((31, 16), float(steps)), "calls": steps}},
-        generators=[{"cpu": torch.get_rng_state()}],
+        generators={0: {"cpu": torch.get_rng_state()}},
         epoch_generator=None,
     )
     return Snapshot(steps, CONFIG, weights, state, sizes)
@@ -105,7 +107,7 @@ def test_the_last_and_the_best_are_kept_and_load_the_same(tmp_path: Path) -> Non
     kept = saved.optimizer["tok_emb.weight"]
     assert torch.equal(torch.as_tensor(kept["exp_avg"]), torch.full((31, 16), 4.0))
     assert (kept["calls"], saved.batches) == (4, {"epoch": 0, "position": 4})
-    assert json.loads((folder / "config.json").read_text())["format_version"] == FORMAT_VERSION
+    assert json.loads((folder / "config.json").read_text())["format_version"] == 2  # not in parts
     assert (folder / "metrics.jsonl").read_text().count("\n") == 4
 
 
@@ -164,19 +166,20 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_is_tried_again(
     writer = save(tmp_path, 1)
     writer.best = 2, copy_weights(model_after(2))
 
-    def full_disk(content: Any, path: Path, metadata: None) -> None:
-        if path.name == "training_state.safetensors":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(content, path)
+    write = Staging.write
+
+    def full_disk(staging: Staging, files: dict[Path, Place]) -> dict[Path, str]:
+        write(staging, dict(list(files.items())[:1]))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "save_file", full_disk)
+        patch.setattr(Staging, "write", full_disk)
         writer.write(snapshot(tmp_path, 2, best_step=1))
         error = writer.wait()
-    assert "step-00000002: No space left on device (it takes " in str(error)
+    assert "No space left on device (it takes " in str(error)
     assert "checkpoint not saved" in caplog.text
     assert not writer.has_saved(2)
-    assert names(tmp_path) == ["best", "best-00000002", "last", "step-00000001"]
+    assert names(tmp_path) == ["last", "step-00000001"]
     assert find_checkpoint(str(tmp_path)).name == "step-00000001"
     writer.write(snapshot(tmp_path, 3, best_step=1))
     assert writer.wait() is None
@@ -188,7 +191,7 @@ def test_too_little_room_is_seen_before_the_first_byte(
 ) -> None:
     writer = save(tmp_path, 1)
     monkeypatch.setattr("llm.files._room", lambda folder: 1000)
-    monkeypatch.setattr(writing, "save_file", None)  # not to be called
+    monkeypatch.setattr(Staging, "stage", None)  # not to be called
     writer.write(snapshot(tmp_path, 2))
     # 3888 weights and 496 averages of 4 bytes, 5056 bytes of a random state, and two lines of 12
     assert str(writer.wait()).endswith("(it takes 22.6kB, and 1kB are free)")
@@ -206,23 +209,53 @@ def test_a_crash_of_the_writer_is_not_silent(tmp_path: Path, monkeypatch: pytest
         raise ZeroDivisionError
 
     writer = save(tmp_path, 1)
-    monkeypatch.setattr(writing, "write_step", crash)
+    monkeypatch.setattr(writing, "prune", crash)
     writer.write(snapshot(tmp_path, 2))
     with pytest.raises(ZeroDivisionError):
         writer.wait()
 
 
-def test_what_is_not_read_back_as_written_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def bad_disk(content: dict[str, torch.Tensor], path: Path, metadata: None) -> None:
-        save_file({name: tensor + 1 for name, tensor in content.items()}, path)
+def test_what_is_not_read_back_as_written_is_an_error(tmp_path: Path) -> None:
+    class BadMemory:
+        reads = 0
 
+        def __getitem__(self, place: slice) -> bytes:
+            self.reads += 1
+            return b"other" if self.reads > 1 else b"first"
+
+    with pytest.raises(OSError, match="weights was not read back as it was written"):
+        file_writer.write(BadMemory(), tmp_path / "weights", 0, 5)  # type: ignore[arg-type]
+
+
+def test_the_content_that_is_staged_is_that_of_the_safetensors_library(tmp_path: Path) -> None:
+    tensors = {
+        "b.weight": torch.randn(300, 70),
+        "a": torch.randn(()),
+        "é": torch.randn(3, 4, 5).bfloat16(),
+        "random state": torch.arange(5000).to(torch.uint8),
+        "position": torch.arange(3),
+        "none": torch.zeros(0, 4),
+    }
+    staging, name = Staging(), tmp_path / "one.safetensors"
+    places = staging.stage({tmp_path / "other": {"x": torch.ones(3)}, name: tensors})
+    checksum = staging.write(places)[name]
+    save_file(tensors, tmp_path / "expected")
+    assert name.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert checksum == sha256(tmp_path / "expected")
+
+
+def test_a_writing_process_that_dies_fails_one_checkpoint(tmp_path: Path) -> None:
     writer = save(tmp_path, 1)
-    monkeypatch.setattr(writing, "save_file", bad_disk)
+    process = writer._staging._writer
+    assert process
+    process.send_signal(signal.SIGSTOP)  # so that it is killed in the middle
     writer.write(snapshot(tmp_path, 2))
-    assert "was not read back as it was written" in str(writer.wait())
+    process.kill()
+    assert "the process that writes checkpoints was killed by SIGKILL" in str(writer.wait())
     assert names(tmp_path) == ["last", "step-00000001"]
+    writer.write(snapshot(tmp_path, 3))
+    assert writer.wait() is None
+    assert names(tmp_path) == ["last", "step-00000001", "step-00000003"]
 
 
 class _Bomb:

@@ -27,8 +27,9 @@ from tokenizers import ByteLevelBPETokenizer
 from llm.checkpoints.book import BOOKS_HEADS, export_book
 from llm.checkpoints.huggingface import export_huggingface
 from llm.checkpoints.opening import open_weights, tokenizer_of
+from llm.checkpoints.training_state import TrainingState
 from llm.checkpoints.weights import build_model, check_shapes, without_wrappers
-from llm.checkpoints.writing import write_best
+from llm.checkpoints.writing import CheckpointWriter, Snapshot
 from llm.commands.evaluate import run_evaluation
 from llm.commands.export import export_checkpoint
 from llm.config import (
@@ -611,12 +612,18 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: fl
     assert line in refused(tmp_path / "model.pth", 1)
 
 
+def write(run_dir: Path, weights: dict[str, torch.Tensor], config: PretrainConfig) -> None:
+    writer, state = CheckpointWriter(run_dir, keep=1), TrainingState("0123abcd", {}, {}, [], [], {}, {}, None)
+    writer.write(Snapshot(5, config, weights, state, record_sizes={}))
+    assert writer.wait() is None
+
+
 def test_weights_of_ours_that_are_not_finite_are_refused_by_name(script: Script, tmp_path: Path) -> None:
     config = PretrainConfig(model=ModelConfig(257, 8, 16, 2, 1), tokenizer=TokenizerConfig("bytes"))
     weights = GPTModel(config.model).state_dict()
     weights["final_norm.shift"][3] = torch.nan
-    write_best(tmp_path, 5, weights, config, {})
-    checkpoint = f"checkpoint={tmp_path / 'checkpoints' / 'best-00000005'}"
+    write(tmp_path, weights, config)
+    checkpoint = f"checkpoint={tmp_path / 'checkpoints' / 'step-00000005'}"
     for name, *arguments in (
         ("generate",),
         ("evaluate", "text=Hello"),
@@ -628,11 +635,11 @@ def test_weights_of_ours_that_are_not_finite_are_refused_by_name(script: Script,
         assert "final_norm.shift holds numbers that are not finite (NaN or infinity)" in refusal.stderr
     weights["final_norm.shift"][3] = 0
     weights["trf_blocks.0.ff.layers.0.weight"] += 1e30  # finite, but nothing can be computed with it
-    write_best(tmp_path, 5, weights, config, {})
+    write(tmp_path, weights, config)
     for name, *arguments in (("generate", "prompt=Hello"), ("evaluate", "text=Hello")):
         refusal = script(name, checkpoint, *arguments)
         assert refusal.returncode == 1
-        assert "best-00000005 gives logits that are not finite: its weights are damaged" in refusal.stderr
+        assert "step-00000005 gives logits that are not finite: its weights are damaged" in refusal.stderr
 
 
 def test_a_head_that_the_config_does_not_expect_is_refused(tmp_path: Path) -> None:

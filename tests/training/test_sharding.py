@@ -1,5 +1,6 @@
 """Activations that are computed again, and weights that several processes share out among themselves."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from conftest import TINY, Script, numbers
 from torch import Tensor
 
+from llm.checkpoints.staging import Rows
 from llm.config import ModelConfig, OptimizerConfig, RuntimeConfig
 from llm.model.gpt import GPTModel
 from llm.processes import processes
 from llm.runtime import Runtime
 from llm.training.optimizers import State, build_optimizers
-from llm.training.sharding import clip_gradients, is_sharded, load_weights, own, shard
+from llm.training.sharding import clip_gradients, copies_of, is_sharded, load_weights, own, parts_of, shard
 from llm.training.state import copy_weights
 
 CPU = torch.device("cpu")
@@ -96,10 +98,25 @@ def updated(runtime: Runtime, name: str) -> dict[str, Any]:
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizers.step()
         optimizers.zero_grad()
-        # Followers of a run have none of these, and read a checkpoint; here they are sent them.
-        weights = runtime.gather(copy_weights(model, runtime.is_main))[0]
-        state = runtime.gather(optimizers.state(model))[0]
+        weights = joined(model.state_dict(), runtime)
+        state = {name: joined(kept, runtime) for name, kept in optimizers.state(model).items()}
     return {"weights": weights, "state": state, "norms": norms}
+
+
+def joined(tensors: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
+    """What checkpoints hold in parts, put together by hand."""
+    parts = runtime.gather(copies_of(parts_of(tensors, runtime.is_main)))
+    whole: dict[str, Any] = {}
+    for name, tensor in parts[0].items():
+        whole[name] = tensor
+        if isinstance(tensor, Rows):
+            rows = [part[name] for part in parts if name in part]
+            assert [each.first for each in rows] == [
+                sum(len(e.own) for e in rows[:n]) for n in range(len(rows))
+            ]
+            whole[name] = torch.cat([each.own for each in rows])
+            assert whole[name].shape == tensor.shape
+    return whole
 
 
 def both_updated(runtime: Runtime) -> list[dict[str, Any]]:

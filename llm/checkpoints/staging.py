@@ -1,0 +1,168 @@
+"""Copies of tensors in memory that is shared with a process that writes them to safetensors files."""
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm.checkpoints import file_writer
+
+ALIGNMENT = mmap.PAGESIZE  # of files in memory
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Rows(NamedTuple):
+    """Those rows of a sharded tensor that one process keeps."""
+
+    own: Tensor  # (rows, …)
+    first: int  # the number of the first of them
+    shape: tuple[int, ...]  # of the whole
+
+
+Tensors = Mapping[str, Tensor | Rows]
+Place = tuple[int, int]  # begin and end in the shared memory
+
+
+class Staging:
+    """Memory for the content of files, and the process that writes them."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):  # Linux's; /dev/shm may be small, as in containers
+            self._descriptor = os.memfd_create("checkpoint")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._descriptor = os.dup(file.fileno())
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._writer: subprocess.Popen[bytes] | None = None
+
+    def stage(self, files: Mapping[Path, Tensors]) -> dict[Path, Place]:
+        """Copy tensors, of any device, as the content of safetensors files; returns where each file lies.
+        What was staged before is lost. The memory is kept."""
+        headers = {name: _header(tensors) for name, tensors in files.items()}
+        places: dict[Path, Place] = {}
+        end = 0
+        for name, (header, sizes) in headers.items():
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+            end = begin + len(header) + sum(sizes.values())
+            places[name] = begin, end
+        if end > len(self._bytes):
+            os.ftruncate(self._descriptor, end)
+            self._bytes = torch.frombuffer(mmap.mmap(self._descriptor, end), dtype=torch.uint8)
+        for name, (header, sizes) in headers.items():
+            place = places[name][0]
+            self._bytes[place : place + len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+            place += len(header)
+            for key, size in sizes.items():
+                tensor = _own(files[name][key])
+                if size:
+                    self._bytes[place : place + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+                place += size
+        return places
+
+    def write(self, files: Mapping[Path, Place]) -> dict[Path, str]:
+        """Write what was staged, to paths that do not exist; waits for it, and returns SHA-256 checksums.
+
+        Raises:
+            OSError: something cannot be written, or the process that writes has died.
+        """
+        if self._writer is None or self._writer.poll() is not None:
+            self._writer = subprocess.Popen(
+                [sys.executable, "-I", "-S", file_writer.__file__, str(self._descriptor)],
+                pass_fds=[self._descriptor],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        writer = self._writer
+        assert writer.stdin
+        assert writer.stdout
+        request = json.dumps({str(path): place for path, place in files.items()})
+        try:
+            writer.stdin.write(f"{request}\n".encode())
+            writer.stdin.flush()
+            answer = json.loads(writer.stdout.readline() or "{}")
+        except BrokenPipeError:
+            answer = {}
+        if "error" in answer:
+            raise OSError(answer["error"])
+        if not answer:
+            status = writer.wait()
+            how = (
+                f"was killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with status {status}"
+            )
+            raise OSError(f"the process that writes checkpoints {how}")
+        return {path: answer[str(path)] for path in files}
+
+    def close(self) -> None:
+        """End the process that writes, and give the memory back."""
+        if self._writer and self._writer.stdin and self._writer.stdout:
+            self._writer.stdin.close()
+            self._writer.wait()
+            self._writer.stdout.close()
+        self._writer = None
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        os.close(self._descriptor)
+
+
+def bytes_of(tensors: Tensors) -> int:
+    """The size of tensors; of rows, that of the tensors that they belong to."""
+    return sum(prod(tensor.shape) * _own(tensor).itemsize for tensor in tensors.values())
+
+
+def _own(tensor: Tensor | Rows) -> Tensor:
+    return tensor.own if isinstance(tensor, Rows) else tensor
+
+
+def _header(tensors: Tensors) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, as its library writes it, and the bytes of tensors in their order
+    there. If some are rows of larger ones, it says which, as torch.distributed.checkpoint does in
+    `HuggingFaceStorageWriter`."""
+    ordered = sorted(tensors, key=lambda name: (-_own(tensors[name]).itemsize, name))
+    header: dict[str, object] = {}
+    if any(isinstance(tensor, Rows) for tensor in tensors.values()):
+        offsets = {}
+        for name, tensor in tensors.items():
+            zeros = [0] * len(tensor.shape)
+            offsets[name] = {
+                "saved_offsets": [tensor.first, *zeros[1:]] if isinstance(tensor, Rows) else zeros
+            }
+        header["__metadata__"] = {
+            "DCP_SHARDING_INFO": json.dumps(offsets),
+            "DCP_VERSION": "1.0",
+            "format": "pt",
+        }
+    sizes, end = {}, 0
+    for name in ordered:
+        tensor = _own(tensors[name])
+        sizes[name] = tensor.itemsize * prod(tensor.shape)
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + sizes[name]],
+        }
+        end += sizes[name]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, sizes
