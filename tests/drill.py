@@ -1,6 +1,7 @@
 """The fault drill: runs that are killed, damaged and starved of disk must end like a run without faults.
 
-    python tests/drill.py 40        forty seeds; tests/test_drill.py runs a few
+    python tests/drill.py 40            forty seeds; tests/test_drill.py runs a few
+    python tests/drill.py 16 ranks      sixteen of runs of two processes, one of which is killed
 
 Each seed decides the settings of a run and its faults. Compared at the end, bit for bit: each line of metrics
 (except timings), every sample, the weights, the optimizer's state and the random states.
@@ -49,6 +50,16 @@ VARIANTS = (
     ("optimizer=muon", "tokenizer=bytes", "runtime.precision=fp32", "model.qkv_bias=true"),
     ("optimizer=adamw", "tokenizer=bytes", "training.accumulate=3", "schedule=constant"),
 )
+# Of several processes. The first two are compared bit for bit; the others, without dropout and with AdamW in
+# fp32, are also resumed by another number of processes, and are then the same up to rounding.
+RANKS = (
+    ("optimizer=muon", "runtime.sharding=fsdp"),
+    ("optimizer=muon", "training.accumulate=2"),
+    ("optimizer=adamw", "runtime.sharding=fsdp", "runtime.precision=fp32", "model.drop_rate=0"),
+    ("optimizer=adamw", "runtime.precision=fp32", "model.drop_rate=0"),
+)
+OF_RANKS = ("runtime.processes=2", "tokenizer=bytes", "data.batch_size=6", "training.max_steps=24")
+ENDED_SECONDS = 20.0  # for all processes of a run, once one is killed, on a machine that is busy
 TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer\n" for number in range(150))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RECORDS = ("metrics.jsonl", "samples.jsonl", "summary.json", "run-id.txt", ".hydra/overrides.yaml")
@@ -64,6 +75,7 @@ class Drill:
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     arguments: tuple[str, ...] = ()  # of every run, besides those of its seed
     counts: Counter[str] = field(default_factory=Counter)
+    longest: float = 0.0  # seconds, until all processes of a run that has lost one had ended
 
     def __post_init__(self) -> None:
         (self.folder / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -89,12 +101,17 @@ def finish(process: ScriptProcess) -> str:
     return output
 
 
+def numbers(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics, without timings."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in TIMED} for line in metrics]
+
+
 def outcome(run: Path) -> dict[str, object]:
     """Everything in a run folder that must not depend on its faults."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     sums = (run / "checkpoints" / "last" / "SHA256SUMS").read_text().splitlines()
     return {
-        "metrics": [{key: line[key] for key in line if key not in TIMED} for line in metrics],
+        "metrics": numbers(run),
         "samples": (run / "samples.jsonl").read_text(),
         "tensors": [line for line in sums if line.endswith(".safetensors")],
         "best": (run / "checkpoints" / "best" / "SHA256SUMS").read_text().splitlines()[-1],
@@ -142,6 +159,128 @@ def drill(work: Drill, seed: int) -> str:
     shutil.rmtree(run)
     work.counts["runs"] += 1
     return f"{' '.join(VARIANTS[variant])}: {', '.join(faults)}"
+
+
+def drill_ranks(work: Drill, seed: int) -> str:
+    """Let a run of two processes lose one of them, or the one that writes checkpoints for one; and compare.
+
+    Raises:
+        AssertionError: the run did not end like one without faults, or not with one line, or not soon.
+    """
+    chance = random.Random(seed)
+    settings, exact = RANKS[seed % len(RANKS)], seed % len(RANKS) < 2
+    common = (*COMMON, *OF_RANKS, *settings, "data.path=text.txt", *work.arguments)
+    reference, run = work.folder / f"reference-of-ranks-{seed % len(RANKS)}", work.folder / f"run-{seed}"
+    if not reference.exists():
+        finish(work.start(*common, f"hydra.run.dir={reference.name}"))
+    process = work.start(*common, f"hydra.run.dir={run.name}")
+    faults = []
+    for _ in range(chance.randint(1, 3)):
+        faults.append(_kill_rank(process, run, work, chance))
+        if process.exitcode == 0:
+            break
+        arguments = [f"resume={run.name}"]
+        if not list(run.glob("checkpoints/st*-*")):
+            arguments = [*common, f"hydra.run.dir={run.name}"]
+        elif not exact and chance.random() < 0.5:
+            count = chance.choice((1, 3))
+            arguments.append(f"runtime.processes={count}")
+            if "runtime.sharding=fsdp" in settings:
+                arguments.append(f"runtime.sharding={'none' if count == 1 else 'fsdp'}")
+            faults.append(f"resumed by {count}")
+            work.counts["resumed by another number"] += 1
+        process = work.start(*arguments)
+    assert "Traceback" not in finish(process)
+    expected, found = outcome(reference), outcome(run)
+    if exact or not any("resumed" in fault for fault in faults):
+        for what, value in expected.items():
+            assert found[what] == value, f"seed {seed}: {what} differ after {', '.join(faults)}"
+    else:
+        for one, other in zip(numbers(reference), numbers(run), strict=True):
+            for key, value in one.items():
+                assert abs(other[key] - value) <= 2e-4 * abs(value), f"seed {seed}: {one}, {other}"
+    assert not list(run.rglob(".*.tmp"))
+    shutil.rmtree(run)
+    work.counts["runs"] += 1
+    return f"{' '.join(settings)}: {', '.join(faults)}"
+
+
+def _children(process: int) -> list[int]:
+    """The processes that one has begun, and those that they have; Linux tells."""
+    found = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                found += [child, *_children(child)]
+    return found
+
+
+def _command(process: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text()
+    return ""
+
+
+def _kill_rank(process: ScriptProcess, run: Path, work: Drill, chance: random.Random) -> str:
+    """`kill -9` of the first or the second process, or one that writes a checkpoint for it, while they start,
+    at a random update or inside the write of a checkpoint."""
+    kind = chance.choice(("start", "update", "write", "write", "write"))
+    who = (
+        chance.choice(("first", "second", "second", "writer"))
+        if kind == "write"
+        else chance.choice(("first", "second", "second"))
+    )
+    step, delay = chance.randrange(24), chance.uniform(0, 0.05)
+    assert process.pid
+    victim, writing = None, False
+    if kind == "start":
+        time.sleep(chance.uniform(0, 1))
+    while process.is_alive():
+        writing = bool(list((run / "checkpoints").glob(".*.tmp")))
+        if kind == "start" or (_steps(run) >= step and (kind == "update" or writing)):
+            pattern = {"first": "", "second": "spawn_main", "writer": "file_writer"}[who]
+            found = [each for each in _children(process.pid) if pattern in _command(each)]
+            victim = process.pid if who == "first" else chance.choice(sorted(found)) if found else None
+            if victim:
+                break
+        time.sleep(0.0005)
+    if victim is None:
+        process.join()
+        return "nothing: it was done"
+    if not writing:
+        time.sleep(delay)
+    others = _children(process.pid)
+    with suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    work.counts["kills"] += 1
+    work.counts["kills inside a write"] += writing
+    if who == "writer":
+        printed = process.output()
+        assert "Traceback" not in printed[1], printed
+        assert (
+            process.exitcode == 0
+            or "error: the process that writes checkpoints" in printed[1]
+            or ("error: cannot write" in printed[1])
+        ), printed
+    else:
+        process.join(ENDED_SECONDS)
+        while any(map(_is_training, others)) and time.monotonic() < killed + ENDED_SECONDS:
+            time.sleep(0.01)
+        took = time.monotonic() - killed
+        work.longest = max(work.longest, took)
+        assert not process.is_alive()
+        assert not [each for each in others if _is_training(each)], f"a process lives after {took:.1f} s"
+        printed = process.output()
+        if who == "second" and process.exitcode != 0:
+            assert printed[1].startswith("error: process 1 of 2 was killed by SIGKILL"), printed
+            assert printed[1].count("\n") == 1, printed
+    moment = "inside a write" if writing else f"after {_steps(run)} lines"
+    return f"{who} killed {moment}"
+
+
+def _is_training(process: int) -> bool:
+    return any(each in _command(process) for each in ("spawn_main", "file_writer"))
 
 
 def _check_output(output: str, damaged: bool, to_find: bool, work: Drill) -> bool:
@@ -231,11 +370,13 @@ def _starve(process: ScriptProcess, run: Path, chance: random.Random) -> str:
         return "nothing: it was done"
     size = chance.choice((0, 2_000, 100_000))
     assert process.pid
-    with suppress(ProcessLookupError):  # it may end meanwhile
-        unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
-        time.sleep(chance.uniform(0.1, 0.6))
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+    all_processes = [process.pid, *_children(process.pid)]  # one writes checkpoints
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, seconds in (size, chance.uniform(0.1, 0.6)), (unlimited[0], 0.0):
+        for each in all_processes:
+            with suppress(ProcessLookupError):  # it may end meanwhile
+                resource.prlimit(each, resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        time.sleep(seconds)
     return f"no file over {size} bytes for a while from step {step}"
 
 
@@ -295,15 +436,17 @@ def damage_file(file: Path, kind: str, of_other_run: Path, chance: random.Random
             file.unlink()
 
 
-def main(seeds: int) -> None:
+def main(seeds: int, ranks: bool) -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Drill(Path(folder))
         for seed in range(seeds):
-            print(f"seed {seed}: {drill(work, seed)}: the same", flush=True)
+            print(f"seed {seed}: {(drill_ranks if ranks else drill)(work, seed)}: the same", flush=True)
     figures = ", ".join(f"{count} {what}" for what, count in work.counts.items())
+    if ranks:
+        figures += f", all ended within {work.longest:.1f} s"
     print(f"{figures}: nothing lost; {(time.monotonic() - begin) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40, "ranks" in sys.argv)

@@ -20,7 +20,7 @@ NICENESS = 10  # so that training keeps the cores that it computes on
 
 
 def write(memory: mmap.mmap, path: Path, begin: int, end: int) -> str:
-    """Write a part of memory to a new file, flush it to disk and read it back; returns its SHA-256.
+    """Write a part of memory to a new file and read it back; returns its SHA-256.
 
     Raises:
         OSError: it cannot be written, or is not what was written.
@@ -32,8 +32,6 @@ def write(memory: mmap.mmap, path: Path, begin: int, end: int) -> str:
             piece = memory[first:last]
             file.write(piece)
             digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
     with path.open("rb") as file:
         for first, last in pieces:
             if file.read(last - first) != memory[first:last]:

@@ -143,11 +143,12 @@ def _header(tensors: Tensors) -> tuple[bytes, dict[str, int]]:
     header: dict[str, object] = {}
     if any(isinstance(tensor, Rows) for tensor in tensors.values()):
         offsets = {}
-        for name, tensor in tensors.items():
-            zeros = [0] * len(tensor.shape)
-            offsets[name] = {
-                "saved_offsets": [tensor.first, *zeros[1:]] if isinstance(tensor, Rows) else zeros
-            }
+        for name in ordered:
+            part = tensors[name]
+            begin = [0] * len(part.shape)
+            if isinstance(part, Rows):
+                begin[0] = part.first
+            offsets[name] = {"saved_offsets": begin}
         header["__metadata__"] = {
             "DCP_SHARDING_INFO": json.dumps(offsets),
             "DCP_VERSION": "1.0",

@@ -28,7 +28,7 @@ from llm.checkpoints.staging import Place, Staging, Tensors, bytes_of
 from llm.checkpoints.training_state import TrainingState, split
 from llm.config import PretrainConfig
 from llm.errors import UserError
-from llm.files import as_json, remove, replacing, sha256
+from llm.files import as_json, flush, remove, replacing, sha256
 from llm.run_folder import CHECKPOINTS, step_folders
 from llm.runtime import Runtime
 
@@ -153,8 +153,8 @@ class CheckpointWriter:
                 values = {CONFIG: config}
                 begun["best"] = stack.enter_context(_new_folder(folder, size, values, tokenizer, {}, "best"))
             if self.sharing:
-                for folder, _ in begun.values():
-                    for name in (WEIGHTS, STATE_TENSORS):
+                for kind, (folder, _) in begun.items():
+                    for name in (WEIGHTS, STATE_TENSORS)[: 2 if kind == "step" else 1]:
                         (folder / part_name(name, 0)).parent.mkdir()
             return _Begun(
                 {kind: folder for kind, (folder, _) in begun.items()},
@@ -174,6 +174,8 @@ class CheckpointWriter:
         written: dict[Path, str] | OSError
         try:
             written = self._staging.write(staged)
+            for file in written:  # here: another machine cannot
+                flush(file)
         except OSError as error:
             written = error
         if not begun:
