@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -60,10 +60,7 @@ class Watch:
             with contextlib.suppress(Exception):
                 dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
         if not self._ended.wait(ENDED_SECONDS):
-            print(
-                f"error: {shown(loss_in_words(rank, self.lost[rank]), keep='')}", file=sys.stderr, flush=True
-            )
-            os._exit(1)
+            _end(loss_in_words(rank, dist.get_world_size(), self.lost[rank]))
 
     def has_lost(self) -> bool:
         """Whether a process is gone, now that an exchange has failed."""
@@ -86,10 +83,12 @@ class Watch:
             thread.join(NOTICED_SECONDS if why else None)
 
 
-def loss_in_words(rank: int, said: str, exit_code: int | None = None) -> str:
+def loss_in_words(rank: int, processes: int, said: str = "", exit_code: int | None = None) -> str:
     """Why a process is lost.
 
     Args:
+        processes: how many there were.
+        said: by it, at last.
         exit_code: as `multiprocessing` has it; None: not known.
     """
     if said:
@@ -98,7 +97,7 @@ def loss_in_words(rank: int, said: str, exit_code: int | None = None) -> str:
     if exit_code is not None and exit_code < 0:
         how = f"was killed by {signal.Signals(-exit_code).name}"
     return (
-        f"process {rank} of {dist.get_world_size()} {how}, as when a machine runs out of memory; "
+        f"process {rank} of {processes} {how}, as when a machine runs out of memory; "
         f"the run can be resumed from its last checkpoint"
     )
 
@@ -128,7 +127,8 @@ def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments
             other.start()
         try:
             _wait_for(others, folder)
-            _join(group)
+            with _ended_by_loss_of(others):
+                _join(group)
             watch = Watch()
             dist.broadcast_object_list([(config, arguments if work else None)])
             yield runtime
@@ -144,7 +144,7 @@ def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments
             if others:
                 others[rank - 1].join(NOTICED_SECONDS)
                 exit_code = others[rank - 1].exitcode
-            raise UserError(loss_in_words(rank, said, exit_code)) from error
+            raise UserError(loss_in_words(rank, config.processes, said, exit_code)) from error
         finally:
             if watch and dist.is_initialized():
                 watch.end("the first process has failed")
@@ -160,12 +160,47 @@ def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
         UserError: one ended before it started, so that waiting for it would never end.
     """
     while len(list(folder.glob(f"*{STARTED}"))) < len(others):
-        if any(other.exitcode for other in others):
+        for rank, other in enumerate(others, 1):
+            if not other.exitcode:
+                continue
+            if other.exitcode < 0:
+                raise UserError(loss_in_words(rank, len(others) + 1, exit_code=other.exitcode))
             raise UserError(
                 "runtime.processes: another process could not begin; a script of yours has to call "
                 'pretrain() under `if __name__ == "__main__":`, as each process imports it'
             )
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _ended_by_loss_of(others: list[SpawnProcess]) -> Iterator[None]:
+    """End this process where another one is gone before they have met; torch would wait for half an hour."""
+    met = threading.Event()
+
+    def watch() -> None:
+        while not met.wait(0.2):
+            for rank, other in enumerate(others, 1):
+                if other.exitcode is not None:
+                    _end(loss_in_words(rank, len(others) + 1, exit_code=other.exitcode))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
+
+
+def _end(why: str) -> NoReturn:
+    """End this process at once, whatever it waits for."""
+    print(f"error: {shown(why, keep='')}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = mp.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _join(group: dict[str, Any]) -> None:
@@ -203,6 +238,7 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
 
 
 def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # it may be gone before they have met
     (folder / f"{group['rank']}{STARTED}").touch()
     try:
         follow(work, **group)

@@ -115,7 +115,8 @@ class CheckpointWriter:
             for name, tensors in content.items()
         }
         staged = self._staging.stage(files)
-        self._writing = self._pool.submit(self._write, snapshot.steps, self.best, staged, begun)
+        best_steps = self.best[0] if self.best else None
+        self._writing = self._pool.submit(self._write, snapshot.steps, best_steps, staged, begun)
 
     def has_saved(self, steps: int) -> bool:
         """Whether the state after `steps` updates is on disk, once a write in progress is done."""
@@ -163,7 +164,7 @@ class CheckpointWriter:
             )
 
     def _write(
-        self, steps: int, best: tuple[int, Tensors] | None, staged: dict[Path, Place], begun: _Begun | None
+        self, steps: int, best_steps: int | None, staged: dict[Path, Place], begun: _Begun | None
     ) -> UserError | None:
         """What the thread does.
 
@@ -195,7 +196,7 @@ class CheckpointWriter:
         except (UserError, OSError) as error:  # of a disk that is full, read-only, or gone
             return _not_saved(error)
         self.saved_steps = steps
-        if self.best is best:
+        if self.best and self.best[0] == best_steps:  # else training has found better ones meanwhile
             self.best = None
         return None
 

@@ -46,7 +46,8 @@ class Memory:
     step: int  # what the optimizer holds besides, as it steps
     update: int  # all of an update that is held at once, at most
     evaluation: int  # the same of an evaluation
-    copies: int  # in the CPU's memory: the best weights, and a checkpoint that is being written
+    # In the CPU's memory: the best weights; and as written, these, the newest, and the optimizer's state.
+    copies: int
 
     @property
     def peak(self) -> int:
@@ -157,7 +158,7 @@ def _counted(config: PretrainConfig, rows: int, precision: str, device: Device) 
         step=step,
         update=update + averaged,
         evaluation=evaluation,
-        copies=2 * weights + state,
+        copies=3 * weights + state,
     )
     return sharded(whole, model, runtime.dtype, processes) if config.runtime.sharding == "fsdp" else whole
 
@@ -175,12 +176,15 @@ def sharded(memory: Memory, model: GPTModel, dtype: torch.dtype, processes: int)
         "gradients": memory.gradients // processes,
         "optimizer": memory.optimizer // processes,
     }
+    # The main process also has all weights there, while it generates a sample.
+    copies = memory.copies // processes + memory.weights
     less = {name: getattr(memory, name) - part for name, part in parts.items()}
     # Before the backward pass there are no gradients of which less could be held.
     forward = parts["weights"] + parts["optimizer"] + memory.activations + memory.logits
     return replace(
         memory,
         **parts,
+        copies=copies,
         update=max(forward, memory.update - sum(less.values())),
         evaluation=memory.evaluation - less["weights"] - less["optimizer"],
     )

@@ -212,6 +212,7 @@ def test_a_shard_is_a_share_of_the_states_and_what_is_gathered() -> None:
     assert shard.weights == pytest.approx(1.25 * whole.weights, rel=0.01)
     assert (4 * shard.gradients, 4 * shard.optimizer) == pytest.approx((whole.gradients, whole.optimizer))
     assert shard.activations == whole.activations
+    assert shard.copies == pytest.approx(whole.copies / 4 + whole.weights)  # those of all for a sample
     states = shard.weights + shard.gradients + shard.optimizer
     assert states + shard.activations < shard.update < whole.update
 
