@@ -125,7 +125,7 @@ def restore(run: Run, start: Start) -> None:
     folder = start.checkpoint
     assert folder is not None
     if run.sharded:
-        state = _restore_shard(run, folder)
+        state = restore_shard(run.model, run.runtime.rank, folder)
     else:
         weights = read_weights(folder)
         check_shapes(run.model, weights.tensors, folder)
@@ -155,14 +155,14 @@ def restore(run: Run, start: Start) -> None:
     run.resumed = [*run.resumed, {"steps": run.counters.steps, "changed": changed}]
 
 
-def _restore_shard(run: Run, folder: Path) -> TrainingState:
+def restore_shard(model: nn.Module, rank: int, folder: Path) -> TrainingState:
     """Read this process's rows of what a checkpoint holds, whoever wrote it: the weights into the model; and
     returns the rest.
 
     Raises:
         UserError: the checkpoint is damaged, or of another model.
     """
-    weights, parameters = run.model.state_dict(), dict(run.model.named_parameters())
+    weights, parameters = model.state_dict(), dict(model.named_parameters())
 
     def into_model(found: Found) -> dict[str, Tensor]:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -176,7 +176,7 @@ def _restore_shard(run: Run, folder: Path) -> TrainingState:
             parameter: Any = parameters.get(rest.rpartition("/")[0]) if kind == "optimizer" else None
             if is_sharded(parameter) and size == parameter.shape:
                 targets[name] = torch.zeros_like(parameter, dtype=dtype)
-            elif kind != "generator" or rest.partition("/")[0] == str(run.runtime.rank):
+            elif kind != "generator" or rest.partition("/")[0] == str(rank):
                 targets[name] = torch.zeros(size, dtype=dtype)
         return targets
 
