@@ -1,10 +1,13 @@
 """The precision of products, the choice of kernels, and processes that share a run, without a run."""
 
 import os
+import queue
 import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from scripts import run_python
 from llm.config import RuntimeConfig
 from llm.device import _limits, exactness_in_words, memory_bytes
 from llm.errors import UserError
-from llm.processes import processes
+from llm.processes import _ended_by_loss_of, _wait_for, processes
 from llm.runtime import Runtime, any_kernels, set_product_precision, start_runtime, use_deterministic_kernels
 
 TWO = RuntimeConfig(device="cpu", precision="fp32", processes=2)
@@ -49,6 +52,24 @@ def lost(runtime: Runtime, how: str) -> None:
 def test_the_loss_of_a_process_is_known_to_the_first(how: str, why: str) -> None:
     with pytest.raises(UserError, match=why), processes(TWO, partial(lost, how=how)) as runtime:
         lost(runtime, how)
+
+
+@pytest.mark.parametrize("moment", ["before they meet", "as they meet"])
+def test_a_process_that_is_killed_while_it_starts_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Torch would wait for it for half an hour."""
+    others: Any = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-signal.SIGKILL)]
+    ends: queue.Queue[str] = queue.Queue()
+    if moment == "as they meet":
+        monkeypatch.setattr("llm.processes._end", ends.put)
+        with _ended_by_loss_of(others):
+            said = ends.get(timeout=60)
+    else:
+        with pytest.raises(UserError) as error:
+            _wait_for(others, tmp_path)
+        said = str(error.value)
+    assert said.startswith("process 2 of 3 was killed by SIGKILL, ")
 
 
 def test_a_script_that_each_process_would_run_again_is_told_so(
