@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 PIECE = 1 << 24  # bytes at a time
-NICENESS = 5  # so that updates are as fast as ever; at 10, writing takes four times as long on a busy machine
+NICENESS = 5  # so that updates are hardly slower; at 10, writing takes four times as long on a busy machine
 
 
 def write(memory: mmap.mmap, path: Path, begin: int, end: int) -> str:
