@@ -27,7 +27,7 @@ from llm.runtime import Runtime, launched_processes, start_runtime
 STARTED = ".started"  # after its rank, once it has
 FAREWELL_BYTES = 2048  # of what a process says last: nothing, or why it could not do its part
 NOTICED_SECONDS = 3.0  # within which the loss of a process is known everywhere, once an exchange has failed
-ENDED_SECONDS = 30.0  # after which a process that waits for a lost one even so is ended
+ENDED_SECONDS = 10.0  # after which a process that waits for a lost one even so is ended
 
 
 class Watch:

@@ -1,13 +1,17 @@
 """Checkpoints: what is loaded is what was saved; damage is found, hostility refused, nothing half exists."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
 import random
 import signal
 import subprocess
+import sys
+import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -250,6 +254,9 @@ def test_a_writing_process_that_dies_fails_one_checkpoint(tmp_path: Path) -> Non
     assert process
     process.send_signal(signal.SIGSTOP)  # so that it is killed in the middle
     writer.write(snapshot(tmp_path, 2))
+    assert process.stdin
+    while not int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
+        time.sleep(0.01)  # until it is asked to write
     process.kill()
     assert "the process that writes checkpoints was killed by SIGKILL" in str(writer.wait())
     assert names(tmp_path) == ["last", "step-00000001"]
