@@ -39,6 +39,7 @@ from sweeping.job import (
 from sweeping.launchers import configure_launchers
 from sweeping.machine import give_back_memory
 from sweeping.stopping import exit_status, watched_sweep
+from sweeping.tasks import task_of_run
 
 from llm.config import own_defaults
 from llm.errors import UserError, shown
@@ -70,7 +71,12 @@ Work = Callable[[Any, Invocation], Outcome]
 
 
 def launch(
-    config_name: str, schema: type, work: Work, recorded: bool = True, repeatable: bool = False
+    config_name: str,
+    schema: type,
+    work: Work,
+    recorded: bool = True,
+    repeatable: bool = False,
+    follow: Callable[[], int] | None = None,
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
@@ -81,6 +87,7 @@ def launch(
     Args:
         recorded: the work is a run, whose config and log are kept in its folder.
         repeatable: where the same run is done already, `llm.commands.<config_name>` tells what came of it.
+        follow: what the other tasks of a job do, where all of them are one run.
     """
     _prepare_process(schema)
     try:
@@ -90,14 +97,23 @@ def launch(
         sys.exit(1)
     sys.argv[1:] = arguments
     with answered(config_name) if form == "json" and not only_shows(arguments) else nullcontext():
-        _launch(config_name, schema, work, recorded, repeatable)
+        _launch(config_name, schema, work, recorded, repeatable, follow)
 
 
-def _launch(config_name: str, schema: type, work: Work, recorded: bool, repeatable: bool) -> None:
+def _launch(
+    config_name: str,
+    schema: type,
+    work: Work,
+    recorded: bool,
+    repeatable: bool,
+    follow: Callable[[], int] | None,
+) -> None:
     try:
         sys.argv = [sys.argv[0], *rewritten(sys.argv[1:], config_name, schema)]
 
         def run(config: DictConfig) -> float | None:
+            if follow and task_of_run(HydraConfig.get()):  # not the first
+                return follow()
             return run_once(config, work, recorded, repeatable)
 
         conf = str(HERE.parent / "conf")
@@ -143,10 +159,6 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
                 stack.enter_context(logged(place, script))
             if recorded and not resumes:
                 write_record(config, place)
-            if place.sweep and torchrun_rank() is not None:
-                raise UserError(
-                    "torchrun begins one run, not a sweep: run without it, and set runtime.processes"
-                )
             refuse_unknown_keys(config, OmegaConf.get_type(config))
             settings = complete(OmegaConf.to_object(config), place, overrides)
             if done:
@@ -208,8 +220,3 @@ def _prepare_process(schema: type) -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(HERE) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), *paths]))
-
-
-def torchrun_rank() -> int | None:
-    """This process's rank among those that torchrun has launched, if it is one of them."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -1,5 +1,6 @@
 """Pretrain a GPT on raw text: `python experiments/pretrain.py --help`."""
 
+import atexit
 import math
 import os
 import signal
@@ -7,10 +8,11 @@ import sys
 
 from answer import tell
 from arguments import only_shows
-from launch import Interrupted, Invocation, launch, torchrun_rank
+from launch import Interrupted, Invocation, launch
 
 from llm.config import PretrainConfig
 from llm.errors import UserError
+from llm.launched import launched_rank
 from llm.outcome import Outcome
 
 
@@ -35,27 +37,30 @@ def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
     return outcome
 
 
-def follow_the_first() -> None:
-    """In the other processes of torchrun: only the first reads the config and prints."""
-    if only_shows(sys.argv[1:]):
-        return
+def follow_the_first() -> int:
+    """In the other processes of a run: only the first reads the config and prints. Returns a status."""
     from llm.commands.pretrain import take_part
 
-    status = 0
+    status = 1
+
+    def end() -> None:
+        """As processes of `multiprocessing` do. Torch's threads, which exchanged the gradients, may outlive
+        the interpreter for a moment, and one that then wants its lock aborts the process."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(end)
     try:
         take_part()
+        status = 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 1
-    # Ends as processes of `multiprocessing` do. Torch's threads, which exchanged the gradients, may outlive
-    # the interpreter for a moment, and one that then wants its lock aborts the process.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
-    if torchrun_rank():  # not the first
-        follow_the_first()
-    else:
-        launch("pretrain", PretrainConfig, run, repeatable=True)
+    if not launched_rank():
+        launch("pretrain", PretrainConfig, run, repeatable=True, follow=follow_the_first)
+    elif not only_shows(sys.argv[1:]):
+        sys.exit(follow_the_first())

@@ -1,9 +1,10 @@
-"""The processes that share a run: spawned here, or launched by torchrun, perhaps on several machines.
+"""The processes that share a run: spawned here, or launched, perhaps on several machines.
 
 The first one reads the config and starts the run; the others `follow` with what it sends them.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -19,12 +20,17 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.rendezvous import rendezvous
 
 from llm.config import RuntimeConfig
-from llm.errors import UserError, shown
-from llm.runtime import Runtime, launched_processes, start_runtime
+from llm.errors import UserError, first_line, shown
+from llm.launched import launched_processes
+from llm.runtime import Runtime, start_runtime
 
 STARTED = ".started"  # after its rank, once it has
+LAUNCHED_SECONDS = 300.0  # within which launched processes meet, the slowest of them too
+BEGINS = "begins"  # set by the first process when it has read the text, which may take hours
+FOREVER = timedelta(days=1000)
 FAREWELL_BYTES = 2048  # of what a process says last: nothing, or why it could not do its part
 NOTICED_SECONDS = 3.0  # within which the loss of a process is known everywhere, once an exchange has failed
 ENDED_SECONDS = 10.0  # after which a process that waits for a lost one even so is ended
@@ -38,7 +44,7 @@ class Watch:
         self.lost: dict[int, str] = {}  # by rank, with what it said
         self._ended = threading.Event()
         # A group of its own: exchanges of one group wait for each other.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
+        self._group = dist.new_group(backend="gloo", timeout=FOREVER)
         others = range(1, dist.get_world_size()) if dist.get_rank() == 0 else range(1)
         self._threads = {n: threading.Thread(target=self._wait_for, args=(n,), daemon=True) for n in others}
         for thread in self._threads.values():
@@ -105,15 +111,17 @@ def loss_in_words(rank: int, processes: int, said: str = "", exit_code: int | No
 @contextlib.contextmanager
 def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments: Any) -> Iterator[Runtime]:
     """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`,
-    or do nothing if that is None: those that torchrun has launched, or else new ones."""
+    or do nothing if that is None: those that were launched beside it, or else new ones."""
     if config.processes == 1:
         yield start_runtime(config)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        group: dict[str, Any] = {}
         others = []
-        if not launched_processes():
+        if launched_processes():
+            group = meet()
+            group["store"].set(BEGINS, "")
+        else:
             group = {"init_method": f"file://{folder / 'meeting-place'}", "world_size": config.processes}
             others = [
                 mp.get_context("spawn").Process(
@@ -203,6 +211,36 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@functools.cache
+def meet() -> dict[str, Any]:
+    """Where the processes meet that were launched, as `init_process_group` takes it. The first one of them
+    waits for the others to come, and once it has ended, whatever they wait for there fails.
+
+    Raises:
+        UserError: they have not all come in time.
+    """
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=LAUNCHED_SECONDS)))
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the {launched_processes()} processes of this run did not meet at {where} within "
+            f"{LAUNCHED_SECONDS:.0f} s: {first_line(error)}"
+        ) from error
+    return {"store": store, "rank": rank, "world_size": count}
+
+
+def _wait_for_the_first() -> None:
+    """
+    Raises:
+        UserError: the first of the processes that were launched has ended before the run began.
+    """
+    try:
+        meet()["store"].wait([BEGINS], FOREVER)
+    except dist.DistError as error:
+        raise UserError("the first process has ended before the run began") from error
+
+
 def _join(group: dict[str, Any]) -> None:
     """Objects and flags travel between CPUs by gloo, gradients between GPUs by NCCL. Left to itself, torch
     takes only NCCL where there is a GPU, and sends objects from GPU 0 of every process."""
@@ -214,11 +252,14 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
     """Do this process's part of what the first one begins with `processes`.
 
     Args:
-        group: where the processes meet; torchrun says it by itself.
+        group: where the processes meet; those that were launched know it.
 
     Raises:
         UserError: it cannot do its part.
     """
+    if not group:
+        _wait_for_the_first()
+        group = meet()
     _join(group)
     watch = Watch()
     try:

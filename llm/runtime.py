@@ -16,6 +16,7 @@ from torch import Tensor
 from llm.config import RuntimeConfig
 from llm.errors import UserError
 from llm.files import cache_folder
+from llm.launched import launched_processes
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,6 @@ class Late:
         if self.copied is not None:
             self.copied.synchronize()
         return self.numbers.tolist()
-
-
-def launched_processes() -> int | None:
-    """How many processes torchrun has launched, if this is one of them."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:

@@ -27,6 +27,7 @@ from sweeping.recorded import ORDERS, check_jobs
 from sweeping.running import Runner, Sweep, reason_of
 from sweeping.stopping import exit_status, stoppable
 from sweeping.table import read_table
+from sweeping.tasks import PROCESSES, divide_job
 from sweeping.values import Values
 
 from llm.errors import UserError, shown
@@ -44,6 +45,8 @@ class RecordedSweeper(Sweeper):
     at_once: int  # jobs that the launcher is given at once, at most
     n_jobs = 1  # that run at once in processes of this machine
     gpus: Sequence[str] = ()  # that they are given in turn
+    nodes = 1  # of each job
+    tasks = 1  # on each of them
     closing = ""  # what is said at the end, besides what every sweep says
     zip: Any = None  # what sweep.zip was given: keys whose values go together, or several lists of them
     table: str | None = None  # a file of settings
@@ -112,6 +115,8 @@ class RecordedSweeper(Sweeper):
         self.traits = traits_of(self.config.hydra.launcher)
         if self.traits.side_by_side:
             self.n_jobs, self.gpus = divide_machine(self.config, self.at_once)
+        if self.traits.submits:
+            self.nodes, self.tasks = divide_job(self.config, jobs)
         return jobs, varied
 
     def _recorded(self, folder: Path, overrides: dict[str, Override], arguments: list[str]) -> Sweep:
@@ -153,7 +158,9 @@ class RecordedSweeper(Sweeper):
         """
         from llm.sweeps.watch import SweepProgress, watching
 
-        launcher = made_launcher(self.hydra_context, self.task_function, self.config, self.n_jobs)
+        if self.nodes * self.tasks > 1:
+            sweep.changes.append(f"{PROCESSES}={self.nodes * self.tasks}")
+        launcher = made_launcher(self.hydra_context, self.task_function, self.config, self.n_jobs, self.tasks)
         runner = Runner(sweep, launcher, self.traits, self.gpus)
         progress = SweepProgress(sweep.folder, sweep.since, self.total)
         with stoppable(sweep.folder, self.n_jobs > 1), watching(progress):

@@ -35,15 +35,20 @@ def traits_of(launcher: DictConfig) -> Traits:
     return LAUNCHERS.get(launcher._target_, BASIC)
 
 
-def made_launcher(context: HydraContext, task: TaskFunction, config: DictConfig, n_jobs: int) -> Launcher:
-    """Hydra's launcher; joblib is told how many jobs run at once, and not how many share a GPU. The config of
-    the sweep stays as it was given, which Hydra 1.4 wants."""
+def made_launcher(
+    context: HydraContext, task: TaskFunction, config: DictConfig, n_jobs: int, tasks: int
+) -> Launcher:
+    """Hydra's launcher; joblib is told how many jobs run at once, and not how many share a GPU, and submitit
+    how many tasks a job has on each node. The config of the sweep stays as it was given, which Hydra 1.4
+    wants."""
     told = config.copy()
-    launcher = told.hydra.launcher
-    if traits_of(launcher).side_by_side:
-        with read_write(launcher), open_dict(launcher):
+    launcher, traits = told.hydra.launcher, traits_of(told.hydra.launcher)
+    with read_write(launcher), open_dict(launcher):
+        if traits.side_by_side:
             launcher.n_jobs = n_jobs
             launcher.pop("jobs_per_device", None)
+        if traits.submits:
+            launcher.tasks_per_node = tasks
     made = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=told)
     made.setup(hydra_context=context, task_function=task, config=config)
     return made
@@ -51,7 +56,8 @@ def made_launcher(context: HydraContext, task: TaskFunction, config: DictConfig,
 
 @contextmanager
 def deaths_as_results(traits: Traits) -> Iterator[None]:
-    """Let submitit's jobs that died be results: the plugin would stop waiting for the others."""
+    """Let submitit's jobs that died be results: the plugin would stop waiting for the others. A job's result
+    is that of its first task, to which those of the others have lost their processes, if they have."""
     if not traits.submits:
         yield
         return
@@ -61,7 +67,7 @@ def deaths_as_results(traits: Traits) -> Iterator[None]:
 
     def results_or_error(job: Any) -> list[Any]:
         try:
-            return results(job)
+            return results(job.task(0))
         except Exception as error:
             return [error]
 

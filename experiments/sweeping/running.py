@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sweeping.launchers import Traits, deaths_as_results
 from sweeping.stopping import asked_to_stop
 
-from llm.errors import first_line
+from llm.errors import UserError, first_line
 from llm.files import modified
 from llm.overrides import quoted, split_override
 from llm.run_folder import mark_failed
@@ -127,6 +127,6 @@ class Runner:
 
 
 def reason_of(error: Exception) -> str:
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException | UserError):
         return one_line(error)
     return f"{type(error).__name__}: {first_line(error)}"

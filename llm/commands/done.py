@@ -21,9 +21,10 @@ from llm.data.corpus import find_splits
 from llm.data.text_files import find_files
 from llm.data.token_file import token_files
 from llm.files import as_typed, parse_json, read_content, remove, replacing, sha256, write_json
+from llm.launched import launched_processes
 from llm.run_folder import FINGERPRINT, LOCK, SUMMARY, read_summary, write_summary
 from llm.runs import OUTPUTS, folders_with
-from llm.runtime import device_kind, launched_processes
+from llm.runtime import device_kind
 from llm.training.update_size import DEVICE_KEYS
 
 RECORD_BYTES = 10_000  # more is no such record

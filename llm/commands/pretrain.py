@@ -14,13 +14,14 @@ from llm.data.shards import with_shards_there
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.files import as_typed
+from llm.launched import launched_processes
 from llm.outcome import Outcome
 from llm.overrides import as_command, as_override
 from llm.processes import follow, processes
 from llm.progress import LineFormatter, format_figure
 from llm.run_folder import CHECKPOINTS, LOSS_PLOT, RECORDS, SUMMARY, claimed, read_summary
 from llm.runs import find_run
-from llm.runtime import device_kind, launched_processes
+from llm.runtime import device_kind
 from llm.training import console
 from llm.training.evaluation import METRICS
 from llm.training.lifecycle import execute, status_after
@@ -30,6 +31,8 @@ from llm.training.summary import Summary
 from llm.training.update_size import refuse_uneven
 
 log = logging.getLogger(__name__)
+
+PROCESSES = "runtime.processes"
 
 
 def pretrain(
@@ -62,8 +65,14 @@ def pretrain(
 
 def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -> Summary:
     """What `pretrain` does, in a folder that this process has claimed."""
-    if launched := launched_processes():
+    launched = launched_processes()
+    if launched and PROCESSES in given and config.runtime.processes != launched:
+        raise UserError(
+            f"{PROCESSES}={config.runtime.processes}: {launched} processes were launched; remove it"
+        )
+    if launched:
         config = replace(config, runtime=replace(config.runtime, processes=launched))
+        given = {*given, PROCESSES}  # which a run that is resumed has not recorded
     if not logging.getLogger().handlers:  # in a notebook; under Hydra the log is set up by now
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(LineFormatter("%(message)s"))
@@ -75,6 +84,11 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
         start = find_start(config, run_dir, given)
         start.config = replace(start.config, data=with_shards_there(start.config.data))
         validate(start.config)
+        if launched and start.config.runtime.processes != launched:
+            raise UserError(
+                f"rerun={start.rerun_of}: it was trained by {start.config.runtime.processes} processes, and "
+                f"{launched} were launched; launch as many"
+            )
         refuse_uneven(start.config, start.undecided, device_kind(start.config.runtime))
         summary.seed, summary.init_from = start.config.seed, start.config.init_from
         if start.tokenizer.name == LEARNT and start.config.runtime.processes > 1:
@@ -130,7 +144,7 @@ def show_again(config: PretrainConfig, run_dir: Path) -> None:
 
 
 def take_part() -> None:
-    """Take part in the run that `pretrain` starts in the first of torchrun's processes.
+    """Take part in the run that `pretrain` starts in the first of the processes that were launched.
 
     Raises:
         UserError: what the first process has, such as the text, is not available here.
