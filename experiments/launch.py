@@ -195,7 +195,7 @@ def _end_without_result(error: BaseException, place: Place) -> float:
                 if watched_sweep().is_set():
                     os._exit(1)  # nobody is there to take a result
                 return math.nan
-            if place.sweep:
+            if place.sweep and not place.is_submitted:
                 raise KeyboardInterrupt(*error.args) from None  # the jobs to come are called off
             sys.exit(exit_status(error))
         case _:

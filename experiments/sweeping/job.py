@@ -29,6 +29,7 @@ class Place:
     run_dir: Path
     sweep: Path | None = None  # the folder of the sweep that it is a job of
     in_worker: bool = False  # in a process beside those of other jobs, which it must not take down
+    is_submitted: bool = False  # by submitit: in a process of its own
     is_made_up: bool = False  # the folder was named by the clock, not by the user
 
     def remove_if_empty(self) -> None:
@@ -48,7 +49,7 @@ def place_of(hydra: HydraConf) -> Place:
         return Place(run_dir, is_made_up=names_by_clock(composed_config().hydra.run))
     # With one job at once, joblib needs no worker.
     in_worker = traits_of(hydra.launcher).side_by_side and current_process().name != "MainProcess"
-    return Place(run_dir, run_dir.parent, in_worker)
+    return Place(run_dir, run_dir.parent, in_worker, traits_of(hydra.launcher).submits)
 
 
 def composed_config() -> DictConfig:
