@@ -5,6 +5,7 @@ The first one reads the config and starts the run; the others `follow` with what
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
@@ -257,6 +258,7 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
     Raises:
         UserError: it cannot do its part.
     """
+    logging.disable()  # the first process speaks for all
     if not group:
         _wait_for_the_first()
         group = meet()

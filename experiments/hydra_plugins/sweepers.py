@@ -31,6 +31,7 @@ from sweeping.tasks import PROCESSES, divide_job
 from sweeping.values import Values
 
 from llm.errors import UserError, shown
+from llm.launched import launched_rank
 from llm.sweeps.comparing import TEXT_KEYS
 from llm.sweeps.jobs import SweepRecord, read_jobs, read_record
 
@@ -91,6 +92,8 @@ class RecordedSweeper(Sweeper):
             UserError: the folder is taken, or holds no such sweep.
             HydraException: no job's overrides fit.
         """
+        if launched_rank() is not None:
+            raise UserError("torchrun begins one run, not a sweep: run without it, and set runtime.processes")
         overrides = self._parsed(arguments)
         if self.resume:
             with claimed(self.config, resume=True) as folder:

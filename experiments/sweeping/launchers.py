@@ -1,5 +1,6 @@
 """What this code needs to know of Hydra's launchers, and what a job of a sweep asks of Slurm."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def deaths_as_results(traits: Traits) -> Iterator[None]:
         return
     import submitit
 
+    # Of Slurm without accounting it says every few seconds that it cannot be asked for the state of a job.
+    logging.getLogger("submitit").setLevel(logging.ERROR)
     results = submitit.Job.results
 
     def results_or_error(job: Any) -> list[Any]:

@@ -4,12 +4,10 @@ processes, which are told what torchrun would tell them."""
 import os
 
 from hydra.conf import HydraConf
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from sweeping.launchers import traits_of
 
 from llm.errors import UserError
-from llm.launched import launched_rank
 from llm.overrides import split_override
 
 PROCESSES = "runtime.processes"
@@ -72,10 +70,8 @@ def task_of_run(hydra: HydraConf) -> int:
     torchrun would tell it.
 
     Raises:
-        UserError: torchrun has begun a sweep; or in the first task, the others have not come.
+        UserError: in the first task, the others have not come.
     """
-    if hydra.mode == RunMode.MULTIRUN and launched_rank() is not None:
-        raise UserError("torchrun begins one run, not a sweep: run without it, and set runtime.processes")
     if not traits_of(hydra.launcher).submits:
         return 0
     import submitit

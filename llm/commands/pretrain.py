@@ -86,8 +86,8 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
         validate(start.config)
         if launched and start.config.runtime.processes != launched:
             raise UserError(
-                f"rerun={start.rerun_of}: it was trained by {start.config.runtime.processes} processes, and "
-                f"{launched} were launched; launch as many"
+                f"rerun={start.rerun_of}: it was trained with {PROCESSES}={start.config.runtime.processes}, "
+                f"and {launched} processes were launched: launch as many"
             )
         refuse_uneven(start.config, start.undecided, device_kind(start.config.runtime))
         summary.seed, summary.init_from = start.config.seed, start.config.init_from

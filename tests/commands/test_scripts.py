@@ -133,6 +133,25 @@ def test_two_processes_train_as_one(
     assert resumed.returncode == 0, resumed.stderr
 
 
+def test_what_contradicts_a_launcher_is_refused(
+    script: Script, environment: dict[str, str], tmp_path: Path, text: str
+) -> None:
+    """Before any other process is waited for: there is none."""
+    begun = script("pretrain", *TINY, "data=text", text, "training.max_steps=2", "hydra.run.dir=run")
+    assert begun.returncode == 0, begun.stderr
+    environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for given, why in {
+        "resume=run runtime.processes=1": "runtime.processes=1: 2 processes were launched; remove it",
+        "rerun=run": "rerun=run: it was trained with runtime.processes=1, and 2 processes were "
+        "launched: launch as many",
+        "-m seed=1 hydra.sweep.dir=sweep": "torchrun begins one run, not a sweep: run without it, and set "
+        "runtime.processes",
+    }.items():
+        refused = script("pretrain", *given.split())
+        assert (refused.returncode, refused.stderr) == (1, f"error: {why}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_cleanly(begin: Begin, tmp_path: Path, text: str, number: signal.Signals) -> None:
     process = begin(*TINY, "data=text", text, "training.max_steps=100000", "hydra.run.dir=run")

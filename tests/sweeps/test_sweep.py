@@ -383,6 +383,49 @@ def test_jobs_that_cannot_share_a_gpu(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize(
+    ("launched", "given", "tasks", "processes"),
+    [
+        ("submitit_slurm hydra.launcher.nodes=2 hydra.launcher.gpus_per_node=8", "", 8, "16"),
+        ("submitit_slurm hydra.launcher.nodes=2", "runtime.processes=2", 1, "2"),
+        ("submitit_local hydra.launcher.tasks_per_node=3", "", 3, "3"),
+        ("submitit_slurm hydra.launcher.gpus_per_node=null", "runtime.processes=4", 1, "4"),  # spawned
+        ("submitit_slurm", "", 1, None),
+    ],
+)
+def test_a_job_has_a_task_a_gpu_each_a_process_of_the_run(
+    sweep: Sweep, launched: str, given: str, tasks: int, processes: str | None
+) -> None:
+    jobs = []
+
+    def act(job: dict[str, str]) -> dict[str, Any]:
+        jobs.append(job.get("runtime.processes"))
+        return finished(job)
+
+    done = sweep(GridSweeper(), act, "seed=1,2", *given.split(), launcher=launched)
+    assert (done.options.tasks_per_node, jobs) == (tasks, [processes] * 2)
+
+
+@pytest.mark.parametrize(
+    ("launched", "line"),
+    [
+        ("slurm nodes=0", "hydra.launcher.nodes=0: must be at least 1"),
+        ("local nodes=2", "hydra.launcher.nodes=2: this launcher has one machine; use hydra/launcher=submit"),
+        ("slurm tasks_per_node=2", "hydra.launcher.gpus_per_node=1: remove it, or set gpus_per_node=null"),
+        ("slurm gpus_per_node=2 gpus_per_task=1", "hydra.launcher.gpus_per_task: a process finds its GPU"),
+        ("slurm nodes=2 gpus_per_node=4 runtime.processes=4", "runtime.processes=4: 2 × 4 tasks of a job"),
+    ],
+)
+def test_jobs_that_cannot_be_divided_into_tasks(
+    sweep: Sweep, tmp_path: Path, launched: str, line: str
+) -> None:
+    name, *keys = launched.split()
+    keys = [key if key.startswith("runtime.") else f"hydra.launcher.{key}" for key in keys]
+    with pytest.raises(UserError, match=line):
+        sweep(GridSweeper(), finished, "seed=1,2", launcher=" ".join([f"submitit_{name}", *keys]))
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_the_jobs_that_are_left_are_spread_over_the_gpus(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -136,16 +139,41 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-def test_a_job_of_submitit_that_is_killed_has_failed_and_the_others_continue(
+def trained_by(job: Path) -> int:
+    """How many processes shared a run."""
+    [count] = re.findall(r"; (\d+) processes$", (job / "pretrain.log").read_text("utf-8"), re.MULTILINE)
+    return int(count)
+
+
+def test_tasks_of_submitit_are_one_run_and_end_with_its_first_process(
     begin: Begin, tmp_path: Path, text: str
 ) -> None:
-    process = begin(*SWEEP, "hydra/launcher=submitit_local", text, "seed=1,2", "hydra.sweep.dir=sweep")
+    two = "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"
+    process = begin(*SWEEP, *two, text, "seed=1,2", "hydra.sweep.dir=sweep")
     wait_for_checkpoint(process, tmp_path / "sweep" / "0")
     kill_process_of(tmp_path / "sweep" / "0")
     _, errors = process.output()
     assert process.exitcode == 1
     assert errors == "error: job 0 (seed=1): its process was killed; it may have run out of memory\n"
     assert [job.state for job in read_jobs([tmp_path / "sweep"])] == ["failed", "finished"]
+    assert trained_by(tmp_path / "sweep" / "1") == 2
+    training = [line["step"] for line in numbers(tmp_path / "sweep" / "1") if "train/loss" in line]
+    assert training == [*range(40)]
+    assert processes_in(tmp_path) == []
+
+
+def slurm_answers() -> bool:
+    return bool(shutil.which("sinfo")) and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not slurm_answers(), reason="there is no Slurm here")
+def test_an_array_of_slurm_trains_each_run_in_two_tasks(script: Script, tmp_path: Path, text: str) -> None:
+    tasks = "hydra.launcher.gpus_per_node=null", "hydra.launcher.tasks_per_node=2"
+    cores = "hydra.launcher.cpus_per_task=1"
+    slurm = "hydra/launcher=submitit_slurm", *tasks, cores
+    swept = script("pretrain", *SWEEP, *slurm, text, "seed=1,2", "hydra.sweep.dir=sweep")
+    assert (swept.returncode, swept.stderr) == (0, "")
+    assert [trained_by(tmp_path / "sweep" / job) for job in "01"] == [2, 2]
 
 
 @pytest.mark.parametrize(
