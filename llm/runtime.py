@@ -137,7 +137,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     elif config.processes > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+        torch.set_num_threads(max(1, _own_cores(local_processes)))
     kind = device_kind(config)
     if kind == "cuda" and local_processes > torch.cuda.device_count():
         raise UserError(
@@ -185,6 +185,15 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
         precision = "bf16" if computes_in_bf16(device) else "fp32"
     set_product_precision(precision)
     return Runtime(device, precision, rank, config.processes, config.compile is True, config.graph)
+
+
+def _own_cores(local_processes: int) -> int:
+    """The cores of one of the processes on this machine: those that Slurm bound it to, or its part of those
+    that all of them may use."""
+    there_are = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else there_are
+    is_task = launched_processes() is not None and not dist.is_torchelastic_launched()
+    return usable if is_task and usable < there_are else usable // local_processes
 
 
 def device_kind(config: RuntimeConfig) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -11,6 +11,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from hydra_versions import store
 from omegaconf import DictConfig, open_dict, read_write
+
+GIVE_CORES = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,7 @@ def _configure_slurm() -> None:
         gpus_per_node: int | None = 1
         array_parallelism: int = 16  # jobs at once
         max_num_timeout: int = 10  # times that a job is requeued
+        # From 22.05 on, srun does not take this over from sbatch, and would bind each task to one core.
+        setup: list[str] | None = field(default_factory=lambda: [GIVE_CORES])
 
     store("submitit_slurm", RequeuedSlurmJob, "hydra/launcher")
