@@ -225,8 +225,7 @@ def meet() -> dict[str, Any]:
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {launched_processes()} processes of this run did not meet at {where} within "
-            f"{LAUNCHED_SECONDS:.0f} s: {first_line(error)}"
+            f"the {launched_processes()} processes of this run did not meet at {where}: {first_line(error)}"
         ) from error
     return {"store": store, "rank": rank, "world_size": count}
 

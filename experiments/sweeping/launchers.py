@@ -114,7 +114,7 @@ def _configure_slurm() -> None:
         gpus_per_node: int | None = 1
         array_parallelism: int = 16  # jobs at once
         max_num_timeout: int = 10  # times that a job is requeued
-        # From 22.05 on, srun does not take this over from sbatch, and would bind each task to one core.
+        # What is run before srun, which from Slurm 22.05 on no longer takes this over from sbatch by itself.
         setup: list[str] | None = field(default_factory=lambda: [GIVE_CORES])
 
     store("submitit_slurm", RequeuedSlurmJob, "hydra/launcher")
