@@ -68,6 +68,8 @@ def deaths_as_results(traits: Traits) -> Iterator[None]:
 
     # Of Slurm without accounting it says every few seconds that it cannot be asked for the state of a job.
     logging.getLogger("submitit").setLevel(logging.ERROR)
+    # For 15 s it looks out for the result of a job that has ended, as another machine's file may come late.
+    submitit.LocalJob._results_timeout_s = 0
     results = submitit.Job.results
 
     def results_or_error(job: Any) -> list[Any]:
