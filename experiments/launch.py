@@ -19,6 +19,7 @@ import hydra
 from answer import answered, form_of, tell, tell_error
 from arguments import flags_refused_in_a_line, only_shows, rewritten
 from given import given_keys
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra_errors import is_users, one_line, refuse_unknown_keys
@@ -52,6 +53,9 @@ HERE = Path(__file__).parent
 # The modules that a run imports are 400,000 objects. To look through them all for garbage, each time that a
 # quarter more has come, takes half a second.
 gc.set_threshold(100_000)
+# Hydra copies the whole store whenever it lists the options of a group, a hundred times for --help; and what
+# it takes from that copy it copies once more.
+setattr(ConfigStore, "__deepcopy__", lambda stored, memo: stored)  # noqa: B010
 
 
 class Interrupted(BaseException):

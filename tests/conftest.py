@@ -71,11 +71,24 @@ def _brief() -> None:
 
 
 @pytest.fixture(scope="module")
-def no_pictures() -> Iterator[None]:
-    """For files that do not look at `loss.png`: to draw it takes most of the time of a run of few updates."""
+def no_pictures() -> Iterator[pytest.MonkeyPatch]:
+    """For files that look at no picture: to draw one takes most of the time of a run of few updates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm.training.plots.plot_losses", lambda run_dir: None)
-        yield
+        _draw_nothing(patch)
+        yield patch
+
+
+@pytest.fixture
+def pictures(no_pictures: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test that looks at one, in a file whose others do not."""
+    no_pictures.undo()
+    yield
+    _draw_nothing(no_pictures)
+
+
+def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    for name in ("training.plots.plot_losses", "sweeps.report.draw_sweep", "sweeps.report.draw_study"):
+        patch.setattr(f"llm.{name}", lambda *arguments: None)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import io
 import logging
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest.mock import patch
 
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
@@ -37,7 +39,10 @@ OURS = (str(ROOT / "llm"), str(ROOT / "experiments"))  # and not a virtual envir
 HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["llm.commands.pretrain", "torch._dynamo", "matplotlib.figure", "hydra.main"])
+FORKED.set_forkserver_preload(["llm.commands.pretrain", "hydra.main"])
+
+# What can ask for a sweep without -m. Hydra composes a config to find whether it does, and then once more.
+MAY_SWEEP = re.compile(r"experiment|hydra\.mode|--config")
 
 Result = subprocess.CompletedProcess[str]
 
@@ -46,7 +51,7 @@ def make_brief() -> None:
     """Skip, in this process, what takes time and no test looks at."""
     from llm.device import measure_matmul_flops  # imports torch, see `_torch`
 
-    measure_matmul_flops.__defaults__ = (0.05,)  # seconds: what a device can do need not be precise
+    measure_matmul_flops.__defaults__ = (0.005,)  # seconds: what a device can do need not be precise
     os.fsync = lambda fd: None  # no test cuts the power
 
 
@@ -81,6 +86,8 @@ def run_here(
         stack.enter_context(redirect_stdout(stdout))
         stack.enter_context(redirect_stderr(stderr))
         stack.enter_context(chdir(folder))
+        if not any(map(MAY_SWEEP.search, arguments)):
+            stack.enter_context(patch.object(Hydra, "get_mode", lambda *_, **__: None))
         stack.enter_context(as_in_a_process())
         status = _run(path)
     return Result(command, status, stdout.getvalue(), stderr.getvalue())

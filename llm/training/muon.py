@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.runtime import Runtime, computes_in_bf16
+from llm.training.eager import Optimizer
 from llm.training.sharding import is_sharded, own
 
 # Of the polynomial a·x + b·x³ + c·x⁵ that is applied to all singular values of a matrix at once. Five times
@@ -56,7 +57,7 @@ def orthogonalising_flops(matrix: Tensor) -> int:
     return ITERATIONS * (4 * m * m * n + 2 * m**3)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon (Jordan et al. 2024): steps along the gradient's Nesterov momentum, made orthogonal.
 
     They are scaled by 0.2 · √(longer side) to the typical size of AdamW's, so that both share a learning rate

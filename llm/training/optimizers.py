@@ -11,6 +11,7 @@ from llm.config import OptimizerConfig
 from llm.errors import UserError
 from llm.model.gpt import GPTModel, block_matrices
 from llm.runtime import Runtime
+from llm.training.eager import AdamW
 from llm.training.muon import Muon, orthogonalising_flops
 from llm.training.sharding import is_sharded, sharded_like
 
@@ -146,9 +147,7 @@ def muon_flops(model: nn.Module) -> int:
     return sum(orthogonalising_flops(matrix) for matrix in block_matrices(model))
 
 
-def _adamw(
-    model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimizerConfig
-) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> AdamW:
     """AdamW with weight decay on matrices only, unless config.decay_all.
 
     Its steps' entries are of one size at any width, and those of a matrix add up over its inputs. So the rate
@@ -167,7 +166,7 @@ def _adamw(
         # torch steps those that are sharded apart from others.
         groups.setdefault((scale, decay, is_sharded(parameter)), []).append(parameter)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": alike, "lr": config.lr * scale, "weight_decay": decay, "lr_share": scale}
             for (scale, decay, _), alike in groups.items()

@@ -10,10 +10,12 @@ from conftest import Script, numbers
 from llm.commands import done
 from llm.config import PretrainConfig
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 QUICK = (
     *("model=tiny", "model.context_length=16", "data=text", "tokenizer=bytes"),
     *("training.max_steps=2", "training.max_epochs=null", "training.max_minutes=null"),
-    *("tracking=disabled", "runtime.device=cpu"),
+    *("tracking=disabled", "runtime.device=cpu", "samples.max_new_tokens=2"),
 )
 
 

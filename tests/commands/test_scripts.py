@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,10 @@ from llm.config import GenerateConfig, PretrainConfig, leaf_keys
 from llm.files import read_json_lines
 from llm.progress import format_count
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
+
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_its_whole_story(script: Script, tmp_path: Path, text: str) -> None:
     arguments = [*TINY, "data=text", text, "training.max_steps=12", "tracking=offline", "hydra.run.dir=run"]
     result = script("pretrain", *arguments)
@@ -286,16 +287,36 @@ def test_an_error_is_the_status_of_the_process(process: Script) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_help_lists_groups_without_torch(script: Script) -> None:
+IMPORTS = """
+import runpy, sys
+
+def imported(*arguments):
+    sys.argv = ["pretrain", *arguments]
+    try:
+        runpy.run_module("experiments.pretrain", run_name="__main__", alter_sys=False)
+    except SystemExit:
+        pass
+    return sorted({"torch", "torch._dynamo", "scipy", "transformers", "wandb"} & {*sys.modules})
+
+slow = [imported(*each.split()) for each in sys.argv[1:]]
+print(slow, file=sys.stderr)
+"""
+
+
+def test_what_is_slow_to_import_waits_until_it_is_needed(
+    environment: dict[str, str], tmp_path: Path, text: str
+) -> None:
+    run = " ".join((*TINY, "data=text", text, "training.max_steps=1"))
+    result = run_python(tmp_path, environment, "-c", IMPORTS, "--help", "--cfg job", run)
+    assert result.stderr.splitlines()[-1] == "[[], [], ['torch']]", result.stderr
+    assert "updates                   1" in result.stdout
+
+
+def test_help_lists_groups(script: Script) -> None:
     for name in ("pretrain", "generate", "evaluate", "benchmark"):
         result = script(name, "--help")
         assert result.returncode == 0
         assert "sampling: greedy" in result.stdout
-    code = "import sys; sys.argv[1:] = ['--cfg', 'job']; import pretrain; print('torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "False"
 
 
 def test_prepare_makes_what_a_run_then_finds(script: Script, tmp_path: Path, text: str) -> None:
