@@ -25,12 +25,15 @@ from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redire
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+import llm.training.plots
 from llm.config import PretrainConfig
 from llm.tracking import Tracker
 
@@ -49,10 +52,13 @@ Result = subprocess.CompletedProcess[str]
 
 def make_brief() -> None:
     """Skip, in this process, what takes time and no test looks at."""
-    from llm.device import measure_matmul_flops  # imports torch, see `_torch`
+    import llm.processes  # imports torch, see `_torch`
+    from llm.device import measure_matmul_flops
 
     measure_matmul_flops.__defaults__ = (0.005,)  # seconds: what a device can do need not be precise
     os.fsync = lambda fd: None  # no test cuts the power
+    forked = SimpleNamespace(Process=ForkedProcess)
+    llm.processes.mp = SimpleNamespace(get_context=lambda method: forked)  # type: ignore[assignment]
 
 
 def script_path(name: str) -> str:
@@ -102,6 +108,20 @@ def as_in_a_process() -> Iterator[None]:
         yield
 
 
+class ForkedProcess(ForkServerProcess):
+    """One of the processes that share a run: spawned but for its start, with torch imported already."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.environment = dict(os.environ)
+
+    def run(self) -> None:
+        """In the new process."""
+        os.environ.clear()
+        os.environ.update(self.environment)
+        super().run()
+
+
 class ScriptProcess(ForkServerProcess):
     """`experiments/NAME.py` in a process of its own, at the head of a process group of its own.
 
@@ -123,6 +143,7 @@ class ScriptProcess(ForkServerProcess):
     def run(self) -> None:
         """In the new process."""
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under `nohup`
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
@@ -132,6 +153,7 @@ class ScriptProcess(ForkServerProcess):
         sys.argv[:] = self.command
         sys.path.insert(0, str(Path(self.command[0]).parent))
         make_brief()
+        llm.training.plots.plot_losses = lambda run_dir: run_dir  # no test looks at the picture of such a run
         status = _run(self.command[0])
         # End as Python does. `multiprocessing` would first wait for joblib's workers, which wait for work.
         threading._shutdown()  # type: ignore[attr-defined]
@@ -224,7 +246,8 @@ def _logging() -> Iterator[None]:
             for handler in set(each.handlers) - set(handlers):
                 handler.close()
             each.handlers[:] = handlers
-            each.setLevel(level)
+            if each.level != level:  # to set it takes long: all loggers then forget what they know of levels
+                each.setLevel(level)
 
 
 @contextmanager

@@ -165,6 +165,7 @@ def test_a_stop_text_may_be_a_newline(script: Script, run: Path, tmp_path: Path)
             assert (line["stop_reason"], line["text"]) == ("stop", whole.partition("\n")[0])
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_sampling_sweep_is_a_study(script: Script, tmp_path: Path, run: Path) -> None:
     result = script(
         "generate",

@@ -87,6 +87,7 @@ def test_it_is_evaluated_as_it_was(script: Script, run: Path, tmp_path: Path) ->
     assert figures["bits_per_byte"] == pytest.approx(recorded()["val_bits_per_byte"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_it_is_reported(script: Script, run: Path) -> None:
     result = script("report", "sweep=run_v1")
     assert result.returncode == 0, result.stderr
