@@ -26,6 +26,8 @@ CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
 # What there is before the first update, besides a log.
 AT_FIRST = (".hydra", FINGERPRINT, LOCK, CHECKPOINTS, RUN_ID, "wandb")
 LINKS = ("last", "best")  # in it
+# They, and what a kill leaves of one that had not got its name yet.
+LINK = re.compile(rf"({'|'.join(LINKS)})|\.({'|'.join(LINKS)})\.[0-9a-f]{{8}}\.tmp")
 SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
 SWEEP_LOCK = ".sweep.lock"  # there too: held by the process that runs the sweep
 CHECKPOINT_NAME = re.compile(r"(abandoned-)?(start|step|best)-\d{8,}")
@@ -105,7 +107,7 @@ def refuse_links(folder: Path) -> None:
     """
     for place in (folder, folder / CHECKPOINTS):
         for entry in place.iterdir() if place.is_dir() else ():
-            if entry.is_symlink() and entry.name in LINKS:
+            if entry.is_symlink() and LINK.fullmatch(entry.name):
                 continue
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
                 kind = "link" if entry.is_symlink() else "pipe or device"

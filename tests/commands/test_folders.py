@@ -105,6 +105,10 @@ def test_nothing_is_written_through_a_link(script: Script, text: str, tmp_path: 
         assert (content(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()) == before
         (run / name).unlink()
         elsewhere.rename(run / name)
+    unnamed = run / "checkpoints" / ".best.0123abcd.tmp"  # of a run that was killed as it made the link
+    unnamed.symlink_to((run / "checkpoints" / "best").readlink())
+    assert script("pretrain", "resume=run", "training.max_steps=6").returncode == 0
+    assert not unnamed.is_symlink()
 
 
 def test_latest_is_found_behind_links(script: Script, text: str, tmp_path: Path) -> None:
