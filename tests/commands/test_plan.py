@@ -43,8 +43,9 @@ def test_a_plan_says_what_the_run_is_and_fits_the_terminal(
 
 
 def test_a_sharded_run_is_planned_for_as_many_processes_as_it_is_to_have(
-    script: Script, text: str, tmp_path: Path
+    script: Script, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llm.commands.plan._largest", lambda *_: 1)  # takes seconds
     output, figures = planned(script, tmp_path, *RUN, text, "runtime.processes=2", "runtime.sharding=fsdp")
     assert "2 processes on " in output
     assert "sharded over 2 processes, as all of this is told" in " ".join(output.split())
@@ -55,6 +56,7 @@ def test_a_probe_measures_updates_of_the_run(
     script: Script, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm.training.probe.SECONDS", 0.2)
+    monkeypatch.setattr("llm.commands.plan._largest", lambda *_: 1)  # takes seconds
     arguments = [*RUN, text, "data.batch_size=auto", "training.update_tokens=128"]
     output, figures = planned(script, tmp_path, *arguments, "plan.probe=true")
     assert f"measured, over {figures['probe']['updates']} updates" in " ".join(output.split())

@@ -196,9 +196,9 @@ def test_memory_of_a_deep_model_is_told_from_fewer_blocks() -> None:
 
 
 def test_to_evaluate_takes_no_more_than_to_train_even_where_logits_are_most_of_it() -> None:
-    """GPT-2's vocabulary and a cap on logits: a chunk of 1,024 tokens in bf16 is 103 MB, and in fp32, with
-    its cap, its sum and its loss, four times 206 MB."""
-    model = replace(SMALL.model, vocab_size=50257, context_length=128, logit_softcap=15.0)
+    """GPT-2's vocabulary: the logits of a chunk of 1,024 tokens are 103 MB in bf16, and as much as twice
+    206 MB in fp32 with their softmax."""
+    model = replace(SMALL.model, vocab_size=50257, context_length=128)
     counted = memory_of(replace(SMALL, model=model), 16, "bf16", CPU_DEVICE)
     assert counted.evaluation < counted.update
 
