@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from suggestions import did_you_mean
 from sweeping.recorded import CONF, PLANNED, check_jobs, harmless
 
-from llm.config import leaf_keys
+from llm.config_values import leaf_keys
 from llm.errors import UserError
 from llm.overrides import quoted, split_override
 from llm.runs import BEST, LATEST, find_run, path_of

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from suggestions import choice_meant, did_you_mean
 
-from llm.config import leaf_keys
+from llm.config_values import leaf_keys
 from llm.errors import UserError
 
 UNKNOWN = re.compile(r"Could not (?:override|delete from config\.) '([\w./]+)'")

@@ -42,7 +42,7 @@ from sweeping.machine import give_back_memory
 from sweeping.stopping import exit_status, watched_sweep
 from sweeping.tasks import task_of_run
 
-from llm.config import own_defaults
+from llm.config_values import own_defaults
 from llm.errors import UserError, shown
 from llm.files import as_typed, modified
 from llm.outcome import Outcome

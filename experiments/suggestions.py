@@ -8,7 +8,7 @@ from typing import Any
 from hydra.conf import HydraConf
 from sweeping.recorded import NUMBERS, SWEEP_KEYS, config_groups
 
-from llm.config import leaf_keys
+from llm.config_values import leaf_keys
 
 ALIKE = 0.65  # least similarity of two names, as difflib has it
 AS_GOOD = 0.1  # what the others may be less alike than the best

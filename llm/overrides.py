@@ -5,7 +5,8 @@ import shlex
 from decimal import Decimal, InvalidOperation
 from functools import cache
 
-from llm.config import GenerateConfig, PretrainConfig, leaf_keys
+from llm.config import GenerateConfig, PretrainConfig
+from llm.config_values import leaf_keys
 
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( +[\w./-]+)*", re.ASCII)  # means itself to Hydra
 

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm.config import ModelConfig, PretrainConfig, own_defaults
+from llm.config import ModelConfig, PretrainConfig
+from llm.config_values import own_defaults
 from llm.device import Device
 from llm.model.gpt import GPTModel
 from llm.processes import processes

@@ -14,15 +14,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from llm.config import (
-    BenchmarkConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PretrainConfig,
-    from_dict,
-    own_defaults,
-    validate,
-)
+from llm.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, PretrainConfig
+from llm.config_rules import validate
+from llm.config_values import from_dict, own_defaults
 from llm.data.corpus import SOURCES
 from llm.data.tokenizer import LEARNT, TOKENIZERS
 from llm.errors import UserError

@@ -27,6 +27,8 @@ from sweeping.launchers import configure_launchers
 from sweeping.recorded import SWEEP_KEYS
 
 from llm import config as schemas
+from llm.config_rules import validate
+from llm.config_values import own_defaults
 
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,7 +108,7 @@ def check(typed: str) -> None:
     ConfigLoaderImpl._apply_overrides_to_config([each for each in overrides if each not in choices], config)
     with open_dict(config):
         del config["hydra"]
-    schemas.validate(OmegaConf.to_object(config))
+    validate(OmegaConf.to_object(config))
 
 
 def first_of(argument: str, sweeping: bool) -> Override:
@@ -133,7 +135,7 @@ def composed(script: str, choices: tuple[str, ...]) -> DictConfig:
     schema = schema_of(script)
     for each in schema.__mro__[:-1]:
         name = f"{each.__name__.removesuffix('Config').lower()}_schema"
-        ConfigStore.instance().store(name, schemas.own_defaults(schema))
+        ConfigStore.instance().store(name, own_defaults(schema))
     configure_launchers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(script, list(choices), return_hydra_config=True)

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from llm.config import leaf_keys
+from llm.config_values import leaf_keys
 from llm.errors import UserError
 from llm.sweeps.jobs import RECORD
 

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from hydra_errors import no_such_key
 from sweeping.recorded import config_groups, is_option
 
-from llm.config import leaf_keys
+from llm.config_values import leaf_keys
 from llm.errors import UserError
 from llm.files import parse_json, read_content
 from llm.overrides import as_override

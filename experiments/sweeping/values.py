@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from sweeping.recorded import config_groups
 
-from llm.config import own_defaults
+from llm.config_values import own_defaults
 from llm.overrides import as_override, split_override
 from llm.sweeps.jobs import as_text, recorded_texts
 

@@ -26,7 +26,9 @@ from llm.checkpoints.weights import (
     new_folder,
     without_wrappers,
 )
-from llm.config import ModelConfig, OptimizerConfig, from_dict, validate
+from llm.config import ModelConfig, OptimizerConfig
+from llm.config_rules import validate
+from llm.config_values import from_dict
 from llm.data.tokenizer import load_tokenizer
 from llm.data.tokenizer_files import kept_files
 from llm.errors import UserError, first_line

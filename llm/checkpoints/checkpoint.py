@@ -40,7 +40,9 @@ from torch import Tensor
 from llm.checkpoints.parts import SUFFIX, Found, part_names, read_parts, read_whole
 from llm.checkpoints.training_state import TrainingState, joined
 from llm.checkpoints.weights import Weights
-from llm.config import PretrainConfig, from_dict, validate
+from llm.config import PretrainConfig
+from llm.config_rules import validate
+from llm.config_values import from_dict
 from llm.data.tokenizer_files import TOKENIZER_FILES, holds_tokenizer
 from llm.errors import UserError, first_line
 from llm.files import as_typed, read_content, sha256

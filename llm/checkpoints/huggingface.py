@@ -25,7 +25,8 @@ from llm.checkpoints.weights import (
     save_tensors,
     without_wrappers,
 )
-from llm.config import ModelConfig, validate
+from llm.config import ModelConfig
+from llm.config_rules import validate
 from llm.data.byte_level import as_files
 from llm.data.tokenizer import end_of_text_id, load_tokenizer
 from llm.data.tokenizer_files import holds_tokenizer, kept_files, with_class

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from llm.checkpoints.layout import Described, Layout, Names, refuse_unsupported, whole_numbers
-from llm.config import ModelConfig, validate
+from llm.config import ModelConfig
+from llm.config_rules import validate
 from llm.errors import UserError
 from llm.model.parts import hidden_dim, spelled_out
 

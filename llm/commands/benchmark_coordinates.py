@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.config import BenchmarkConfig, ModelConfig
+from llm.config_rules import validate
 from llm.files import replacing, write_json
 from llm.model.gpt import GPTModel, at_width
 from llm.outcome import Outcome

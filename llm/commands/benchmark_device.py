@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend
 from llm.commands.benchmark_generation import text_generator
 from llm.commands.benchmark_training import flops_per_token, updater
 from llm.commands.device_checks import CHECKS, Check
-from llm.config import BenchmarkConfig, ModelConfig, OptimizerConfig, PretrainConfig, validate
+from llm.config import BenchmarkConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from llm.config_rules import validate
 from llm.device import device_name, device_of, gpu_memory_bytes, measure_matmul_flops, memory_bytes
 from llm.errors import UserError, first_line
 from llm.files import write_json

@@ -18,7 +18,8 @@ from llm.commands.benchmark_training import (
     transformers_gpt2,
     with_gpt2_parts,
 )
-from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.config import BenchmarkConfig, ModelConfig
+from llm.config_rules import validate
 from llm.data.tokenizer import load_tokenizer
 from llm.device import device_name
 from llm.errors import UserError

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.checkpoints.gpt2_layout import GPT2
-from llm.config import BenchmarkConfig, ModelConfig, validate
+from llm.config import BenchmarkConfig, ModelConfig
+from llm.config_rules import validate
 from llm.cuda_graph import captured
 from llm.device import device_name, measure_matmul_flops
 from llm.files import write_json

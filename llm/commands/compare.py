@@ -7,7 +7,9 @@ from statistics import mean
 from typing import Any
 
 from llm.checkpoints.checkpoint import recorded_config
-from llm.config import CompareConfig, PretrainConfig, leaf_keys, validate, value_of
+from llm.config import CompareConfig, PretrainConfig
+from llm.config_rules import validate
+from llm.config_values import leaf_keys, value_of
 from llm.errors import UserError, shown
 from llm.files import as_typed, write_json
 from llm.outcome import Outcome

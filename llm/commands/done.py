@@ -15,7 +15,8 @@ from typing import Any
 import llm
 from llm.checkpoints.checkpoint import CHECKSUMS, find_checkpoint
 from llm.checkpoints.opening import is_ours
-from llm.config import AUTO, EvaluateConfig, GenerateConfig, PretrainConfig, validate
+from llm.config import AUTO, EvaluateConfig, GenerateConfig, PretrainConfig
+from llm.config_rules import validate
 from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_splits
 from llm.data.text_files import find_files

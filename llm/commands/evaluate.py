@@ -12,7 +12,8 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from llm.config import EvaluateConfig, SamplingConfig, validate
+from llm.config import EvaluateConfig, SamplingConfig
+from llm.config_rules import validate
 from llm.data.corpus import Corpus
 from llm.data.pieces import encode_pieces
 from llm.data.text_files import find_files

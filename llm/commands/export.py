@@ -8,7 +8,8 @@ from llm.checkpoints.checkpoint import STATE, STATE_TENSORS, damage, holds, read
 from llm.checkpoints.huggingface import export_huggingface
 from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.weights import Weights, build_model
-from llm.config import ExportConfig, OptimizerConfig, validate
+from llm.config import ExportConfig, OptimizerConfig
+from llm.config_rules import validate
 from llm.errors import UserError
 from llm.outcome import Outcome
 from llm.training.optimizers import OPTIMIZERS, State

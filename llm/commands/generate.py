@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llm.config import GenerateConfig, validate
+from llm.config import GenerateConfig
+from llm.config_rules import validate
 from llm.data.byte_level import END_OF_TEXT
 from llm.data.decoding import read_text, text_of
 from llm.data.text_files import find_files

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from llm.config import PlanConfig, PretrainConfig, validate
+from llm.config import PlanConfig, PretrainConfig
+from llm.config_rules import validate
 from llm.device import DEVICES, Device, device_name, device_of, measure_matmul_flops
 from llm.errors import UserError
 from llm.files import write_json

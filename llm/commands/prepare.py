@@ -4,7 +4,8 @@ import logging
 import time
 from dataclasses import replace
 
-from llm.config import PrepareConfig, PretrainConfig, validate
+from llm.config import PrepareConfig, PretrainConfig
+from llm.config_rules import validate
 from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_splits
 from llm.data.sharding import prepare_shards

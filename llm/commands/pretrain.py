@@ -8,7 +8,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from llm.config import PretrainConfig, validate
+from llm.config import PretrainConfig
+from llm.config_rules import validate
 from llm.data.bpe import find_tokenizer
 from llm.data.shards import with_shards_there
 from llm.data.tokenizer import LEARNT

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llm.config import ReportConfig, validate
+from llm.config import ReportConfig
+from llm.config_rules import validate
 from llm.errors import UserError, shown
 from llm.outcome import Outcome
 from llm.sweeps.jobs import RECORD, Job, find_sweep, none_begun, read_jobs, read_record

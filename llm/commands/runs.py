@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from llm.config import RunsConfig, validate
+from llm.config import RunsConfig
+from llm.config_rules import validate
 from llm.errors import UserError, shown
 from llm.files import as_typed
 from llm.outcome import Outcome

@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from llm.config import WorkspaceConfig, validate
+from llm.config import WorkspaceConfig
+from llm.config_rules import validate
 from llm.errors import UserError, first_line
 from llm.tracking import tracking_project
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llm.config import GenerateConfig, PretrainConfig, TrainingConfig, leaf_keys, value_of
+from llm.config import GenerateConfig, PretrainConfig, TrainingConfig
+from llm.config_values import leaf_keys, value_of
 from llm.errors import shown
 from llm.files import as_typed
 from llm.overrides import as_command, as_override, split_override, unquoted_where_plain

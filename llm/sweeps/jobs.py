@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from llm.config import PretrainConfig, leaf_keys, value_of
+from llm.config import PretrainConfig
+from llm.config_values import leaf_keys, value_of
 from llm.errors import UserError
 from llm.files import modified, parse_json, read_content, write_json
 from llm.overrides import short_key, split_override, title_of, unquoted

@@ -9,7 +9,8 @@ from statistics import mean
 from typing import Any
 
 from llm.checkpoints.checkpoint import recorded_config
-from llm.config import ModelConfig, PretrainConfig, value_of
+from llm.config import ModelConfig, PretrainConfig
+from llm.config_values import value_of
 from llm.files import as_typed
 from llm.model.gpt import at_width, parameters_of, training_flops_per_token, without_weights
 from llm.overrides import as_override

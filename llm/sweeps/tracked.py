@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from llm.config import TrackingConfig, validate
+from llm.config import TrackingConfig
+from llm.config_rules import validate
 from llm.errors import UserError
 from llm.files import as_typed, remove
 from llm.overrides import title_of

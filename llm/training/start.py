@@ -19,15 +19,8 @@ from llm.checkpoints.opening import open_weights, tokenizer_of
 from llm.checkpoints.pruning import go_back
 from llm.checkpoints.weights import Weights
 from llm.checkpoints.writing import write_start
-from llm.config import (
-    AUTO,
-    ModelConfig,
-    PretrainConfig,
-    TokenizerConfig,
-    differences,
-    own_defaults,
-    with_given,
-)
+from llm.config import AUTO, ModelConfig, PretrainConfig, TokenizerConfig
+from llm.config_values import differences, own_defaults, with_given
 from llm.data.corpus import source_prompt
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError

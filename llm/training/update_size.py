@@ -9,7 +9,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from llm.config import AUTO, PretrainConfig, value_of
+from llm.config import AUTO, PretrainConfig
+from llm.config_values import value_of
 from llm.device import Device
 from llm.errors import UserError
 from llm.model.gpt import parameters_of

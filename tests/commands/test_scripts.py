@@ -12,7 +12,8 @@ from conftest import TINY, Begin, Script, numbers
 from scripts import ROOT, run_python, script_path
 from suggestions import did_you_mean
 
-from llm.config import GenerateConfig, PretrainConfig, leaf_keys
+from llm.config import GenerateConfig, PretrainConfig
+from llm.config_values import leaf_keys
 from llm.files import read_json_lines
 from llm.progress import format_count
 

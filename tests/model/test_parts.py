@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from parts import EVERY_PART, random_model
 from torch import Tensor
 
-from llm.config import ModelConfig, validate
+from llm.config import ModelConfig
+from llm.config_rules import validate
 from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention
 from llm.model.gpt import GPTModel, description, parameter_count, parameters_of

@@ -32,7 +32,8 @@ from rich.console import Console
 from scripts import FORKED, ROOT
 from sweeping.launchers import BASIC, SUBMITIT, Traits, configure_launchers, traits_of
 
-from llm.config import GenerateConfig, PretrainConfig, own_defaults
+from llm.config import GenerateConfig, PretrainConfig
+from llm.config_values import own_defaults
 from llm.errors import UserError
 from llm.files import held, write_json
 from llm.overrides import compact, title_of

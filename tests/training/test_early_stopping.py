@@ -20,7 +20,8 @@ from scripts import run_until_killed
 from settings import changed, settings
 
 from llm.commands.pretrain import pretrain
-from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig, validate
+from llm.config import EarlyStoppingConfig, PretrainConfig, TrainingConfig
+from llm.config_rules import validate
 from llm.errors import UserError
 from llm.files import append_json_lines, read_json_lines, write_text
 from llm.run_folder import write_summary
