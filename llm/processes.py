@@ -205,11 +205,16 @@ def _end(why: str) -> NoReturn:
     os._exit(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when the one that began it ends, however that does: nobody would take what is made."""
     parent = mp.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @functools.cache
@@ -280,7 +285,7 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
 
 
 def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # it may be gone before they have met
+    end_with_parent()  # it may be gone before they have met
     (folder / f"{group['rank']}{STARTED}").touch()
     try:
         follow(work, **group)

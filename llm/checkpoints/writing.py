@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from llm.checkpoints.training_state import TrainingState, split
 from llm.config import PretrainConfig
 from llm.errors import UserError
 from llm.files import as_json, flush, remove, replacing, sha256
+from llm.processes import FOREVER
 from llm.run_folder import CHECKPOINTS, step_folders
 from llm.runtime import Runtime
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[UserError | None] | None = None
         # For the threads, beside what the processes exchange as they train.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1000)) if sharing else None
+        self._group = dist.new_group(backend="gloo", timeout=FOREVER) if sharing else None
 
     def write(self, snapshot: Snapshot | None) -> None:
         """Copy a snapshot and start writing it; `wait` first. In a sharded run all processes have to call it,

@@ -38,7 +38,7 @@ from llm.training.validation import FORWARD_SHARE
 
 MOST_ROWS = 4096  # windows of a micro-batch, up to where a larger one is looked for
 SHARDED_OVER = 2, 4, 8  # processes
-REPEATED = 4.0  # passes over a text that are nearly as good as new text (Muennighoff et al. 2023)
+REPEATED = 4.0  # epochs up to which repeated text is nearly as good as new (Muennighoff et al. 2023)
 
 Rows = Iterator[tuple[str, str]]
 

@@ -2,13 +2,10 @@
 
 import hashlib
 import logging
-import os
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +20,7 @@ from llm.data.documents import Part, read_documents
 from llm.data.shards import FORMAT, SPLITS, TOKENIZER
 from llm.data.tokenizer import LEARNT, bytes_of_tokens, end_of_text_id, identity_of, load_tokenizer
 from llm.files import replacing
+from llm.processes import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ class _Worker:
 
 def begin(job: Job, counted: Any, alone: bool = False) -> None:
     if not alone:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
     torch.set_num_threads(1)
     _Worker.job, _Worker.counted = job, counted
     is_learnt = job.tokenizer == LEARNT
@@ -74,14 +72,6 @@ def begin(job: Job, counted: Any, alone: bool = False) -> None:
     marked = (job.folder / RECORDS / BY_TIKTOKEN).exists()
     _Worker.encode = Checked(_Worker.tokenizer, None if marked else accelerated(_Worker.tokenizer))
     _Worker.lengths = bytes_of_tokens(_Worker.tokenizer, _Worker.tokenizer.n_vocab).numpy()
-
-
-def _end_with_parent() -> None:
-    """End when the process that began this one does, however it does: nobody would take what is made."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def write_unit(number: int, show: Any = None) -> list[Record]:
