@@ -162,7 +162,7 @@ class GPTModel(nn.Module):
         x = embedded = self.drop_emb(x)
         for layer, block in enumerate(self.trf_blocks):
             value_embedding = self.value_embs[str(layer)](idx) if str(layer) in self.value_embs else None
-            keep = partial(remember, layer) if remember else None
+            keep = None if remember is None else partial(remember, layer)
             x = block(x, embedded, turns, keep, value_embedding)
         return self.final_norm(x)
 
