@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 10.0
 LIVE_LINE_SECONDS = 0.1
 BAR_WIDTH = 24
-# The first of the work takes longer than the rest: no time left is told before so much of it is done.
+# No time left is told before so much more than the first of the work is done.
 TELLING_SHARE, TELLING_SECONDS = 0.02, 10.0
 LONGEST_LEFT = 100 * 24 * 3600.0  # seconds; more is no estimate
 
@@ -22,28 +22,30 @@ LONGEST_LEFT = 100 * 24 * 3600.0  # seconds; more is no estimate
 class Progress:
     """Shows how much of some work is done, its status, and the time left.
 
-    The time left is estimated from the fraction done and the time since the start, so that runs limited by
-    steps, epochs or minutes are shown alike.
+    The time left is estimated from the fraction done since the first update and the time since then, so that
+    runs limited by steps, epochs or minutes are shown alike, and resumed ones. What comes before does not
+    count, as to compile.
     """
 
-    def __init__(self, what: str, start: float = 0.0) -> None:
-        """`start` is the fraction already done, as in a resumed run."""
+    def __init__(self, what: str) -> None:
         self.what = what
         # A job of a sweep does not log to the terminal, where the sweep shows all of its jobs.
         self.live = sys.stderr.isatty() and any(
             type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers
         )
         self._started = self._shown = time.monotonic()
-        self._start = start
+        self._first: tuple[float, float] | None = None  # when something was done first, and what fraction
 
     def update(self, fraction: float | None, *parts: str) -> None:
         """Show `fraction` (0 to 1) and a status in parts, the most important first, as "loss 3.2" and "step
         40"; unless just shown. None: how much is done is not known."""
         now = time.monotonic()
+        if self._first is None and fraction is not None:
+            self._first = now, fraction
         if now - self._shown < (LIVE_LINE_SECONDS if self.live else PLAIN_LINE_SECONDS):
             return
         self._shown = now
-        share, clock = self._share_and_clock(fraction, now - self._started)
+        share, clock = self._share_and_clock(fraction, now)
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be erased whole
             bar = format_bar(fraction) if fraction is not None and share else ""
@@ -51,13 +53,14 @@ class Progress:
         else:
             log.info("%s", _line(self.what, "", share, [*parts], clock))
 
-    def _share_and_clock(self, fraction: float | None, seconds: float) -> tuple[str, str]:
+    def _share_and_clock(self, fraction: float | None, now: float) -> tuple[str, str]:
         """The share done, and the time left; the time taken where nobody can tell yet how much is left."""
-        taken = format_seconds(seconds)
-        if fraction is None or math.isnan(fraction):
+        taken = format_seconds(now - self._started)
+        if fraction is None or math.isnan(fraction) or self._first is None:
             return "", taken
         done = min(max(fraction, 0.0), 1.0)
-        advanced = done - self._start
+        begin, before = self._first
+        advanced, seconds = done - before, now - begin
         if advanced <= 0 or (advanced < TELLING_SHARE and seconds < TELLING_SECONDS):
             return f"{done:4.0%}", taken
         left = seconds * (1 - done) / advanced

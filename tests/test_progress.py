@@ -45,7 +45,7 @@ def test_a_narrow_line_keeps_loss_and_time_left(width: int, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "fraction", "seconds", "shown"),
+    ("first", "fraction", "seconds", "shown"),
     [
         (0.0, 0.25, 30.0, " 25% · step · 1m30s left"),
         (0.5, 0.75, 30.0, " 75% · step · 30s left"),
@@ -61,7 +61,7 @@ def test_a_narrow_line_keeps_loss_and_time_left(width: int, line: str) -> None:
     ],
 )
 def test_no_share_or_time_left_is_absurd(
-    start: float,
+    first: float,
     fraction: float | None,
     seconds: float,
     shown: str,
@@ -69,8 +69,24 @@ def test_no_share_or_time_left_is_absurd(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    progress = Progress("training", start)
-    monkeypatch.setattr(time, "monotonic", lambda: progress._started + seconds)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress("training")
+    progress.update(first)
+    clock[0] += seconds
     progress.update(fraction, "step")
     [line] = caplog.messages
     assert line == f"training {shown}"
+
+
+def test_what_comes_before_the_first_of_the_work_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress("training")
+    for seconds, fraction in ((20.0, 0.02), (10.0, 0.12)):  # a compiler, and a tenth of the work
+        clock[0] += seconds
+        progress.update(fraction)
+    assert caplog.messages == ["training   2% · 20s", "training  12% · 1m28s left"]

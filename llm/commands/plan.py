@@ -251,7 +251,7 @@ def _text(plan: Plan) -> Rows:
     enough = "it suffices" if epochs <= 1 else "it is repeated, nearly as good as new"
     if epochs > REPEATED:
         enough = f"above {REPEATED:g}, repeating adds ever less (Muennighoff et al. 2023)"
-    yield "text", f"{format_count(tokens)} tokens: {epochs:.2g} epochs; {enough}"
+    yield "text", f"{format_count(tokens)} tokens: {format_count(epochs)} epochs; {enough}"
 
 
 def _sharding(plan: Plan) -> Rows:

@@ -27,11 +27,11 @@ from llm.training.update import share
 
 log = logging.getLogger(__name__)
 
-# The compiler takes up to a minute, and makes an update up to a fifth faster. It pays in a run of this many
-# minutes, or floating-point operations: some five minutes of an H100.
-COMPILED_MINUTES, COMPILED_FLOPS = 10.0, 1e17
-# A capture takes as long as some ten updates.
-CAPTURED_MINUTES, CAPTURED_UPDATES = 0.25, 200
+# The compiler takes 10 to 20 seconds, and makes an update a seventh faster. It pays in a run of this many
+# minutes, or floating-point operations: some two minutes of an H100.
+COMPILED_MINUTES, COMPILED_FLOPS = 2.0, 5e16
+# A capture takes half a second, in which a GPU makes some forty small updates launched one by one.
+CAPTURED_MINUTES, CAPTURED_UPDATES = 0.05, 100
 # Floating-point operations of a batch whose kernels take longer than to launch them: some 10 ms of an H100,
 # where the launches of a block take 2 ms. A graph would only take memory.
 LARGE_FLOPS = 5e12

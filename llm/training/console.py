@@ -67,7 +67,7 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         )
     limit, value = budget.limit, getattr(training, budget.limit)
     log.info(
-        "budget     %straining.%s=%s: about %s tokens (%.2g epochs) in %s; more: training.%s=%s",
+        "budget     %straining.%s=%s: about %s tokens (%s epochs) in %s; more: training.%s=%s",
         "what is left of " if run.resumed else "",
         limit,
         format_value(value),
@@ -98,16 +98,20 @@ def announce_measured(run: Run, tokens_per_second: float) -> None:
     """Correct the announcement, by the speed of the first updates."""
     budget = estimate_budget(run, tokens_per_second)
     log.info(
-        "measured   %s tokens/s: %s more tokens (%.2g epochs) in %s, then %s",
+        "measured   %s tokens/s: %s more tokens (%s epochs) in %s, then %s",
         format_count(tokens_per_second),
         *_amount(budget),
         _final_validation(run, budget),
     )
 
 
-def _amount(budget: Budget) -> tuple[str, float, str]:
+def _amount(budget: Budget) -> tuple[str, str, str]:
     """How much training is left: tokens, epochs, time."""
-    return format_count(budget.tokens_left), budget.epochs_left, format_seconds(budget.seconds_left)
+    return (
+        format_count(budget.tokens_left),
+        format_count(budget.epochs_left),
+        format_seconds(budget.seconds_left),
+    )
 
 
 def _final_validation(run: Run, budget: Budget) -> str:

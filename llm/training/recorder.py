@@ -91,7 +91,7 @@ class Recorder:
         correct_record(run.run_dir, run.chosen)
         self.tracker.replay()
         self.writer = checkpoint_writer(run)
-        self.progress = Progress("training", run.progress())
+        self.progress = Progress("training")
         run.alive = self.heartbeat
         self._before = replace(run.counters)  # the update that is being done
         # Tokens and seconds of each update of this process, until they have corrected the announcement.

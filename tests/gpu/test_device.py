@@ -76,15 +76,17 @@ def test_tf32_only_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.gpu
-def test_out_of_memory_is_one_line(process: Script, text: str) -> None:
-    """200 blocks keep 3 MB a token, of 65,536 tokens: 200 GB."""
-    sizes = ("model.n_layers=200", "model.emb_dim=256", "data.stride=1", "data.batch_size=1024")
-    run = ("tokenizer=bytes", "data=text", text, "training.max_steps=2", "tracking=disabled")
+def test_out_of_memory_is_one_line(process: Script, tmp_path: Path) -> None:
+    """200 blocks keep more than 1 MB a token, of four times as many tokens as the GPU has MB."""
+    windows = torch.cuda.get_device_properties(0).total_memory // (1 << 20) // 16
+    (tmp_path / "text.txt").write_text("bottles of beer\n" * (windows // 8), encoding="utf-8")
+    sizes = ("model.n_layers=200", "model.emb_dim=256", "data.stride=1", f"data.batch_size={windows}")
+    run = ("tokenizer=bytes", "data=text", "data.path=text.txt", "training.max_steps=2", "tracking=disabled")
     result = process("pretrain", "model=tiny", *sizes, *run, "runtime.device=cuda", "hydra.run.dir=run")
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("error: out of memory (")
-    assert "1024 windows of 64 tokens; lower data.batch_size=1024" in line
+    assert f"{windows} windows of 64 tokens; lower data.batch_size={windows}" in line
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def test_a_captured_update_is_the_one_launched_kernel_by_kernel(
 def test_queued_updates_are_those_that_are_waited_for(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(config, runtime__graph="off")
+    config = changed(config, runtime__graph="off", runtime__precision="fp32")
     pretrain(config, tmp_path / "queued")
     monkeypatch.setattr("llm.training.optimizers._can_be_queued", lambda optimizer: False)
     pretrain(config, tmp_path / "waiting")
