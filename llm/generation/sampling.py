@@ -55,18 +55,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Top-k filtering (Fan et al. 2018): the k largest logits of each row, and all that tie with the
     smallest of these."""
     # Ties are kept, as it is undefined which of several equal logits `topk` returns.
-    candidates = largest_of_pieces(logits, k) if logits.is_cuda else logits
-    smallest_kept = candidates.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    smallest_kept = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < smallest_kept, -torch.inf)
-
-
-def largest_of_pieces(logits: Tensor, k: int, piece: int = 1024) -> Tensor:
-    """Logits (…, fewer) among which are the k largest of each row (…, vocab): the k largest of each piece of
-    it; or all, where these are not far fewer. Over rows as long as GPT-2's, torch on CUDA takes ten passes."""
-    if 4 * k > piece:
-        return logits
-    pieces = F.pad(logits, (0, -logits.shape[-1] % piece), value=-torch.inf).unflatten(-1, (-1, piece))
-    return pieces.topk(k, dim=-1, sorted=False).values.flatten(-2)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:

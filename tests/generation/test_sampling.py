@@ -18,7 +18,6 @@ from llm.generation.sampling import (
     draw_at,
     draw_from,
     filter_logits,
-    largest_of_pieces,
     next_distribution,
     next_token,
     penalise_repetition,
@@ -160,16 +159,6 @@ def test_sums_in_pieces_are_cumulative_sums(vocab: int) -> None:
     torch.testing.assert_close(found[:, :vocab], sums, atol=1e-14, rtol=1e-14)
     assert (found[:, vocab:] == found[:, vocab - 1 : vocab]).all()
     assert (found.diff(dim=-1) >= 0).all()
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 16, 17, 400])
-@pytest.mark.parametrize("vocab", [3, 63, 64, 65, 1000])
-def test_the_largest_are_among_the_largest_of_pieces(vocab: int, k: int) -> None:
-    """With ties, and with tokens that must not be drawn."""
-    logits = torch.randn(7, vocab).round(decimals=1).masked_fill(torch.rand(7, vocab) < 0.2, -torch.inf)
-    k = min(k, vocab)
-    found = largest_of_pieces(logits, k, piece=64).topk(k).values
-    assert torch.equal(found, logits.topk(k).values)
 
 
 def test_streams_repeat_differ_and_continue() -> None:

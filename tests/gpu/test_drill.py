@@ -10,7 +10,7 @@ EXACT = ("runtime.device=cuda", "runtime.deterministic=true")
 
 @pytest.mark.gpu
 # Muon in bf16, each update one graph; AdamW in fp32; both with dropout
-@pytest.mark.parametrize(("seed", "graph"), [(0, "on"), (1, "off")])
+@pytest.mark.parametrize(("seed", "graph"), [(54, "on"), (1, "off")])
 def test_faults_leave_no_trace_in_a_run(
     tmp_path: Path, environment: dict[str, str], seed: int, graph: str
 ) -> None:
