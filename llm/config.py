@@ -517,7 +517,9 @@ class ExportConfig:
 @dataclass
 class GenerationBenchmarkConfig:
     prompt_tokens: int = key(4, "tokens per prompt", at_least=1)
-    new_tokens: int = key(200, "tokens generated per row", at_least=1)
+    new_tokens: int | None = key(
+        None, "tokens generated per row; null: as many as fit into the context, 200 at most", at_least=1
+    )
     batch_sizes: list[int] = key([1, 8, 32], "rows generated side by side", at_least=1)
     rounds: int = key(3, "timed generations of each variant", at_least=1)
 

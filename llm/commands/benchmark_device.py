@@ -221,10 +221,10 @@ def _update_in_words(model: ModelConfig, rows: int, flops: float | None, seconds
 
 def _decode_seconds(config: BenchmarkConfig, model: ModelConfig, rows: int, runtime: Runtime) -> float:
     """Seconds of a step."""
-    sizes = replace(config.generation, new_tokens=min(NEW_TOKENS, model.context_length // 2))
+    new = min(NEW_TOKENS, model.context_length // 2)
     ready = for_inference(GPTModel(model).to(runtime.device).eval(), runtime)
-    generate = text_generator(replace(config, generation=sizes), ready)
-    return _median_seconds(lambda: generate(rows), 3) / sizes.new_tokens
+    generate = text_generator(config, ready, new)
+    return _median_seconds(lambda: generate(rows), 3) / new
 
 
 def _text_in_words(rows: int, seconds: float) -> list[str]:

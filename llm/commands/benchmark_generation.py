@@ -34,6 +34,7 @@ from llm.runtime import computes_in_bf16, start_runtime
 
 log = logging.getLogger(__name__)
 
+MOST_NEW_TOKENS = 200  # a row, where nobody says how many
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
 
 
@@ -56,11 +57,12 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> Outcome:
         UserError: a value is out of range, or prompt and new tokens do not fit into the context.
     """
     validate(config)
-    sizes = config.generation
-    if sizes.prompt_tokens + sizes.new_tokens > config.model.context_length:
+    sizes, context = config.generation, config.model.context_length
+    new = sizes.new_tokens or max(1, min(MOST_NEW_TOKENS, context - sizes.prompt_tokens))
+    if sizes.prompt_tokens + new > context:
         raise UserError(
-            f"generation.prompt_tokens={sizes.prompt_tokens} and generation.new_tokens={sizes.new_tokens} "
-            f"do not fit into model.context_length={config.model.context_length}: make them smaller"
+            f"generation.prompt_tokens={sizes.prompt_tokens} and generation.new_tokens={new} "
+            f"do not fit into model.context_length={context}: make them smaller"
         )
     runtime = start_runtime(config.runtime)
     precisions = ["fp32", *(["bf16"] if computes_in_bf16(runtime.device) else [])]
@@ -70,17 +72,17 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     for precision in [*precisions, *(["int8"] if runtime.device.type == "cpu" else [])]:
         for compiled in [False] + [True] * runtime.compile:
             ready = for_inference(model, replace(runtime, precision=precision, compile=compiled))
-            variants[f"{precision}, here{', compiled' * compiled}"] = text_generator(config, ready)
+            variants[f"{precision}, here{', compiled' * compiled}"] = text_generator(config, ready, new)
         if runtime.device.type == "cuda":
             eager = for_inference(model, replace(runtime, precision=precision, compile=False, graph="off"))
-            variants[f"{precision}, here, no graph"] = text_generator(config, eager)
+            variants[f"{precision}, here, no graph"] = text_generator(config, eager, new)
         if gpt2 is not model:
             ready = for_inference(gpt2, replace(runtime, precision=precision))
-            variants[f"{precision}, {GPT2_PARTS}"] = text_generator(config, ready)
+            variants[f"{precision}, {GPT2_PARTS}"] = text_generator(config, ready, new)
     if times_transformers(config.model):
         for precision in precisions:
             variants[f"{precision}, transformers {version('transformers')}"] = _transformers(
-                config, replace(runtime, precision=precision).dtype, runtime.device
+                config, replace(runtime, precision=precision).dtype, runtime.device, new
             )
     seconds: dict[tuple[int, str], list[float]] = {}
     reading = []  # bytes a second
@@ -99,10 +101,10 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> Outcome:
         reading.append(buffer.nbytes / (time.perf_counter() - begin))
         progress.update((done + 1) / len(rounds), f"round {number} of {sizes.rounds}, {batch} rows")
     begin = time.perf_counter()
-    _book_loop(config, model)
+    _book_loop(config, model, new)
     seconds[1, "fp32, the book's loop"] = [time.perf_counter() - begin]
     progress.clear()
-    return _report(config, run_dir, model, seconds, statistics.median(reading))
+    return _report(config, run_dir, model, new, seconds, statistics.median(reading))
 
 
 def _random_model(config: ModelConfig, seed: int) -> GPTModel:
@@ -114,13 +116,13 @@ def _report(
     config: BenchmarkConfig,
     run_dir: Path,
     model: GPTModel,
+    new: int,
     seconds: dict[tuple[int, str], list[float]],
     bandwidth: float,
 ) -> Outcome:
     sizes = config.generation
     tokens_per_second = {
-        (batch, name): batch * sizes.new_tokens / statistics.median(values)
-        for (batch, name), values in seconds.items()
+        (batch, name): batch * new / statistics.median(values) for (batch, name), values in seconds.items()
     }
     book = tokens_per_second[1, "fp32, the book's loop"]
     log.info(
@@ -128,7 +130,7 @@ def _report(
         device_name(model.tok_emb.weight.device),
         bandwidth / 1e9,
         sizes.prompt_tokens,
-        sizes.new_tokens,
+        new,
         sizes.rounds,
     )
     log.info(
@@ -174,12 +176,11 @@ def _version() -> str:
     return version("transformers") if importlib.util.find_spec("transformers") else ""
 
 
-def text_generator(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], None]:
+def text_generator(config: BenchmarkConfig, model: GPTModel, new: int) -> Callable[[int], None]:
     tokenizer = load_tokenizer("bytes")  # a letter is one token, with an id that any vocabulary has
     prompt = "a" * config.generation.prompt_tokens
 
     def generate(batch: int) -> None:
-        new = config.generation.new_tokens
         for _ in generate_texts(
             model,
             tokenizer,
@@ -198,23 +199,24 @@ def text_generator(config: BenchmarkConfig, model: GPTModel) -> Callable[[int], 
 
 
 @torch.no_grad()
-def _book_loop(config: BenchmarkConfig, model: GPTModel) -> None:
+def _book_loop(config: BenchmarkConfig, model: GPTModel, new: int) -> None:
     """Chapter 5.3.3 of the book, one row."""
     device = model.tok_emb.weight.device
     idx = torch.full((1, config.generation.prompt_tokens), ord("a"), device=device)
-    for _ in range(config.generation.new_tokens):
+    for _ in range(new):
         logits = model(idx)[:, -1]
         idx = torch.cat([idx, next_token(logits, config.sampling, draw_from())[:, None]], dim=1)
 
 
-def _transformers(config: BenchmarkConfig, dtype: torch.dtype, device: torch.device) -> Callable[[int], None]:
+def _transformers(
+    config: BenchmarkConfig, dtype: torch.dtype, device: torch.device, new: int
+) -> Callable[[int], None]:
     model = transformers_gpt2(config.model).to(device, dtype).eval()
     sampling = {
         name: value
         for name, value in asdict(config.sampling).items()
         if name != "repetition_penalty" and value is not None
     }
-    new = config.generation.new_tokens
 
     def generate(batch: int) -> None:
         idx = torch.full((batch, config.generation.prompt_tokens), ord("a"), device=device)

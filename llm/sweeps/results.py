@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import repeat
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from llm.errors import UserError
 from llm.files import read_content
 from llm.progress import Progress
 from llm.records import LARGEST, figure
@@ -85,9 +87,15 @@ def read_results(jobs: list[Job], measures: list[Measure]) -> list[Result]:
         if size > MUCH:  # spawned, not forked, for torch may run in this process and has threads
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
             read = pool.map(read_result, jobs, measures, repeat(parts), chunksize=4)
-        for number, result in enumerate(read, 1):
-            results.append(result)
-            progress.update(number / len(jobs), f"job {number} of {len(jobs)}")
+        try:
+            for number, result in enumerate(read, 1):
+                results.append(result)
+                progress.update(number / len(jobs), f"job {number} of {len(jobs)}")
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that read the metrics of jobs was killed, perhaps as memory ran out: run the same "
+                "command once more"
+            ) from error
     progress.clear()
     return results
 

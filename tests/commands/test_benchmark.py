@@ -35,7 +35,7 @@ def test_training_variants_in_one_run(script: Script, tmp_path: Path) -> None:
 
 
 def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
-    sizes = ("generation.new_tokens=5", "generation.batch_sizes=[1,2]", "generation.rounds=1")
+    sizes = ("generation.batch_sizes=[1,2]", "generation.rounds=1")
     result = script("benchmark", *TINY, "measure=generation", *sizes)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
@@ -47,7 +47,9 @@ def test_generation_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     both = by_name[2, "fp32, here"]
     assert both["over_transformers"] == both["tokens_per_second"] / theirs["tokens_per_second"]
     assert not result.stderr
-    modern = script("benchmark", *TINY, "model=modern_tiny", "measure=generation", *sizes)
+    assert "prompt of 4 tokens, 60 new ones" in result.stdout  # what the context has room for
+    fewer = (*sizes, "generation.new_tokens=5")
+    modern = script("benchmark", *TINY, "model=modern_tiny", "measure=generation", *fewer)
     assert modern.returncode == 0, modern.stderr
     assert "fp32, here" in modern.stdout
     assert "fp32, GPT-2's parts" in modern.stdout

@@ -6,6 +6,9 @@ import math
 import random
 import re
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +439,14 @@ def test_several_processes_read_what_one_reads(sweep: Path, monkeypatch: pytest.
     alone = report(sweep)
     monkeypatch.setattr("llm.sweeps.results.MUCH", 0)
     assert report(sweep)["jobs"] == alone["jobs"]
+    monkeypatch.setattr(ProcessPoolExecutor, "map", killed)
+    with pytest.raises(UserError, match=r"a process that read the metrics .* was killed"):
+        report(sweep)
+
+
+def killed(*_: object, **more: object) -> Iterator[None]:
+    raise BrokenProcessPool
+    yield
 
 
 # The page in a browser
