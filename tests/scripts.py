@@ -34,8 +34,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 import llm.training.plots
+from llm import wandb_client
 from llm.config import PretrainConfig
-from llm.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 OURS = (str(ROOT / "llm"), str(ROOT / "experiments"))  # and not a virtual environment inside the checkout
@@ -280,7 +280,7 @@ def _caches() -> Iterator[None]:
     finally:
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
-        Tracker.failed_to_start = False
+        wandb_client.failed_to_start = False
         if wandb := sys.modules.get("wandb"):
             wandb.teardown()
         for module in [*sys.modules.values()]:

@@ -21,7 +21,7 @@ from scripts import ROOT, run_python
 from wandb.cli.cli import cli
 from wandb_server import KEY, ArrivedRun, WandbServer
 
-from llm import tracking
+from llm import wandb_client
 from llm.checkpoints.checkpoint import run_id
 from llm.commands.compare import compare
 from llm.commands.pretrain import pretrain
@@ -39,9 +39,10 @@ from llm.errors import UserError
 from llm.files import as_typed, read_json_lines, remove, write_json, write_text
 from llm.sweeps.jobs import read_jobs, write_record
 from llm.sweeps.tracked import tracking_for, tracking_of
-from llm.tracking import Tracker, sync_command
+from llm.tracking import Tracker
 from llm.training import lifecycle, loop
 from llm.training.run import Launched, Run
+from llm.wandb_client import sync_command
 
 TINY_ONLINE = [each for each in (*TINY, "data=text", "training.max_steps=1") if each != "tracking=disabled"]
 TIMED = {"seconds", "tokens_per_second", "total_seconds", "mfu", "peak_memory_bytes", "run_dir"}
@@ -61,7 +62,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         monkeypatch.setenv(folder, str(tmp_path / "wandb-home"))
     monkeypatch.chdir(tmp_path)  # where the client keeps a log of each of its commands
     wandb.teardown()  # what an earlier test has set in this process
-    monkeypatch.setattr(Tracker, "failed_to_start", False)
+    monkeypatch.setattr(wandb_client, "failed_to_start", False)
     yield server
     wandb.teardown()
     server.stop()
@@ -173,8 +174,8 @@ def test_an_outage_costs_nothing_but_a_sync(
     caplog: pytest.LogCaptureFixture,
     outage: str,
 ) -> None:
-    monkeypatch.setattr(tracking, "ANSWER", 1)
-    monkeypatch.setattr(tracking, "DELIVER", 1)
+    monkeypatch.setattr(wandb_client, "ANSWER", 1)
+    monkeypatch.setattr(wandb_client, "DELIVER", 1)
     begin = lifecycle.train
 
     def train(*arguments: Any) -> None:
@@ -217,8 +218,8 @@ def test_a_run_that_cannot_begin_online_begins_offline(
     outage: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(tracking, "BEGIN", 1)
-    monkeypatch.setattr(tracking, "ANSWER", 1)
+    monkeypatch.setattr(wandb_client, "BEGIN", 1)
+    monkeypatch.setattr(wandb_client, "ANSWER", 1)
     break_down(server, outage)
     tracker = Tracker(tmp_path, TrackingConfig(mode="online"), {}, "pretrain", "0123abcd")
     [line] = [record.getMessage() for record in caplog.records if "recorded offline" in record.getMessage()]
@@ -514,7 +515,7 @@ def test_no_checkpoint_is_short_of_lines(
     pretrain(config, tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
     assert (tmp_path / "run" / "checkpoints" / "last" / "metrics.jsonl").read_bytes() == file.read_bytes()
-    [line] = [record.getMessage() for record in caplog.records if record.name == "llm.tracking"]
+    [line] = [record.getMessage() for record in caplog.records if record.name == "llm.line_file"]
     assert line.startswith(f"{file} was changed by something else (none are there of the ")
 
 

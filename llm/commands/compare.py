@@ -31,7 +31,7 @@ from llm.sweeps.tracked import log_findings, tracking_for, verdict_findings
 from llm.sweeps.verdict import Difference, Figures, difference, figures_by_seed
 from llm.sweeps.verdict_picture import draw_difference
 from llm.tables import fitted, format_table, terminal_width
-from llm.tracking import sync_command
+from llm.wandb_client import sync_command
 
 # What the budget may differ by: two batch sizes seldom divide it evenly.
 SAME_TOKENS = 0.01

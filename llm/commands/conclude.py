@@ -12,7 +12,7 @@ from llm.sweeps.report import sweep_report
 from llm.sweeps.study import is_study
 from llm.sweeps.tracked import log_findings, tracking_of
 from llm.sweeps.watch import sweep_table
-from llm.tracking import sync_command
+from llm.wandb_client import sync_command
 
 
 def conclude(folder: Path) -> Outcome:

@@ -34,7 +34,8 @@ from llm.sweeps.report import study_report
 from llm.sweeps.study import MAIN_METRICS, METRICS, notes_on, written
 from llm.sweeps.tracked import log_findings, tracking_of
 from llm.tables import fitted, format_table, terminal_width
-from llm.tracking import Tracker, sync_command
+from llm.tracking import Tracker
+from llm.wandb_client import sync_command
 
 log = logging.getLogger(__name__)
 

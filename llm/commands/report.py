@@ -13,7 +13,7 @@ from llm.sweeps.jobs import RECORD, Job, find_sweep, none_begun, read_jobs, read
 from llm.sweeps.report import study_report, sweep_report
 from llm.sweeps.study import is_study
 from llm.sweeps.tracked import log_findings, tracking_for
-from llm.tracking import sync_command
+from llm.wandb_client import sync_command
 
 Train = Callable[[list[str]], None]  # runs pretrain.py with such arguments
 

@@ -6,7 +6,7 @@ from typing import Any
 from llm.config import WorkspaceConfig
 from llm.config_rules import validate
 from llm.errors import UserError, first_line
-from llm.tracking import tracking_project
+from llm.wandb_client import tracking_project
 
 CURVES = ("train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens_per_second")
 VARIED = ("optimizer.lr", "seed", "model.emb_dim", "model.n_layers", "model.n_heads", "model.context_length")

@@ -10,7 +10,6 @@ from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
 from llm.progress import format_count, format_figure, format_seconds, format_value, format_windows
 from llm.run_folder import step_folders, steps_of
-from llm.tracking import sync_command
 from llm.training.acceleration import in_words
 from llm.training.budget import Budget, estimate_budget, expected_speed
 from llm.training.evaluation import METRICS
@@ -19,6 +18,7 @@ from llm.training.run import Run
 from llm.training.schedules import lr_factor, spent
 from llm.training.summary import Summary
 from llm.training.validation import LARGEST_SHARE
+from llm.wandb_client import sync_command
 
 log = logging.getLogger(__name__)
 
