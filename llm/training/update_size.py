@@ -13,7 +13,7 @@ from llm.config import AUTO, PretrainConfig
 from llm.config_values import value_of
 from llm.device import Device
 from llm.errors import UserError
-from llm.model.gpt import parameters_of
+from llm.model.gpt import parameters_of, training_flops_per_token, without_weights
 from llm.training.memory import largest_that_fits
 
 # What may be chosen for a device. All of it is recorded, so that a run is resumed and repeated with the same.
@@ -26,8 +26,11 @@ DEVICE_KEYS = ("data.batch_size", "training.accumulate", "training.eval_freq")
 TOKENS, OF_PARAMETERS = 32_768, 124e6
 LARGEST_SHARE_OF_TEXT = 1 / 32  # an update takes no more of the training split
 
-FEWER_EVALUATIONS = 10  # times as many updates from one evaluation to the next, as updates take less time
-LEAST_EVALUATIONS = 40  # of a run limited by steps, but for those that have fewer on a CPU
+# Updates take less time than on a CPU, so there are this many times as many from one evaluation to the next;
+# and more of small ones, of fewer floating-point operations: an H200 evaluates the default model in the time of
+# some thirty of its updates.
+FEWER_EVALUATIONS, FEWER_OF_SMALL, SMALL_FLOPS = 10, 40, 1e11
+LEAST_EVALUATIONS = 40  # of a run limited by steps or epochs, but for those that have fewer on a CPU
 
 
 def chosen_for_device(
@@ -55,12 +58,15 @@ def chosen_for_device(
             "data.batch_size": fitting * config.runtime.processes,
             "training.accumulate": accumulate or rows // fitting,
         }
-    frequency, steps = config.training.eval_freq, config.training.max_steps
+    frequency = config.training.eval_freq
     if "training.eval_freq" in undecided and frequency is not None:
-        fewer = FEWER_EVALUATIONS * frequency
-        if steps is not None:
-            fewer = min(fewer, max(frequency, steps // LEAST_EVALUATIONS))
-        found["training.eval_freq"] = fewer
+        data, training = (sized := with_chosen(config, found)).data, sized.training
+        tokens = data.batch_size * training.accumulate * config.model.context_length
+        flops = tokens * training_flops_per_token(without_weights(config.model))
+        epochs = math.inf if training.max_epochs is None else training.max_epochs
+        steps = min(training.max_steps or math.inf, epochs * training_tokens / tokens)
+        fewer = frequency * (FEWER_OF_SMALL if flops < SMALL_FLOPS else FEWER_EVALUATIONS)
+        found["training.eval_freq"] = int(min(fewer, max(frequency, steps / LEAST_EVALUATIONS)))
     return {key: value for key, value in found.items() if value != value_of(config, key)}
 
 

@@ -72,7 +72,7 @@ def test_the_update_depends_on_the_model_and_only_its_division_on_the_memory() -
     assert chosen(GPT124M, gib=1)["data.batch_size"] == 1  # and an error that says what to do
     longer = replace(GPT124M, model=replace(GPT124M.model, context_length=1024))
     assert chosen(longer) == {"data.batch_size": 32, "training.eval_freq": 100}
-    assert chosen(PretrainConfig(model=modern_small())) == {"training.eval_freq": 250}
+    assert chosen(PretrainConfig(model=modern_small())) == {"training.eval_freq": 1000}
 
 
 @pytest.mark.usefixtures("by_hand")
@@ -105,8 +105,10 @@ def test_what_is_given_stays() -> None:
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize(("steps", "frequency"), [(100, 10), (1000, 25), (10_000, 100)])
 def test_a_short_run_is_evaluated_as_on_a_cpu(steps: int, frequency: int) -> None:
-    config = replace(GPT124M, training=TrainingConfig(max_steps=steps, eval_freq=10))
-    assert chosen(config).get("training.eval_freq", 10) == frequency
+    limits = [TrainingConfig(max_steps=steps, eval_freq=10)]
+    limits += [TrainingConfig(max_epochs=steps * 128 * 256 / SHAKESPEARE, eval_freq=10)]
+    for training in limits:
+        assert chosen(replace(GPT124M, training=training)).get("training.eval_freq", 10) == frequency
 
 
 def test_what_is_chosen_is_recorded_and_resumed(
