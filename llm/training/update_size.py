@@ -27,8 +27,8 @@ TOKENS, OF_PARAMETERS = 32_768, 124e6
 LARGEST_SHARE_OF_TEXT = 1 / 32  # an update takes no more of the training split
 
 # Updates take less time than on a CPU, so there are this many times as many from one evaluation to the next;
-# and more of small ones, of fewer floating-point operations: an H200 evaluates the default model in the time of
-# some thirty of its updates.
+# and more of small ones, of fewer floating-point operations: an H200 evaluates the default model in the time
+# of some thirty of its updates.
 FEWER_EVALUATIONS, FEWER_OF_SMALL, SMALL_FLOPS = 10, 40, 1e11
 LEAST_EVALUATIONS = 40  # of a run limited by steps or epochs, but for those that have fewer on a CPU
 
