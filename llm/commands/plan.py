@@ -18,7 +18,7 @@ from llm.processes import processes
 from llm.progress import format_count, format_seconds
 from llm.runtime import Runtime, device_kind, start_runtime
 from llm.tables import format_table, terminal_width
-from llm.training.budget import EXPECTED_MFU, Budget, estimate_budget, expected_speed
+from llm.training.budget import EXPECTED_MFU, LAYER_SECONDS, Budget, estimate_budget, expected_speed
 from llm.training.compute_optimal import FLOPS_PER_PARAMETER, LAWS, SMALLEST_FITTED, model_of_about
 from llm.training.memory import (
     KEPT,
@@ -150,7 +150,8 @@ def _planned(config: PlanConfig, run_dir: Path, given: Collection[str]) -> Plan:
             probed = probe(start, everyone)
     speed = probed.tokens_per_second if probed else None
     if speed is None:
-        speed = expected_speed(run, count * (device.bf16_flops or measure_matmul_flops(here)))
+        flops = count * (device.bf16_flops or measure_matmul_flops(here))
+        speed = expected_speed(run, flops, device.kind)
     rows = run.config.data.batch_size // count
     return Plan(
         run=run,
@@ -225,7 +226,10 @@ def _time(plan: Plan) -> Rows:
     if plan.probed:
         how = f"measured, over {plan.probed.updates} updates"
     elif plan.device.bf16_flops:
-        how = f"if it reaches {EXPECTED_MFU:.0%} of {format_count(plan.device.bf16_flops)}FLOP/s"
+        how = (
+            f"if it reaches {EXPECTED_MFU:.0%} of {format_count(plan.device.bf16_flops)}FLOP/s, "
+            f"and a layer takes at least {1000 * LAYER_SECONDS:g} ms"
+        )
     else:
         how = f"if it reaches {EXPECTED_MFU:.0%} of large products; plan.probe=true measures"
     budget = plan.budget

@@ -7,7 +7,10 @@ from llm.training.optimizers import OPTIMIZERS
 from llm.training.run import Run
 from llm.training.validation import FORWARD_SHARE, final_window_count
 
-EXPECTED_MFU = 0.45  # of small models on CPUs
+EXPECTED_MFU = 0.45  # of small models on CPUs, and of 124M parameters on an H200
+# That a GPU's kernels take for a layer in an update, however little they have to do: so measured on an H200,
+# with an update as one graph.
+LAYER_SECONDS = 4e-4
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,15 @@ class Budget:
     validation_seconds: float  # of that evaluation
 
 
-def expected_speed(run: Run, matmul_flops: float) -> float:
-    """Tokens per second of training on a device of `matmul_flops` floating-point operations per second."""
-    optimizer_flops = OPTIMIZERS[run.config.optimizer.name].flops(run.model)
-    token_flops = training_flops_per_token(run.model) + optimizer_flops / update_tokens(run)
-    return EXPECTED_MFU * matmul_flops / token_flops
+def expected_speed(run: Run, matmul_flops: float, kind: str) -> float:
+    """Tokens per second of training on a device of a kind, as `cuda`, that does `matmul_flops` floating-point
+    operations per second."""
+    tokens, optimizer = update_tokens(run), OPTIMIZERS[run.config.optimizer.name]
+    flops = tokens * training_flops_per_token(run.model) + optimizer.flops(run.model)
+    seconds = flops / (EXPECTED_MFU * matmul_flops)
+    if kind == "cuda":
+        seconds = max(seconds, LAYER_SECONDS * run.config.model.n_layers * run.config.training.accumulate)
+    return tokens / seconds
 
 
 def update_tokens(run: Run) -> int:

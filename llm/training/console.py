@@ -31,7 +31,7 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         before: the config of the checkpoint that the run is resumed from.
     """
     config, training, runtime = run.config, run.config.training, run.runtime
-    budget = estimate_budget(run, expected_speed(run, matmul_flops))
+    budget = estimate_budget(run, expected_speed(run, matmul_flops, runtime.device.type))
     log.info(
         "model      %s parameters: %s",
         format_count(parameter_count(run.model)),

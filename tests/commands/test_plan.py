@@ -37,6 +37,8 @@ def test_a_plan_says_what_the_run_is_and_fits_the_terminal(
     assert max(map(len, output.splitlines())) <= 40
     assert not (tmp_path / "plan" / "checkpoints").exists()
     assert figures["cost"] == pytest.approx(2 * figures["seconds"] / 3600)
+    # Two layers of at least 0.4 ms, as their kernels do next to nothing.
+    assert figures["tokens_per_second"] == pytest.approx(2 * 16 / (2 * 0.4e-3))
     assert figures["updates"] == 12
     assert figures["memory"]["fits"]
     assert "data.batch_size=4096" in output  # as many as are looked for
