@@ -253,6 +253,7 @@ def test_a_writing_process_that_dies_fails_one_checkpoint(tmp_path: Path) -> Non
     process = writer._staging._writer
     assert process
     process.send_signal(signal.SIGSTOP)  # so that it is killed in the middle
+    os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
     writer.write(snapshot(tmp_path, 2))
     assert process.stdin
     while not int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
