@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import ROOT, Result, ScriptProcess, make_brief, run_here, run_python, script_path
+from scripts import (
+    ROOT,
+    Result,
+    ScriptProcess,
+    compose_quickly,
+    fork_processes,
+    make_brief,
+    run_here,
+    run_python,
+    script_path,
+)
 
 from llm.files import read_json_lines
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in two processes; before torch is imported
 os.environ["PYTHONPATH"] = str(ROOT)  # processes test this code, wherever `llm` is installed from
+# Each test worker and each process of a test would compile all modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A proxy that nobody listens at stands for a machine with no network; some clients read it once, so it is set
 # for all tests.
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
@@ -68,6 +80,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _brief() -> None:
     make_brief()
+    compose_quickly()
+    fork_processes()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ to be killed is a `ScriptProcess`, forked from a process that has imported torch
 """
 
 import atexit
+import copy
 import io
 import logging
 import multiprocessing
@@ -29,9 +30,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import hydra
+from hydra._internal import defaults_list
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import llm.training.plots
 from llm import wandb_client
@@ -39,6 +43,7 @@ from llm.config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 OURS = (str(ROOT / "llm"), str(ROOT / "experiments"))  # and not a virtual environment inside the checkout
+UNCHANGED = (str(ROOT / "conf"), str(Path(hydra.__file__).parent))  # by any test
 HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -52,13 +57,44 @@ Result = subprocess.CompletedProcess[str]
 
 def make_brief() -> None:
     """Skip, in this process, what takes time and no test looks at."""
-    import llm.processes  # imports torch, see `_torch`
-    from llm.device import measure_matmul_flops
+    from llm.device import measure_matmul_flops  # imports torch, see `_torch`
 
     measure_matmul_flops.__defaults__ = (0.005,)  # seconds: what a device can do need not be precise
     os.fsync = lambda fd: None  # no test cuts the power
+
+
+def compose_quickly() -> None:
+    """Let Hydra, in this process, read each file of its own and of conf/ once, and not make a config of the
+    choices so far for every list of defaults, but for those that refer to it."""
+    read, map_of_choices, kept = OmegaConf.load, defaults_list._create_interpolation_map, {}
+
+    def load(file: Any) -> Any:
+        if not (name := str(getattr(file, "name", file))).startswith(UNCHANGED):
+            return read(file)
+        if name not in kept:
+            kept[name] = read(file)
+        return copy.deepcopy(kept[name])
+
+    def map_if_used(overrides: Any, defaults: Any, self_added: bool) -> Any:
+        if any(each.is_interpolation() for each in defaults if not each.is_self()):
+            return map_of_choices(overrides, defaults, self_added)
+        return None
+
+    setattr(OmegaConf, "load", load)  # noqa: B010
+    defaults_list._create_interpolation_map = map_if_used
+
+
+def fork_processes() -> None:
+    """Let runs of this process fork the processes that share them."""
+    import llm.processes  # imports torch, see `_torch`
+
     forked = SimpleNamespace(Process=ForkedProcess)
     llm.processes.mp = SimpleNamespace(get_context=lambda method: forked)  # type: ignore[assignment]
+
+
+def skip_picture() -> None:
+    """Skip, in this process, the picture of a run, which takes longer than a run of few updates."""
+    llm.training.plots.plot_losses = lambda run_dir: run_dir
 
 
 def script_path(name: str) -> str:
@@ -119,6 +155,7 @@ class ForkedProcess(ForkServerProcess):
         """In the new process."""
         os.environ.clear()
         os.environ.update(self.environment)
+        make_brief()
         super().run()
 
 
@@ -147,13 +184,15 @@ class ScriptProcess(ForkServerProcess):
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
+        os.environ["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests' / 'children'}"
         for number, stream in enumerate(self.streams, 1):
             os.dup2(stream.fileno(), number)
             stream.close()
         sys.argv[:] = self.command
         sys.path.insert(0, str(Path(self.command[0]).parent))
         make_brief()
-        llm.training.plots.plot_losses = lambda run_dir: run_dir  # no test looks at the picture of such a run
+        fork_processes()
+        skip_picture()
         status = _run(self.command[0])
         # End as Python does. `multiprocessing` would first wait for joblib's workers, which wait for work.
         threading._shutdown()  # type: ignore[attr-defined]
@@ -187,6 +226,7 @@ def _train_until(config: PretrainConfig, run_dir: Path, moment: str) -> None:
     from llm.commands.pretrain import pretrain
 
     make_brief()
+    fork_processes()
     with patch(moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)):
         pretrain(config, run_dir)
 
