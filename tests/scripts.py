@@ -81,7 +81,7 @@ def compose_quickly() -> None:
         return None
 
     setattr(OmegaConf, "load", load)  # noqa: B010
-    defaults_list._create_interpolation_map = map_if_used
+    setattr(defaults_list, "_create_interpolation_map", map_if_used)  # noqa: B010
 
 
 def fork_processes() -> None:

@@ -19,4 +19,4 @@ class BeforeTraining:
             skip_picture()
 
 
-sys.meta_path.insert(0, BeforeTraining)  # type: ignore[arg-type]
+sys.meta_path.insert(0, BeforeTraining)
