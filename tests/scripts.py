@@ -44,6 +44,8 @@ from llm.config import PretrainConfig
 ROOT = Path(__file__).parents[1]
 OURS = (str(ROOT / "llm"), str(ROOT / "experiments"))  # and not a virtual environment inside the checkout
 UNCHANGED = (str(ROOT / "conf"), str(Path(hydra.__file__).parent))  # by any test
+# With this, Python processes skip what takes time and no test looks at.
+BRIEF = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "children")])}
 HANGS = 1800  # seconds after which a process is taken to hang; no test waits for this on any working machine
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -184,7 +186,7 @@ class ScriptProcess(ForkServerProcess):
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
-        os.environ["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests' / 'children'}"
+        os.environ.update(BRIEF)
         for number, stream in enumerate(self.streams, 1):
             os.dup2(stream.fileno(), number)
             stream.close()

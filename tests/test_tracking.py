@@ -17,7 +17,7 @@ import wandb
 from click.testing import CliRunner
 from conftest import TINY, Script, numbers
 from omegaconf import OmegaConf
-from scripts import ROOT, run_python
+from scripts import BRIEF, ROOT, run_python
 from wandb.cli.cli import cli
 from wandb_server import KEY, ArrivedRun, WandbServer
 
@@ -544,7 +544,7 @@ def test_an_agent_of_a_wandb_sweep_runs_pretrain(
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        **BRIEF,
     }
     often = "from wandb import wandb_agent; wandb_agent.Agent.POLL_INTERVAL = 0.1"  # not each 5 seconds
     code = f"{often}; from wandb.cli.cli import cli; cli()"

@@ -1,5 +1,4 @@
-"""What Python imports as it starts in the jobs of sweeps that tests begin, whose PYTHONPATH names this
-folder: they skip, as the process that began them does, what takes time and no test looks at."""
+"""What Python imports as it starts where PYTHONPATH names this folder: see `BRIEF` in scripts.py."""
 
 import sys
 from pathlib import Path

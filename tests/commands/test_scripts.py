@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Begin, Script, numbers
-from scripts import ROOT, run_python, script_path
+from scripts import BRIEF, ROOT, run_python, script_path
 from suggestions import did_you_mean
 
 from llm.config import GenerateConfig, PretrainConfig
@@ -120,7 +120,7 @@ def test_two_processes_train_as_one(
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
     launched = run_python(
         tmp_path,
-        environment,
+        environment | BRIEF,
         *torchrun,
         script_path("pretrain"),
         *common,
