@@ -44,6 +44,16 @@ TINY = (
     "model.drop_rate=0.1",
 )
 
+# Tests that take several seconds: they begin first, so that no process is left alone with one at the end.
+SLOWEST = (
+    "test_sweep_commands",
+    "test_two_processes",
+    "test_drill",
+    "test_book",
+    "test_damage",
+    "test_tracking",
+)
+
 ON_GPUS = "gpu"  # the mark expression with which the tests of GPUs run, and nothing else does
 
 Begin = Callable[..., ScriptProcess]
@@ -65,6 +75,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Under `pytest -m gpu`, all but tests/gpu/: importing the other tests takes longer than running many."""
     others = collection_path.name.startswith("test_") and collection_path.parent.name != "gpu"
     return True if others and config.option.markexpr == ON_GPUS else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in SLOWEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
