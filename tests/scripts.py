@@ -68,8 +68,8 @@ def make_brief() -> None:
 
 
 def compose_quickly() -> None:
-    """Let Hydra, in this process, read each file of its own and of conf/ once, store a schema once, and make a
-    config of the choices so far only for the lists of defaults that refer to it."""
+    """Let Hydra, in this process, read each file of its own and of conf/ once, store a schema once, and make
+    a config of the choices so far only for the lists of defaults that refer to it."""
     read, store, map_of_choices = OmegaConf.load, ConfigStore.store, defaults_list._create_interpolation_map
     kept: dict[str, Any] = {}
     stored: dict[str, Any] = {}
