@@ -23,13 +23,14 @@ from scripts import (
 
 from llm.files import read_json_lines
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in two processes; before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side; before torch is imported
 os.environ["PYTHONPATH"] = str(ROOT)  # processes test this code, wherever `llm` is installed from
 # Each test worker and each process of a test would compile all modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A proxy that nobody listens at stands for a machine with no network; some clients read it once, so it is set
-# for all tests.
+# for all tests, and so is that servers of tests are reached without it.
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
+os.environ["no_proxy"] = "127.0.0.1"
 
 gc.set_threshold(100_000)  # as experiments/launch.py does, and from the first import on
 

@@ -313,7 +313,6 @@ OpenFrom = Callable[[str | None, str], str]
 def open_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenFrom:
     """What is said of a name at the hub of an address (None: one that nobody listens at), with a cache of the
     test's own."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -43,7 +43,6 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _Handler.requests = 0
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(corpus, "VERDICT_URL", f"http://127.0.0.1:{server.server_port}/the-verdict.txt")
     yield corpus.VERDICT_URL
     server.shutdown()
