@@ -383,8 +383,9 @@ def _starve(process: ScriptProcess, run: Path, chance: random.Random) -> str:
 
 def _steps(run: Path) -> int:
     """Lines of metrics so far; about the updates done."""
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    with suppress(FileNotFoundError):  # a run that is resumed may replace it meanwhile
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    return 0
 
 
 def _damage(run: Path, work: Drill, chance: random.Random, other: Path) -> str | None:
