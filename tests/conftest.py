@@ -82,6 +82,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(name in item.nodeid for name in SLOWEST))
 
 
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported by now need not be looked through for garbage again
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if marker := item.get_closest_marker("gpu"):
         import torch  # not above: its threads are limited first
