@@ -8,7 +8,6 @@ to be killed is a `ScriptProcess`, forked from a process that has imported torch
 
 import atexit
 import copy
-import functools
 import io
 import logging
 import multiprocessing
@@ -32,9 +31,7 @@ from typing import Any
 from unittest.mock import patch
 
 import hydra
-from hydra._internal import defaults_list
 from hydra._internal.hydra import Hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -68,11 +65,9 @@ def make_brief() -> None:
 
 
 def compose_quickly() -> None:
-    """Let Hydra, in this process, read each file of its own and of conf/ once, store a schema once, and make
-    a config of the choices so far only for the lists of defaults that refer to it."""
-    read, store, map_of_choices = OmegaConf.load, ConfigStore.store, defaults_list._create_interpolation_map
+    """Let Hydra, in this process, read each file of its own and of conf/ once."""
+    read = OmegaConf.load
     kept: dict[str, Any] = {}
-    stored: dict[str, Any] = {}
 
     def load(file: Any) -> Any:
         if not (name := str(getattr(file, "name", file))).startswith(UNCHANGED):
@@ -81,20 +76,7 @@ def compose_quickly() -> None:
             kept[name] = read(file)
         return copy.deepcopy(kept[name])
 
-    @functools.wraps(store)
-    def store_once(self: ConfigStore, name: str, node: Any, **others: Any) -> None:
-        if others.get("group") or type(node) is not type(stored.get(name)) or node != stored[name]:
-            store(self, name=name, node=node, **others)
-            stored[name] = node
-
-    def map_if_used(overrides: Any, defaults: Any, self_added: bool) -> Any:
-        if any(each.is_interpolation() for each in defaults if not each.is_self()):
-            return map_of_choices(overrides, defaults, self_added)
-        return None
-
     setattr(OmegaConf, "load", load)  # noqa: B010
-    setattr(ConfigStore, "store", store_once)  # noqa: B010
-    setattr(defaults_list, "_create_interpolation_map", map_if_used)  # noqa: B010
 
 
 def fork_processes() -> None:

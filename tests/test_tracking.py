@@ -82,6 +82,10 @@ def config(tmp_path: Path) -> PretrainConfig:
     return config
 
 
+# Seconds to wait for a server that will not answer; one that answers with an error is given longer.
+WAITS = {"gone": 0.2, "slow": 0.2}
+
+
 def break_down(server: WandbServer, outage: str) -> None:
     match outage:
         case "gone":
@@ -174,8 +178,8 @@ def test_an_outage_costs_nothing_but_a_sync(
     caplog: pytest.LogCaptureFixture,
     outage: str,
 ) -> None:
-    monkeypatch.setattr(wandb_client, "ANSWER", 1)
-    monkeypatch.setattr(wandb_client, "DELIVER", 1)
+    for name in ("ANSWER", "DELIVER"):
+        monkeypatch.setattr(wandb_client, name, WAITS.get(outage, 1.0))
     begin = lifecycle.train
 
     def train(*arguments: Any) -> None:
@@ -218,8 +222,8 @@ def test_a_run_that_cannot_begin_online_begins_offline(
     outage: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(wandb_client, "BEGIN", 1)
-    monkeypatch.setattr(wandb_client, "ANSWER", 1)
+    for name in ("ANSWER", "BEGIN"):
+        monkeypatch.setattr(wandb_client, name, WAITS.get(outage, 1.0))
     break_down(server, outage)
     tracker = Tracker(tmp_path, TrackingConfig(mode="online"), {}, "pretrain", "0123abcd")
     [line] = [record.getMessage() for record in caplog.records if "recorded offline" in record.getMessage()]
