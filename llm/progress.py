@@ -133,6 +133,11 @@ def format_windows(count: int, total: int) -> str:
     return f"all {total:,} windows" if count == total else f"{count:,} of {total:,} windows"
 
 
+def format_times(times: float) -> str:
+    """How many times over something is done, as `0.038`, `4.5` or `312`."""
+    return f"{times:.2g}" if times < 99.5 else format_count(times)
+
+
 def format_count(count: float) -> str:
     """A large count as `812`, `45.2k`, `16.1M` or `1.25G`."""
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from llm.progress import Progress, fitted, format_count
+from llm.progress import Progress, fitted, format_count, format_times
 
 PARTS = ["loss 3.847", "epoch 0.59", "946k tokens", "7.75k tokens/s"]
 
@@ -26,6 +26,13 @@ PARTS = ["loss 3.847", "epoch 0.59", "946k tokens", "7.75k tokens/s"]
 )
 def test_counts_have_three_digits_and_a_unit(count: float, shown: str) -> None:
     assert format_count(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("times", "shown"), [(0.0376, "0.038"), (4.48, "4.5"), (99.4, "99"), (99.6, "99.6"), (312.4, "312")]
+)
+def test_times_are_short_and_no_power_of_ten(times: float, shown: str) -> None:
+    assert format_times(times) == shown
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from llm.files import write_json
 from llm.model.gpt import description, parameter_count, parameters_of, training_flops_per_token
 from llm.outcome import Outcome
 from llm.processes import processes
-from llm.progress import format_count, format_seconds
+from llm.progress import format_count, format_seconds, format_times
 from llm.runtime import Runtime, device_kind, start_runtime
 from llm.tables import format_table, terminal_width
 from llm.training.budget import EXPECTED_MFU, LAYER_SECONDS, Budget, estimate_budget, expected_speed
@@ -255,7 +255,7 @@ def _text(plan: Plan) -> Rows:
     enough = "it suffices" if epochs <= 1 else "it is repeated, nearly as good as new"
     if epochs > REPEATED:
         enough = f"above {REPEATED:g}, repeating adds ever less (Muennighoff et al. 2023)"
-    yield "text", f"{format_count(tokens)} tokens: {format_count(epochs)} epochs; {enough}"
+    yield "text", f"{format_count(tokens)} tokens: {format_times(epochs)} epochs; {enough}"
 
 
 def _sharding(plan: Plan) -> Rows:

@@ -10,7 +10,7 @@ import numpy as np
 from llm.errors import UserError
 from llm.files import as_typed
 from llm.overrides import short_key
-from llm.progress import format_count
+from llm.progress import format_count, format_times
 from llm.sweeps.ladder import (
     BUDGETS,
     SIZES,
@@ -143,7 +143,7 @@ def predicted_in_words(each: Prediction, unit: str) -> str:
             " repeated text counts for less, Muennighoff et al. 2023"
         )
     loss = f"{value:.3f} {unit}, 95 % interval {low:.3f} to {high:.3f}"
-    return f"{format_count(each.times)} times the compute ({size}): {loss}"
+    return f"{format_times(each.times)} times the compute ({size}): {loss}"
 
 
 def outcome_in_words(each: Prediction, unit: str) -> str:
@@ -185,7 +185,7 @@ def scaling_section(scaling: Scaling) -> dict[str, Any]:
     fit, unit = ladder.fit, ladder.measure.unit
     rows = [
         [
-            f"{format_count(each.times)}×",
+            f"{format_times(each.times)}×",
             each.size.title,
             format_count(each.size.parameters),
             format_count(each.size.tokens),

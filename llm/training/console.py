@@ -8,7 +8,14 @@ from llm.config import PretrainConfig
 from llm.device import device_name, exactness_in_words, precision_in_words
 from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
-from llm.progress import format_count, format_figure, format_seconds, format_value, format_windows
+from llm.progress import (
+    format_count,
+    format_figure,
+    format_seconds,
+    format_times,
+    format_value,
+    format_windows,
+)
 from llm.run_folder import step_folders, steps_of
 from llm.training.acceleration import in_words
 from llm.training.budget import Budget, estimate_budget, expected_speed
@@ -107,11 +114,8 @@ def announce_measured(run: Run, tokens_per_second: float) -> None:
 
 def _amount(budget: Budget) -> tuple[str, str, str]:
     """How much training is left: tokens, epochs, time."""
-    return (
-        format_count(budget.tokens_left),
-        format_count(budget.epochs_left),
-        format_seconds(budget.seconds_left),
-    )
+    epochs = format_times(budget.epochs_left)
+    return format_count(budget.tokens_left), epochs, format_seconds(budget.seconds_left)
 
 
 def _final_validation(run: Run, budget: Budget) -> str:
