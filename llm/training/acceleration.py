@@ -8,11 +8,8 @@ limits keeps it.
 
 import logging
 import math
-import os
-import shutil
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 
@@ -50,8 +47,8 @@ def choose(run: Run, start: Start) -> None:
         compiled = (
             run.runtime.device.type == "cuda"
             and runtime.sharding == "none"
-            and _can_compile()
             and _is_long(run, COMPILED_MINUTES, COMPILED_FLOPS / update_flops)
+            and _can_compile(run.runtime.device)
         )
         run.config = start.config = replace(run.config, runtime=replace(runtime, compile=compiled))
 
@@ -106,10 +103,13 @@ def compile_blocks(run: Run) -> None:
     restore_generators(states)
 
 
-def _can_compile() -> bool:
-    """Whether there is what torch needs to compile for CUDA: Triton, and a C compiler."""
-    compilers = os.environ.get("CC"), "gcc", "clang"
-    return find_spec("triton") is not None and any(shutil.which(each) for each in compilers if each)
+def _can_compile(device: torch.device) -> bool:
+    """Whether torch can compile here. For CUDA it needs Triton, a C compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception:  # of any kind: nobody asked for it, and runs do without
+        return False
+    return True
 
 
 def _is_long(run: Run, minutes: float, updates: float) -> bool:

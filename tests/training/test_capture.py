@@ -239,7 +239,9 @@ def test_a_run_limited_by_the_clock_comes_out_the_same_again(
 def test_what_pays(
     monkeypatch: pytest.MonkeyPatch, training: dict[str, Any], batch: int, captured: bool, compiled: bool
 ) -> None:
-    monkeypatch.setattr(acceleration, "_can_compile", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device=None: ones(*sizes))  # there is no GPU here
     config = PretrainConfig()
     for key, value in training.items():
         setattr(config.training, key, value)
@@ -254,6 +256,11 @@ def test_what_pays(
     start: Any = SimpleNamespace(config=config)
     acceleration.choose(run, start)
     assert start.config.runtime.compile is run.config.runtime.compile is compiled
+    monkeypatch.setattr(torch, "compile", None)  # as where it lacks what it needs
+    run.config = config
+    acceleration.choose(run, start)
+    assert start.config.runtime.compile is False
+    run.config = start.config
     assert acceleration.captures(run) is captured
     run.runtime.processes = 2
     assert not acceleration.captures(run)
