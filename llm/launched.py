@@ -5,6 +5,8 @@ import os
 # What torchrun tells each process. Tasks of Slurm are told the same, see experiments/sweeping/tasks.py.
 VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
+PROCESSES = "runtime.processes"  # the key that says how many there are
+
 
 def launched_rank() -> int | None:
     """This process's number among those launched; None: it was begun by itself."""

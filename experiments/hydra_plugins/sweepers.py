@@ -27,11 +27,11 @@ from sweeping.recorded import ORDERS, check_jobs
 from sweeping.running import Runner, Sweep, reason_of
 from sweeping.stopping import exit_status, stoppable
 from sweeping.table import read_table
-from sweeping.tasks import PROCESSES, divide_job
+from sweeping.tasks import divide_job
 from sweeping.values import Values
 
 from llm.errors import UserError, shown
-from llm.launched import launched_rank
+from llm.launched import PROCESSES, launched_rank
 from llm.sweeps.comparing import TEXT_KEYS
 from llm.sweeps.jobs import SweepRecord, read_jobs, read_record
 

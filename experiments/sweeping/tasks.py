@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from sweeping.launchers import traits_of
 
 from llm.errors import UserError
+from llm.launched import PROCESSES
 from llm.overrides import split_override
 
-PROCESSES = "runtime.processes"
 PORTS = range(10_000, 30_000)  # below those that Linux gives to connections
 
 

@@ -15,7 +15,7 @@ from llm.data.shards import with_shards_there
 from llm.data.tokenizer import LEARNT
 from llm.errors import UserError
 from llm.files import as_typed
-from llm.launched import launched_processes
+from llm.launched import PROCESSES, launched_processes
 from llm.outcome import Outcome
 from llm.overrides import as_command, as_override
 from llm.processes import follow, processes
@@ -32,8 +32,6 @@ from llm.training.summary import Summary
 from llm.training.update_size import refuse_uneven
 
 log = logging.getLogger(__name__)
-
-PROCESSES = "runtime.processes"
 
 
 def pretrain(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from llm.model.gpt import training_flops_per_token
 from llm.training.optimizers import OPTIMIZERS
 from llm.training.run import Run
+from llm.training.update_size import update_tokens
 from llm.training.validation import FORWARD_SHARE, final_window_count
 
 EXPECTED_MFU = 0.45  # of small models on CPUs, and of 124M parameters on an H200
@@ -29,18 +30,12 @@ class Budget:
 def expected_speed(run: Run, matmul_flops: float, kind: str) -> float:
     """Tokens per second of training on a device of a kind, as `cuda`, that does `matmul_flops` floating-point
     operations per second."""
-    tokens, optimizer = update_tokens(run), OPTIMIZERS[run.config.optimizer.name]
+    tokens, optimizer = update_tokens(run.config), OPTIMIZERS[run.config.optimizer.name]
     flops = tokens * training_flops_per_token(run.model) + optimizer.flops(run.model)
     seconds = flops / (EXPECTED_MFU * matmul_flops)
     if kind == "cuda":
         seconds = max(seconds, LAYER_SECONDS * run.config.model.n_layers * run.config.training.accumulate)
     return tokens / seconds
-
-
-def update_tokens(run: Run) -> int:
-    """Tokens of one update."""
-    config = run.config
-    return config.training.accumulate * config.data.batch_size * config.model.context_length
 
 
 def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
@@ -51,7 +46,7 @@ def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
     if training.max_minutes is not None:
         left["max_minutes"] = (60 * training.max_minutes - counters.seconds) * tokens_per_second
     if training.max_steps is not None:
-        left["max_steps"] = float(training.max_steps - counters.steps) * update_tokens(run)
+        left["max_steps"] = float(training.max_steps - counters.steps) * update_tokens(config)
     if training.max_epochs is not None:
         left["max_epochs"] = (training.max_epochs - run.epochs()) * epoch_tokens
     limit = min(left, key=lambda each: left[each])
@@ -61,7 +56,7 @@ def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
     window_tokens = config.model.context_length * run.runtime.processes
     window_seconds = FORWARD_SHARE * window_tokens / tokens_per_second
     return Budget(
-        update_tokens=update_tokens(run),
+        update_tokens=update_tokens(config),
         limit=limit,
         tokens_left=tokens,
         epochs_left=tokens / epoch_tokens,

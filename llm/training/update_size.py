@@ -33,6 +33,11 @@ FEWER_EVALUATIONS, FEWER_OF_SMALL, SMALL_FLOPS = 10, 40, 1e11
 LEAST_EVALUATIONS = 40  # of a run limited by steps or epochs, but for those that have fewer on a CPU
 
 
+def update_tokens(config: PretrainConfig) -> int:
+    """Tokens of one update."""
+    return config.training.accumulate * config.data.batch_size * config.model.context_length
+
+
 def chosen_for_device(
     config: PretrainConfig, undecided: Collection[str], device: Device, precision: str, training_tokens: int
 ) -> dict[str, int]:
@@ -60,8 +65,7 @@ def chosen_for_device(
         }
     frequency = config.training.eval_freq
     if "training.eval_freq" in undecided and frequency is not None:
-        data, training = (sized := with_chosen(config, found)).data, sized.training
-        tokens = data.batch_size * training.accumulate * config.model.context_length
+        training, tokens = config.training, update_tokens(with_chosen(config, found))
         flops = tokens * training_flops_per_token(without_weights(config.model))
         epochs = math.inf if training.max_epochs is None else training.max_epochs
         steps = min(training.max_steps or math.inf, epochs * training_tokens / tokens)
@@ -78,18 +82,18 @@ def refuse_uneven(config: PretrainConfig, undecided: Collection[str], kind: str)
     """
     if _leaves_size_open(config, _open_to(kind, undecided)):
         return
-    size, processes, training = config.data.batch_size, config.runtime.processes, config.training
+    size, processes = config.data.batch_size, config.runtime.processes
     if size % processes:
         raise UserError(
             f"data.batch_size={size} cannot be divided evenly among runtime.processes={processes}: make it a "
             f"multiple of {processes}"
         )
-    context, wanted = config.model.context_length, training.update_tokens
-    if wanted is not None and wanted != (tokens := size * training.accumulate * context):
+    wanted, tokens = config.training.update_tokens, update_tokens(config)
+    if wanted is not None and wanted != tokens:
         raise UserError(
             f"training.update_tokens={wanted}: data.batch_size={size} × training.accumulate="
-            f"{training.accumulate} × model.context_length={context} is {tokens}; set "
-            f"data.batch_size={AUTO}, or remove it"
+            f"{config.training.accumulate} × model.context_length={config.model.context_length} is {tokens}; "
+            f"set data.batch_size={AUTO}, or remove it"
         )
 
 
