@@ -190,7 +190,7 @@ def test_a_sharded_run_is_as_one_process_and_resumes_in_one(
     resumed = script("pretrain", "resume=two/checkpoints/step-00000003", *whole)
     assert resumed.returncode == 0, resumed.stderr
     for line, before in zip(numbers(tmp_path / "two"), straight, strict=True):
-        assert line == pytest.approx(before, abs=1e-5)
+        assert line == pytest.approx(before, rel=1e-5)
 
 
 def test_torch_itself_puts_the_parts_of_a_checkpoint_together(tmp_path: Path) -> None:

@@ -224,7 +224,8 @@ def test_auto_divides_an_update_as_large_as_suits_the_model_by_the_memory() -> N
     undecided = {"training.accumulate"}
     whole = chosen(AUTO_SMALL, undecided=undecided, kind="cpu")
     assert whole == {"data.batch_size": 16}
-    of_5 = memory_of(AUTO_SMALL, 5, "bf16", CPU_DEVICE)
+    accumulating = replace(AUTO_SMALL, training=TrainingConfig(accumulate=2))
+    of_5 = memory_of(accumulating, 5, "bf16", CPU_DEVICE)
     tight = (PROCESS + KEPT * of_5.peak + of_5.copies) / USED_SHARE / GIB
     parts = chosen(AUTO_SMALL, gib=tight, undecided=undecided, kind="cpu")
     assert parts == {"data.batch_size": 4, "training.accumulate": 4}  # the largest divisor of 16 up to 5
