@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__(shown(message, keep=""))
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or logits that are not finite (NaN or infinity)."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, cut to one line so that it fits into another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

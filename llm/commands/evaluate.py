@@ -2,6 +2,7 @@
 token."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of, bytes_of_tokens, identity_of
 from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches
 from llm.device import device_errors_in_one_line
-from llm.errors import UserError
+from llm.errors import NotFinite, UserError
 from llm.files import parse_json, read_content, write_json
-from llm.generation.inference import load_for_inference
+from llm.generation.inference import NOT_FINITE, load_for_inference
 from llm.generation.sampling import next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.outcome import Outcome
@@ -54,6 +55,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
     Raises:
         UserError: a value is out of range, the text is not available or too short, or the checkpoint cannot
             be loaded.
+        NotFinite: the loss is not.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
@@ -77,6 +79,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
         batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
     with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
         metrics = evaluate(model, _with_progress(batches, count), lengths, runtime)
+    if not math.isfinite(metrics["loss"]):
+        raise NotFinite(NOT_FINITE)
     figures: dict[str, Any] = {
         "checkpoint": loaded.name,
         "step": loaded.step,

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from llm.checkpoints.checkpoint import CHECKSUMS, step_of
 from llm.checkpoints.opening import is_ours, open_weights, tokenizer_of
-from llm.checkpoints.weights import build_model, is_finite
+from llm.checkpoints.weights import build_model
 from llm.config import PretrainConfig
 from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention
 from llm.model.gpt import GPTModel
 from llm.run_folder import checkpoint_folder, step_folders
 from llm.runs import find_run, named_checkpoint, path_of
 from llm.runtime import Runtime
 
+NOT_FINITE = (
+    "the model gives logits that are not finite: its weights are damaged, or too large to compute with"
+)
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
 PADDED_TO = 64  # outputs on a GPU
 INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past the end if they are no multiple
@@ -71,12 +73,6 @@ def _load(
     source = open_weights(name, n_heads)
     encoding = load_tokenizer(tokenizer_of(source, tokenizer))
     model = build_model(source).to(runtime.device)
-    with torch.no_grad():
-        if not is_finite(model(torch.zeros(1, 1, dtype=torch.long, device=runtime.device))):
-            raise UserError(
-                f"{source.origin} gives logits that are not finite: its weights are damaged, or too large to "
-                f"compute with"
-            )
     return Loaded(
         for_inference(model, runtime),
         encoding,

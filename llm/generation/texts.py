@@ -1,6 +1,7 @@
 """Prompts to texts: many rows side by side, each with its own random stream and its own reason to stop."""
 
 import codecs
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from llm.config import SamplingConfig
 from llm.data.pieces import encode_pieces
 from llm.data.tokenizer import bytes_of, end_of_text_id
-from llm.errors import UserError
+from llm.errors import NotFinite, UserError
+from llm.generation.inference import NOT_FINITE
 from llm.generation.sampling import uniform_stream
 from llm.generation.steps import decodes_ahead, drawn_ahead, drawn_in_turn
 from llm.model.gpt import GPTModel
@@ -83,6 +85,7 @@ def generate_texts(
     Raises:
         UserError: a prompt is empty, or contains a token id outside the model's vocabulary; or the model
             cannot do `past_context`.
+        NotFinite: the model's logits are not.
     """
     names = names or ["prompt"] * len(prompts)
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -149,6 +152,8 @@ def _generate_batch(
         lambda number: bool(rows[number].sample.stop_reason),
     )
     for step, drawn in enumerate(steps):
+        if not all(math.isfinite(log_probability) for _, _, log_probability, _ in drawn):
+            raise NotFinite(NOT_FINITE)
         pieces = [rows[number].add(token, *figures) for number, token, *figures in drawn]
         yield (step + 1) / longest, "".join(pieces)
 

@@ -4,13 +4,13 @@ import logging
 
 from llm.checkpoints.checkpoint import read_config
 from llm.device import device_errors_in_one_line, device_name, measure_matmul_flops, peak_memory_bytes
-from llm.errors import UserError
+from llm.errors import NotFinite, UserError
 from llm.model.gpt import parameter_count, training_flops_per_token
 from llm.records import tokenizer_and_text
 from llm.runtime import Runtime
 from llm.training import console, plots
 from llm.training.acceleration import accelerate, choose
-from llm.training.loop import NotFinite, train
+from llm.training.loop import train
 from llm.training.recorder import Follower, Recorder
 from llm.training.run import Run, build_run
 from llm.training.start import Start

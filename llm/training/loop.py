@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from llm.errors import NotFinite
 from llm.runtime import Late
 from llm.training.run import Launched, Run
 from llm.training.state import checkpoint_due
@@ -33,10 +34,6 @@ class Observer(Protocol):
     def save(self) -> None: ...
 
 
-class NotFinite(Exception):
-    """Too many updates in a row whose loss or gradient is not finite."""
-
-
 def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> None:
     """Update until the budget is spent or a stop is requested.
 
@@ -44,7 +41,7 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
     looks at the weights, or is recorded with them, comes when nothing is in flight.
 
     Raises:
-        NotFinite: see `finish`.
+        NotFinite: too many updates in a row were skipped, see `finish`; or the model cannot be evaluated.
     """
     counters, saved = run.counters, replace(run.counters)
     agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
@@ -64,7 +61,10 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
             finish_all()
         if run.takes_part(evaluation_due(run)):
             finish_all()
-            observer.evaluated(*evaluate_splits(run))
+            metrics = evaluate_splits(run)
+            observer.evaluated(*metrics)
+            if not all(math.isfinite(each["loss"]) for each in metrics):  # before such weights are saved
+                raise NotFinite(f"step {counters.step}: the loss after this update is not finite")
         if samples:
             observer.sample()
         # Not right after a skipped update: what made its loss not finite may be in the weights already.

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -26,6 +27,7 @@ from llm.config import PretrainConfig, ScheduleConfig, TokenizerConfig
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import read_json_lines
+from llm.generation.inference import NOT_FINITE
 from llm.run_folder import GOING_BACK, step_folders
 from llm.training.loop import watch
 from llm.training.plots import plot_losses
@@ -295,6 +297,28 @@ def test_the_last_good_checkpoint_is_from_before_the_weights_went_astray(tmp_pat
     losses = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
     assert [line["step"] for line in losses] == list(range(8))
     assert all(line["train/loss"] < 6 for line in losses)
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (3, "step 2: the loss after this update is not finite"),  # in the evaluation after the last update
+        (4, NOT_FINITE),  # in a sample, while there are updates to come
+    ],
+)
+def test_weights_that_have_gone_astray_are_not_saved(tmp_path: Path, last: int, why: str) -> None:
+    """The loss of the update that ruins them is finite: it is that of the weights before."""
+    config = settings(tmp_path, max_steps=2, eval_freq=None, grad_clip=None)
+    config = changed(config, optimizer__name="adamw", optimizer__lr=1e-3, schedule__name="constant")
+    config.schedule.warmup = 0
+    config.checkpoint.every_steps = 1
+    pretrain(config, tmp_path / "run")
+    config = changed(config, resume=str(tmp_path / "run"), optimizer__lr=1e30, training__max_steps=last)
+    config.samples.every_minutes = 1e-9
+    good = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(UserError, match=re.escape(f"{why}; the last good checkpoint is {good};")):
+        pretrain(config)
+    assert not (good.parent / "step-00000003").exists()
 
 
 def test_gradient_norm_spikes_are_counted(caplog: pytest.LogCaptureFixture) -> None:
