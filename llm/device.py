@@ -18,6 +18,10 @@ import torch
 from llm.errors import UserError, first_line
 from llm.runtime import Runtime, computes_in_bf16
 
+# Rows of the square matrices whose product is timed, by the kind of device: so many that the time to launch
+# it, and to wait for it, does not matter.
+LARGE_PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 1024}
+
 
 @contextlib.contextmanager
 def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
@@ -175,8 +179,7 @@ def gpu_memory_bytes(device: torch.device) -> int:
 
 def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     """Floating-point operations per second of a large square matrix product in the run's precision."""
-    # Large enough that the time to launch it and to wait for it does not matter.
-    size = {"cuda": 8192, "mps": 4096}.get(runtime.device.type, 1024)
+    size = LARGE_PRODUCT[runtime.device.type]
     generator = torch.Generator(runtime.device).manual_seed(0)  # training's stream is not touched
     matrix = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
     best = float("inf")
