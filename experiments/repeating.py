@@ -4,6 +4,7 @@ The module in `llm.commands` that does a script's work says with `outcome_of` wh
 with `show_again` what the run itself printed.
 """
 
+import logging
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -29,9 +30,9 @@ def made_before(
     """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
 
     There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
-    where something is wrong, as the run itself will say.
+    where something is wrong, as the run itself will say. It will say too which files of a text it skips.
     """
-    with suppress(UserError, OmegaConfBaseException, OSError):
+    with suppress(UserError, OmegaConfBaseException, OSError), _silent("llm.data.text_files"):
         settings: Any = OmegaConf.to_object(config)
         if any(getattr(settings, key, None) for key in ("resume", "rerun")):
             return None, None
@@ -45,6 +46,16 @@ def made_before(
         found = find_done(made_with, _root(place))
         return made_with, found if found and _is_whole(script, found) else None
     return None, None
+
+
+@contextmanager
+def _silent(module: str) -> Iterator[None]:
+    logger = logging.getLogger(module)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def _is_whole(script: str, folder: Path) -> bool:
