@@ -23,6 +23,12 @@ from llm.run_folder import holds_run, refuse_links
 from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
+FINDING = (
+    "data.text_files",
+    "data.corpus",
+    "checkpoints.checkpoint",
+)  # modules that log what they skip or load
+
 
 def made_before(
     script: str, config: DictConfig, given: Collection[str], place: Place
@@ -30,9 +36,9 @@ def made_before(
     """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
 
     There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
-    where something is wrong, as the run itself will say. It will say too which files of a text it skips.
+    where something is wrong, as the run itself will say.
     """
-    with suppress(UserError, OmegaConfBaseException, OSError), _silent("llm.data.text_files"):
+    with suppress(UserError, OmegaConfBaseException, OSError), _said_once():
         settings: Any = OmegaConf.to_object(config)
         if any(getattr(settings, key, None) for key in ("resume", "rerun")):
             return None, None
@@ -49,13 +55,16 @@ def made_before(
 
 
 @contextmanager
-def _silent(module: str) -> Iterator[None]:
-    logger = logging.getLogger(module)
-    logger.disabled = True
+def _said_once() -> Iterator[None]:
+    """Without what the run itself will say as it finds its text and its checkpoint."""
+    loggers = [logging.getLogger(f"llm.{name}") for name in FINDING]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.disabled = False
+        for logger in loggers:
+            logger.disabled = False
 
 
 def _is_whole(script: str, folder: Path) -> bool:
