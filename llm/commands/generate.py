@@ -76,7 +76,8 @@ def show_again(config: GenerateConfig, run_dir: Path) -> None:
         _keep_log_off_standard_output()
     end, between = ("\n", f"{END_OF_TEXT}\n") if config.quiet else ("\n\n", "")
     _printer(config.quiet)(between.join(f"{sample['text']}{end}" for sample in samples))
-    log.info("%d samples; saved to %s", len(samples), run_dir / SAMPLES)
+    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
+    log.info("%s; saved to %s", count, run_dir / SAMPLES)
 
 
 def _study(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
