@@ -23,11 +23,8 @@ from llm.run_folder import holds_run, refuse_links
 from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
-FINDING = (
-    "data.text_files",
-    "data.corpus",
-    "checkpoints.checkpoint",
-)  # modules that log what they skip or load
+# Modules that log what they skip or load.
+FINDING = ("data.text_files", "data.corpus", "checkpoints.checkpoint")
 
 
 def made_before(
