@@ -3,7 +3,13 @@
 import logging
 
 from llm.checkpoints.checkpoint import read_config
-from llm.device import device_errors_in_one_line, device_name, measure_matmul_flops, peak_memory_bytes
+from llm.device import (
+    device_errors_in_one_line,
+    device_name,
+    forget_peak_memory,
+    measure_matmul_flops,
+    peak_memory_bytes,
+)
 from llm.errors import NotFinite, UserError
 from llm.model.gpt import parameter_count, training_flops_per_token
 from llm.records import tokenizer_and_text
@@ -25,6 +31,7 @@ log = logging.getLogger(__name__)
 def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
     """What each process of a run does, from beginning to end. The main one fills in the summary."""
     run_dir = start.run_dir
+    forget_peak_memory()
     with device_errors_in_one_line(lambda: console.sizes(start.config)):
         run = build_run(start, runtime)
         choose(run, start)
