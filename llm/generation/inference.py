@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.checkpoints.checkpoint import CHECKSUMS, step_of
+from llm.checkpoints.checkpoint import CHECKSUMS, step_of, trained_on
 from llm.checkpoints.opening import is_ours, open_weights, tokenizer_of
 from llm.checkpoints.weights import build_model
 from llm.config import PretrainConfig
+from llm.data.token_file import token_files
 from llm.data.tokenizer import load_tokenizer
+from llm.data.tokens import TokenFile
+from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention
 from llm.model.gpt import GPTModel
 from llm.run_folder import checkpoint_folder, step_folders
@@ -39,6 +42,7 @@ class Loaded:
     name: str  # the checkpoint's folder, or the name that foreign weights were asked for by
     trained: PretrainConfig | None  # the config of its run; None for foreign weights
     step: int | None  # the update, counted from 0, after which it was saved
+    data: list[str] | None  # fingerprints of its run's training and validation tokens, if they are known
 
 
 def load_for_inference(
@@ -79,7 +83,22 @@ def _load(
         source.origin if source.folder else name,
         source.trained,
         step_of(source.folder) if source.folder else None,
+        trained_on(source.folder.resolve()) if source.folder else None,
     )
+
+
+def splits_of(loaded: Loaded, trained: PretrainConfig) -> tuple[TokenFile, TokenFile]:
+    """The training and the validation tokens of the run that a model comes from.
+
+    Raises:
+        UserError: see `token_files`; or the text is no longer the one that the run was trained on, and its
+            figures would be taken for those of the run.
+    """
+    files = token_files(trained.data, loaded.tokenizer)
+    if loaded.data and loaded.data != [file.fingerprint for file in files]:
+        where = f"data.path={trained.data.path}" if trained.data.path else f"data={trained.data.source}"
+        raise UserError(f"{loaded.name} was trained on another text than is at {where} now: bring it back")
+    return files
 
 
 def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:

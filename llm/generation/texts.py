@@ -107,8 +107,9 @@ def generate_texts(
             if show:
                 show(piece)
             else:
-                samples = f"samples {start + 1} to {start + len(batch)} of {len(rows)}"
-                progress.update((start + share * len(batch)) / len(rows), samples)
+                last = start + len(batch)
+                which = f"sample {last}" if len(batch) == 1 else f"samples {start + 1} to {last}"
+                progress.update((start + share * len(batch)) / len(rows), f"{which} of {len(rows)}")
         if not show:  # what was shown must stay on the terminal
             progress.clear()
         yield from (row.sample for row in batch)

@@ -21,6 +21,7 @@ from llm.run_folder import step_folders, steps_of
 from llm.training.acceleration import in_words
 from llm.training.budget import Budget, estimate_budget, expected_speed
 from llm.training.evaluation import METRICS
+from llm.training.reruns import changes_on_the_way
 from llm.training.run import Run
 from llm.training.schedules import lr_factor, spent
 from llm.training.summary import Summary
@@ -99,6 +100,11 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
                 format_value(value),
             )
         log.info("")
+    elif changes := changes_on_the_way(Path(run.config.rerun)) if run.config.rerun else []:
+        log.info(
+            "rerun      %s; it is trained with that from the first update on, so its numbers may differ\n",
+            "; ".join(changes),
+        )
 
 
 def announce_measured(run: Run, tokens_per_second: float) -> None:

@@ -234,6 +234,36 @@ def test_a_run_limited_by_the_clock_comes_out_the_same_again(
     assert "the same numbers as" in caplog.text
 
 
+def test_a_rerun_takes_changes_once_it_has_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And is a run like others from there on, also where it is killed before its next checkpoint."""
+    caplog.set_level("INFO")
+    pretrain(settings(tmp_path), tmp_path / "run")
+    whole = settings(tmp_path, max_steps=16)
+    pretrain(changed(whole, resume=str(tmp_path / "run")))
+    rerun = changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled")
+    with pytest.raises(UserError, match=r"other numbers.*changed after 12 updates: training\.max_steps=16"):
+        pretrain(rerun, tmp_path / "again")
+    assert (
+        "rerun      the original was changed after 12 updates: training.max_steps=16 (it was 12); "
+        in caplog.text
+    )
+
+    longer = changed(PretrainConfig(), resume=str(tmp_path / "again"), training__max_steps=18)
+    summary_file = tmp_path / "again" / "summary.json"
+    finished = json.loads(summary_file.read_text())
+    summary_file.write_text(json.dumps({**finished, "status": "interrupted"}))
+    with pytest.raises(
+        UserError, match=r"is a rerun, .*: remove training\.max_steps=18 until it has finished"
+    ):
+        pretrain(longer, given={"training.max_steps"})
+    summary_file.write_text(json.dumps(finished))
+    summary = pretrain(longer, given={"training.max_steps"})
+    assert (summary.status, summary.steps) == ("finished", 18)
+    assert (tmp_path / "again" / "checkpoints" / "last" / "config.json").read_text().count(
+        '"rerun": null'
+    ) == 1
+
+
 def test_a_rerun_that_comes_out_otherwise_says_where_and_what_differs(tmp_path: Path) -> None:
     pretrain(settings(tmp_path), tmp_path / "run")
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
