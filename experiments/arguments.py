@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
 from suggestions import did_you_mean
-from sweeping.recorded import CONF, PLANNED, check_jobs, harmless
+from sweeping.recorded import CONF, PLANNED, SHORT_KEYS, check_jobs, harmless
 
 from llm.config_values import leaf_keys
 from llm.errors import UserError
@@ -22,7 +22,6 @@ from llm.sweeps.jobs import find_sweep, read_record
 
 TEXTS = ("prompt", "text", "samples.prompt")  # for people: in these, ${…} means nothing
 PATHS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.resume", "sweep.extend", "sweep.table")
-OF_SWEEPER = {f"sweep.{name}": f"hydra.sweeper.{name}" for name in ("zip", "table", "order")}
 SWEEP_FLAGS = {"-m", "--multirun"}
 ONE_CONFIG_FLAGS = {"-c", "--cfg", "-i", "--info"}
 # With these Hydra prints something and runs nothing.
@@ -53,7 +52,7 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
         raise UserError("hydra.output_subdir: the record of a run is always in its folder .hydra; remove it")
     if plans or "sweep.resume" in overrides:
         flags = _sweeping(flags)
-    for key, ours in OF_SWEEPER.items():
+    for key, ours in SHORT_KEYS.items():
         if override := overrides.pop(key, None):
             overrides[ours] = f"{ours}={override.partition('=')[2]}"
     if "sweep.resume" in overrides or "sweep.extend" in overrides:

@@ -258,7 +258,7 @@ class EarlyStoppingConfig:
         "none",
         "which jobs of a sweep stop early; median: those whose best validation loss is above the median of "
         "the others'; halving: all but the best 1/reduction, at 1/reduction, 1/reduction², … of the run",
-        choices=("none", "median", "halving"),
+        table="llm.training.early_stopping.RULES",
     )
     from_progress: float = key(0.1, "share of the run before which no job is stopped", above=0, below=1)
     min_jobs: int = key(3, "median: how many other jobs must have come as far", at_least=1)

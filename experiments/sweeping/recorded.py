@@ -1,8 +1,9 @@
 """What a sweep's record may decide when the sweep is resumed.
 
 The folder may come from somebody else, and Hydra's settings can start any program: a launcher, a logger, the
-environment of a job. So of a record only the keys of the script's own config count, and of Hydra's settings
-the few that are named here.
+environment of a job. So only the keys of the script's own config are taken from a record, and those of
+Hydra's settings that are named here. Any other setting has to be given again, so a new option of a sweeper
+belongs in one of these lists.
 """
 
 import re
@@ -17,7 +18,9 @@ from llm.config_values import leaf_keys
 from llm.errors import UserError
 from llm.sweeps.jobs import RECORD
 
-SWEEP_KEYS = tuple(f"sweep.{name}" for name in ("resume", "extend", "zip", "table", "order"))
+# Settings of sweepers that have a short name: sweep.zip is hydra.sweeper.zip.
+SHORT_KEYS = {f"sweep.{name}": f"hydra.sweeper.{name}" for name in ("zip", "table", "order")}
+SWEEP_KEYS = ("sweep.resume", "sweep.extend", *SHORT_KEYS)
 CONF = Path(__file__).parents[2] / "conf"
 ORDERS = ("seeds_last", "given")  # in which jobs run
 CHOICES = {
@@ -33,7 +36,7 @@ NUMBERS = (
     "hydra.launcher.n_jobs",
     "hydra.launcher.jobs_per_device",
 )
-# What a sweep's jobs were made of; the record holds the jobs themselves.
+# What the jobs were made of. It need not be given again, as the record holds the jobs themselves.
 PLANNED = ("hydra.sweeper.zip", "hydra.sweeper.table", "hydra.sweeper.extend", "hydra.sweeper.resume")
 RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # as ${oc.env:KEY}, unless a backslash makes it text
 OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a config group

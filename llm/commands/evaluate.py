@@ -24,7 +24,7 @@ from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import parse_json, read_content, write_json
 from llm.generation.inference import load_for_inference
-from llm.generation.sampling import next_distribution, penalise_repetition
+from llm.generation.sampling import FILTERS, next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.outcome import Outcome
 from llm.progress import Progress, format_count, format_figure, format_windows
@@ -199,7 +199,7 @@ def distribution_stages(
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
         stages[f"repetition penalty {sampling.repetition_penalty:g}"] = next_distribution(logits, plain)
     so_far = plain
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in ("temperature", *FILTERS):
         value = getattr(sampling, name)
         if value is not None and value != getattr(plain, name):
             so_far = replace(so_far, **{name: value})

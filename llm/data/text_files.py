@@ -67,9 +67,7 @@ def _in_folder(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], Cou
             if name.startswith("."):
                 skipped["hidden"] += 1
                 subfolders.remove(name)
-            elif Path(
-                parent, name
-            ).is_symlink():  # which `os.walk` does not follow: it may lead back
+            elif Path(parent, name).is_symlink():  # which `os.walk` does not follow: it may lead back
                 skipped["links to folders"] += 1
         for file in (Path(parent, name) for name in names):
             if file.name.startswith("."):

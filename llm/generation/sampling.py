@@ -5,6 +5,7 @@ are applied in the same order.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +37,9 @@ def next_distribution(logits: Tensor, config: SamplingConfig) -> Tensor:
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Logits (…, vocab) divided by the temperature, with those that must not be drawn set to -inf."""
     logits = logits / config.temperature
-    if config.top_k is not None:
-        logits = keep_top_k(logits, config.top_k)
-    if config.top_p is not None:
-        logits = keep_top_p(logits, config.top_p)
-    if config.min_p is not None:
-        logits = keep_min_p(logits, config.min_p)
+    for name, keep in FILTERS.items():
+        if (value := getattr(config, name)) is not None:
+            logits = keep(logits, value)
     return logits
 
 
@@ -73,6 +71,15 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     probabilities = logits.softmax(dim=-1)
     likeliest = probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < p * likeliest, -torch.inf)
+
+
+# By the key of `SamplingConfig` that sets them, in the order in which they are applied: functions of logits
+# (…, vocab) and the key's value. A key that is null turns its filter off.
+FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+}
 
 
 def draw_from(generator: torch.Generator | None = None) -> Draw:

@@ -1,4 +1,4 @@
-"""A sampling study: what is measured of each of its settings, and how that is written."""
+"""A sampling study: the measures of its settings, and how they are shown."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from llm.records import figure as as_figure
 from llm.sweeps.jobs import Job
 from llm.sweeps.ranking import HeatCell, shades_by_size, swept_keys, values_of
 
-# What is shown of each setting: its title, how its number is written, and what it means.
+# The measures that llm/generation/study.py takes of a setting's samples, by name: title, format, and meaning.
 METRICS = {
     "perplexity": ("Perplexity", "{:.1f}", "of the samples under the model itself, at temperature 1"),
     "log_probability": ("Log-probability", "{:.2f}", "mean under the model, nats per token"),
@@ -20,6 +20,7 @@ METRICS = {
     "copied": ("Copied", "{:.1%}", "share of new tokens in runs of 8 or more from the training text"),
     "longest_copy": ("Longest copy", "{:.0f}", "tokens of the longest run from the training text"),
 }
+# Those of the printed table and the picture, which has room for six.
 MAIN_METRICS = ("perplexity", "entropy", "distinct_2", "repetition", "copied", "longest_copy")
 
 

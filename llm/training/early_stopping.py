@@ -18,13 +18,13 @@ rung. With `early_stopping.rule=none` the job runs to its end.
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from llm.config import TrainingConfig
+from llm.config import EarlyStoppingConfig, TrainingConfig
 from llm.errors import UserError
 from llm.files import append_json_lines, flush, parse_json, read_json_lines
 from llm.records import count, tokenizer_and_text, typed
@@ -48,7 +48,7 @@ Curve = list[Point]  # the evaluations of one job, in order; at least one
 LOSS, BITS_PER_BYTE = "val/loss", "val/bits_per_byte"  # in the lines of evaluations
 
 
-def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | None:
+def median_rule(own: Curve, others: Collection[Curve], settings: EarlyStoppingConfig) -> str | None:
     """The median stopping rule (Golovin et al. 2017, "Google Vizier"), on best losses: stop if the best loss
     of this job so far is above the median of the best losses that the other jobs had at this point.
 
@@ -61,7 +61,7 @@ def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | N
     """
     now, best = own[-1].progress, min(loss for _, loss in own)
     reached = [curve for curve in others if curve[0].progress <= now <= curve[-1].progress]
-    if len(reached) < min_jobs:
+    if len(reached) < settings.min_jobs:
         return None
     middle = median(min(loss for progress, loss in curve if progress <= now) for curve in reached)
     if best <= middle:
@@ -69,7 +69,7 @@ def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | N
     return f"best validation loss {best:.4f} is above {middle:.4f}, the median of {len(reached)} other jobs"
 
 
-def halving_rule(own: Curve, others: Collection[Curve], reduction: int, from_progress: float) -> str | None:
+def halving_rule(own: Curve, others: Collection[Curve], settings: EarlyStoppingConfig) -> str | None:
     """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934), except that jobs which the paper
     would pause are stopped.
 
@@ -83,13 +83,13 @@ def halving_rule(own: Curve, others: Collection[Curve], reduction: int, from_pro
     """
     before = own[-2].progress if len(own) > 1 else 0.0
     now, loss = own[-1]
-    for denominator in rungs(reduction, from_progress):
+    for denominator in rungs(settings.reduction, settings.from_progress):
         rung = 1 / denominator
         if not before < rung <= now:
             continue
         reached = [curve for curve in (own, *others) if curve[-1].progress >= rung]
         losses = sorted(next(loss for progress, loss in curve if progress >= rung) for curve in reached)
-        kept = max(1, len(losses) // reduction)
+        kept = max(1, len(losses) // settings.reduction)
         if loss > losses[kept - 1]:
             return (
                 f"validation loss {loss:.4f} at 1/{denominator} of the run is above "
@@ -104,6 +104,15 @@ def rungs(reduction: int, from_progress: float) -> list[int]:
     while 1 / denominators[0] >= from_progress:
         denominators.insert(0, denominators[0] * reduction)
     return denominators[1:]
+
+
+# By `early_stopping.rule`: functions of a job's own evaluations, those of the other jobs, and the settings,
+# that return why the job should stop, or None. They speak of the "validation loss", whatever is compared.
+RULES: dict[str, Callable[[Curve, Collection[Curve], EarlyStoppingConfig], str | None]] = {
+    "none": lambda own, others, settings: None,
+    "median": median_rule,
+    "halving": halving_rule,
+}
 
 
 class EarlyStopping:
@@ -141,10 +150,7 @@ class EarlyStopping:
         compared = self._compared(jobs)
         own, *others = (self._curve(job, compared) for job in (run.run_dir, *jobs))
         others = [curve for curve in others if curve]
-        if settings.rule == "median":
-            reason = median_rule(own, others, settings.min_jobs)
-        else:
-            reason = halving_rule(own, others, settings.reduction, settings.from_progress)
+        reason = RULES[settings.rule](own, others, settings)
         if reason and compared == BITS_PER_BYTE:
             reason = reason.replace("validation loss", "validation bits per byte")
         return reason and f"{settings.rule} rule at step {run.counters.step}: {reason}"

@@ -53,8 +53,9 @@ class Metric:
     """A figure that every evaluation computes."""
 
     value: Callable[[Sums], float]
-    title: str  # in tables
-    form: str = "{:.3f}"  # how tables format it
+    # In the tables of runs and evaluations. Sweeps, which read records of any version, show the name instead.
+    title: str
+    form: str = "{:.3f}"  # how these tables format it
     # A score of each token, if the metric needs more than the loss: summed into `Sums.scores[its name]`.
     score: Score | None = None
 

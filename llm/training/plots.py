@@ -86,7 +86,7 @@ def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]
     width = 0.8 / len(stages)
     for number, (stage, probabilities) in enumerate(stages.items()):
         centres = [place + (number - (len(stages) - 1) / 2) * width for place in range(len(tokens))]
-        axes.bar(centres, probabilities, width, color=STAGE_COLOURS[number], label=stage)
+        axes.bar(centres, probabilities, width, color=STAGE_COLOURS[number % len(STAGE_COLOURS)], label=stage)
     labels = [repr(token).replace("$", r"\$") for token in tokens]
     axes.set_xticks(range(len(tokens)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.6, len(tokens) - 0.4)
