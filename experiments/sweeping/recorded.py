@@ -38,19 +38,20 @@ NUMBERS = (
 )
 # What the jobs were made of. It need not be given again, as the record holds the jobs themselves.
 PLANNED = ("hydra.sweeper.zip", "hydra.sweeper.table", "hydra.sweeper.extend", "hydra.sweeper.resume")
-RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # as ${oc.env:KEY}, unless a backslash makes it text
+RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # such as ${oc.env:KEY}, unless a backslash makes it text
 OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a config group
 
 
 def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str], list[str]]:
-    """
+    """Separate recorded overrides that may be used from those that may not.
+
     Args:
-        overrides: recorded in `folder`.
-        schema: of the script's config.
+        overrides: those recorded in `folder`.
+        schema: that of the script's config.
 
     Returns:
-        The overrides that may be given to Hydra, and the keys of others, which have to be given again:
-        Hydra's own, and those whose value is for a resolver to find.
+        The overrides that may be given to Hydra, and the keys of the others, which have to be given again:
+        settings of Hydra's, and keys whose value a resolver would compute.
 
     Raises:
         UserError: an override is neither Hydra's nor the script's.
@@ -91,7 +92,7 @@ def check_jobs(jobs: list[list[str]], schema: Any, folder: Path) -> set[str]:
 
 
 def config_groups() -> set[str]:
-    """The groups of conf/, as `model/part`."""
+    """The groups of conf/, such as `model/part`."""
     return {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
 
 
@@ -103,7 +104,7 @@ def _parsed(text: str, folder: Path) -> Override:
 
 
 def is_option(value: Any) -> bool:
-    """Whether it names an option of a group, or several, and no file elsewhere."""
+    """Whether a value names an option of a group, or several, and not a file elsewhere."""
     if isinstance(value, ChoiceSweep):
         value = value.list
     values = value if isinstance(value, list) else [value]
