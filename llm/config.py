@@ -349,8 +349,8 @@ class RuntimeConfig:
 
 
 def modern_small() -> ModelConfig:
-    """The default model. The fields' own defaults are GPT-2's, as records from before a key existed mean
-    them."""
+    """The default model. The fields' own defaults are GPT-2's, which is what records older than a key
+    mean."""
     return ModelConfig(
         vocab_size=4096, norm="rmsnorm", position="rotary", bias=False, qk_norm=True, parallel_blocks=True
     )

@@ -1,5 +1,4 @@
-"""Whether a device computes correctly, and how fast, in under a minute: a table to read, or to send to
-others."""
+"""Whether a device computes correctly, and how fast, in under a minute: a table to read or to send on."""
 
 import logging
 import math

@@ -1,5 +1,4 @@
-"""The work of `experiments/prepare.py`: tokenising a run's text in advance, so that no GPU has to wait for
-it."""
+"""The work of `experiments/prepare.py`: tokenising a run's text in advance, so that no GPU has to wait."""
 
 import logging
 import time

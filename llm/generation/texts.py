@@ -1,5 +1,4 @@
-"""From prompts to texts: many samples side by side, each with its own random stream and stopping
-condition."""
+"""From prompts to texts: many samples side by side, each with its own random stream and end."""
 
 import codecs
 from collections.abc import Callable, Iterator

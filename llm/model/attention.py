@@ -111,8 +111,8 @@ class MultiHeadAttention(nn.Module):
         return tuple(layer(x) for layer in layers)
 
     def _attend_as_in_the_book(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The same attention step by step, with dropout drawn in the book's order, which fused kernels do not
-        keep."""
+        """The same attention step by step, so that dropout is drawn in the book's order, unlike in fused
+        kernels."""
         if self.groups > 1:
             keys, values = (heads.repeat_interleave(self.groups, dim=1) for heads in (keys, values))
         scores = queries @ keys.transpose(2, 3)  # (batch, heads, time, time)

@@ -32,7 +32,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019): without subtracting the mean, and without a
+    """Root-mean-square normalisation (Zhang & Sennrich 2019): no mean is subtracted, and there is no
     shift."""
 
     def __init__(self, dim: int, eps: float) -> None:

@@ -134,8 +134,7 @@ def _other_choice(run: Run, budget: Budget) -> str:
 
 
 def _rates(run: Run, before: PretrainConfig) -> tuple[float, float] | None:
-    """The learning rates with which a run would have continued and with which it now does, if that is
-    higher."""
+    """The learning rates with which a run would have continued and now does, if the latter is higher."""
     counters, rates = run.counters, []
     for config in (before, run.config):
         shares = spent(config.training, counters.steps, run.epochs(), counters.seconds)
@@ -146,8 +145,7 @@ def _rates(run: Run, before: PretrainConfig) -> tuple[float, float] | None:
 
 
 def status(metrics: dict[str, float]) -> list[str]:
-    """How far a run is, for its progress bar: the most important first, as narrow terminals cut off the
-    rest."""
+    """How far a run is, for its progress bar, the most important first: narrow terminals omit the rest."""
     return [
         f"loss {metrics['train/loss']:.3f}",
         f"epoch {metrics['epoch']:.2f}",

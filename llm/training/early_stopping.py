@@ -156,8 +156,7 @@ class EarlyStopping:
         return reason and f"{settings.rule} rule at step {run.counters.step}: {reason}"
 
     def pending_reason(self, was_carried_out: bool) -> str | None:
-        """Why a resumed run should stop at once: a judgement said so, and the run was killed before it
-        stopped.
+        """Why a resumed run should stop at once: it was judged so, and was killed before it had stopped.
 
         Args:
             was_carried_out: whether the run did stop, in which case resuming it means that it shall continue.

@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
-    """Execute a run in one of its processes. The main process fills in the summary, and returns a
-    recorder."""
+    """Execute a run in one of its processes. The main one fills in the summary, and returns a recorder."""
     run_dir = start.run_dir
     with device_errors_in_one_line(lambda: console.sizes(start.config)):
         run = build_run(start, runtime)
@@ -81,7 +80,7 @@ def status_after(error: BaseException) -> str:
 
 
 def conclude(run: Run, observer: Recorder | Follower, summary: Summary, matmul_flops: float) -> None:
-    """Compute the final figures, generate a sample and draw the plot. Of a sharded run, all processes take
+    """Compute final figures, generate a sample and draw the plot. All processes of a sharded run take
     part."""
     if run.sharded:
         summary.status = "finished" if run.takes_part(summary.status == "finished") else "interrupted"

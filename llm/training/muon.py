@@ -223,6 +223,5 @@ def _exchanged(pieces: Tensor) -> Tensor:
 
 
 def _lying(matrix: Tensor) -> Tensor:
-    """A matrix or its transpose, whichever has no more rows than columns, so that its Gram matrix is
-    small."""
+    """A matrix or its transpose, whichever has no more rows than columns, and so a small Gram matrix."""
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

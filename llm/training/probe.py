@@ -22,8 +22,7 @@ class Probe:
 
 
 def probe(start: Start, runtime: Runtime) -> Probe:
-    """Start a run as pretrain.py would, for `SECONDS`, and keep nothing of it. All processes have to call
-    it."""
+    """Start a run as pretrain.py would, for `SECONDS`, and keep nothing. All processes have to call it."""
     run = build_run(start, runtime)
     choose(run, start)
     run.model.train()

@@ -136,8 +136,7 @@ class Recorder:
             console.announce_measured(self.run, sum(tokens for tokens, _ in usual) / seconds)
 
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
-        """Record an evaluation, keep the weights if they are the best so far, and decide on early
-        stopping."""
+        """Record an evaluation, keep the weights if they are the best, and decide on early stopping."""
         run, counters = self.run, self.run.counters
         metrics = {
             "eval/train_loss": training["loss"],

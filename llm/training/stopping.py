@@ -17,8 +17,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(announce: bool) -> Iterator[StopRequest]:
-    """Treat SIGINT, SIGTERM and SIGHUP as requests to stop. A second SIGINT or SIGTERM ends the process at
-    once.
+    """Treat SIGINT, SIGTERM and SIGHUP as requests to stop. A second SIGINT or SIGTERM ends the process.
 
     A terminal that is closed sends SIGHUP, and its shell often sends another, so a second SIGHUP is ignored.
     Under `nohup`, SIGHUP stays ignored altogether.

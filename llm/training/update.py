@@ -1,5 +1,4 @@
-"""The arithmetic of one update: gradients accumulated over micro-batches, clipped, and the optimizer's
-step."""
+"""The arithmetic of an update: gradients accumulated over micro-batches, clipping, the optimizer's step."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
