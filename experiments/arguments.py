@@ -29,7 +29,7 @@ SHOWING_FLAGS = ONE_CONFIG_FLAGS | {"-h", "--help", "--hydra-help", "--version",
 PLANS_SWEEP = re.compile(r"\+*sweep\.(?!resume=)\w+=")  # implies -m
 ESCAPED = r"\${"
 REFERENCE = re.compile(r"(?<!\\)(\\\\)*\$\{")  # ${…}, unless a backslash makes it text
-FREE_ON_RERUN = ("rerun", "resume", "if_done", "tracking", "hydra", "data.path", "data.cache_dir")
+FREE_ON_RERUN = ("rerun", "if_done", "tracking", "hydra", "data.path", "data.cache_dir")
 
 
 def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
@@ -208,6 +208,8 @@ def _parses(argument: str) -> bool:
 
 def _check_rerun(overrides: dict[str, str]) -> None:
     """Refuse changes to a rerun, whose config is that of the run that it repeats."""
+    if "resume" in overrides:
+        raise UserError("rerun repeats a run in a new folder, and resume continues one: remove one of them")
     if others := [each for key, each in overrides.items() if not key.startswith(FREE_ON_RERUN)]:
         raise UserError(
             f"rerun repeats a run as it was: remove {' '.join(others)}, or begin a new run with it"

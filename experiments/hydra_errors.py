@@ -9,13 +9,26 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from suggestions import choice_meant, did_you_mean
+from sweeping.recorded import CONF
 
+from llm.config import AUTO
 from llm.config_values import leaf_keys
 from llm.errors import UserError
 
 UNKNOWN = re.compile(r"Could not (?:override|delete from config\.) '([\w./]+)'")
 BARE = re.compile(r"Error parsing override '(.*)'\nmissing EQUAL at '<EOF>'")
-NO_CHOICE = re.compile(r"Could not find '(?:[^']+/)?([^/']+)' Available options in '[^']+': (.*)")
+NO_CHOICE = re.compile(r"Could not (?:find|load) '(\w[\w/]*)/([^/']+)'")
+MISTYPED = re.compile(
+    r"(?:Value '(?P<value>.*)' (?:of type|is not a valid).*\b(?P<kind>Integer|Float|bool|Union\[int, str\])"
+    r"|field '\w+' is not Optional).*\n\s*full_key: (?P<key>\S+)"
+)
+KINDS = {
+    "Integer": "a whole number",
+    "Float": "a number",
+    "bool": "true or false",
+    "Union[int, str]": f"a whole number or {AUTO}",
+    None: "a value, not null",
+}
 NOT_A_VALUE = re.compile(r"Error merging override (\w+)=.* Invalid type assigned: \w+ is not a subclass of")
 # Errors of a disk that is full, read-only, broken or gone.
 OF_DISKS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -59,9 +72,18 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
     if missing := re.search(r"Could not find 'hydra/launcher/(joblib|submitit)", str(error)):
         extra = missing[1]
         return f"hydra/launcher={extra} needs a plugin: pip install -c constraints.txt -e '.[{extra}]'"
+    if (absent := NO_CHOICE.search(str(error))) and (options := _options(absent[1])):
+        group, name = absent.groups()
+        return (
+            f"{group}={name}: there is no such choice; {group} has {', '.join(options)}"
+            f"{choice_meant(name, options)}"
+        )
+    if mistyped := MISTYPED.search("\n".join(_messages(error))):
+        value, kind, key = mistyped.group("value", "kind", "key")
+        item = leaf_keys(schema).get(key) if schema else None
+        meaning = f" ({item.metadata['meaning']})" if item else ""
+        return f"{key}={value or 'null'}: must be {KINDS[kind]}{meaning}"
     line = " ".join(dict.fromkeys(_lines(error)))
-    if absent := NO_CHOICE.search(line):
-        line += choice_meant(absent[1], absent[2].split())
     if schema and (group := NOT_A_VALUE.match(line)):
         keys = [key for key in leaf_keys(schema) if key.startswith(f"{group[1]}.")]
         return f"{group[1]} has keys of its own: set {', '.join(keys)}"
@@ -69,14 +91,24 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
-    """The messages of an error and its causes, without Hydra's search path."""
-    lines: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        lines += str(cause).partition("Config search path:")[0].splitlines()
-        cause = cause.__cause__
-    stripped = [line.strip() for line in lines]
-    return [line for line in stripped if line not in ("", "None") and not line.startswith(NOISE)]
+    """The lines of an error and its causes, without Hydra's search path."""
+    lines = [
+        line.strip()
+        for message in _messages(error)
+        for line in message.partition("Config search path:")[0].splitlines()
+    ]
+    return [line for line in lines if line not in ("", "None") and not line.startswith(NOISE)]
+
+
+def _messages(error: BaseException | None) -> Iterator[str]:
+    while error is not None:
+        yield str(error)
+        error = error.__cause__
+
+
+def _options(group: str) -> list[str]:
+    """The choices of a group in conf/; none for a group of Hydra's own."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def refuse_unknown_keys(config: Any, schema: Any) -> None:

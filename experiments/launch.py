@@ -39,7 +39,7 @@ from sweeping.job import (
 )
 from sweeping.launchers import configure_launchers
 from sweeping.machine import give_back_memory
-from sweeping.stopping import exit_status, watched_sweep
+from sweeping.stopping import exit_status, interrupts_kept, watched_sweep
 from sweeping.tasks import task_of_run
 
 from llm.config_values import own_defaults
@@ -150,7 +150,8 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
     folders = [Path(each.path) for each in hydra_config.runtime.config_sources if each.schema == "file"]
     resumes = bool(config.get("resume"))
     given = given_keys(overrides, folders, values=resumes)
-    made_with, done = made_before(script, config, given, place) if repeatable else (None, None)
+    with interrupts_kept():
+        made_with, done = made_before(script, config, given, place) if repeatable else (None, None)
     with ExitStack() as stack:
         try:
             stack.callback(place.remove_if_empty)

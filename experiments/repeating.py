@@ -4,6 +4,7 @@ The module in `llm.commands` that does a script's work returns a run's outcome f
 with `show_again` what the run itself had printed.
 """
 
+import logging
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ from llm.run_folder import holds_run, refuse_links
 from llm.runs import OUTPUTS
 from llm.sweeps.jobs import NEVER_VARIED
 
+# Modules that log what they skip or load.
+FINDING = ("data.text_files", "data.corpus", "checkpoints.checkpoint")
+
 
 def made_before(
     script: str, config: DictConfig, given: Collection[str], place: Place
@@ -31,7 +35,7 @@ def made_before(
     A run that is resumed, or a rerun, has no fingerprint; nor has one whose config is wrong, which the run
     itself will report.
     """
-    with suppress(UserError, OmegaConfBaseException, OSError):
+    with suppress(UserError, OmegaConfBaseException, OSError), _said_once():
         settings: Any = OmegaConf.to_object(config)
         if any(getattr(settings, key, None) for key in ("resume", "rerun")):
             return None, None
@@ -45,6 +49,19 @@ def made_before(
         found = find_done(made_with, _root(place))
         return made_with, found if found and _is_whole(script, found) else None
     return None, None
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Without what the run itself will say as it finds its text and its checkpoint."""
+    loggers = [logging.getLogger(f"llm.{name}") for name in FINDING]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False
 
 
 def _is_whole(script: str, folder: Path) -> bool:

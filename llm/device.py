@@ -1,6 +1,8 @@
 """A device's name, memory, speed of matrix products, and its errors in one line."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -17,6 +19,10 @@ import torch
 
 from llm.errors import UserError, first_line
 from llm.runtime import Runtime, computes_in_bf16
+
+# Rows of the square matrices whose product is timed, by the kind of device: so many that the time to launch
+# it, and to wait for it, does not matter.
+LARGE_PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 1024}
 
 
 @contextlib.contextmanager
@@ -176,8 +182,7 @@ def gpu_memory_bytes(device: torch.device) -> int:
 
 def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     """Floating-point operations per second of a large square matrix product in the run's precision."""
-    # Large enough that the time for launching and waiting does not matter.
-    size = {"cuda": 8192, "mps": 4096}.get(runtime.device.type, 1024)
+    size = LARGE_PRODUCT[runtime.device.type]
     generator = torch.Generator(runtime.device).manual_seed(0)  # training's stream is not touched
     matrix = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device, generator=generator)
     best = float("inf")
@@ -192,9 +197,18 @@ def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     return 2 * size**3 / best
 
 
+def forget_peak_memory() -> None:
+    """Measure the peak of resident memory from here on: jobs of a sweep may share a process, and each would
+    report the largest peak of all before it. Only Linux with glibc can."""
+    gc.collect()  # runs hold reference cycles
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, see `start_runtime`
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; see proc_pid_clear_refs(5)
+
+
 def peak_memory_bytes(runtime: Runtime) -> int:
     """Peak memory so far: with CUDA, allocated on the GPU; with MPS, which records no peak, what torch holds
-    now; otherwise the resident memory of the whole process."""
+    now; otherwise the resident memory of the whole process since `forget_peak_memory`."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     if runtime.device.type == "mps":

@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__(shown(message, keep=""))
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or logits that are not finite (NaN or infinity)."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type, to be quoted in another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -140,7 +140,11 @@ def format_windows(count: int, total: int) -> str:
 
 def format_times(times: float) -> str:
     """A number of times, such as `0.038`, `4.5` or `312`."""
-    return f"{times:.2g}" if times < 99.5 else format_count(times)
+    if times >= 99.5:
+        return format_count(times)
+    if 0 < times < 1e-4:  # which `g` would write as a power of ten
+        return f"{times:.{1 - math.floor(math.log10(times))}f}"
+    return f"{times:.2g}"
 
 
 def format_count(count: float) -> str:

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection
@@ -38,6 +38,7 @@ from omegaconf import OmegaConf
 
 import llm.training.plots
 from llm import wandb_client
+from llm.checkpoints import file_writer
 from llm.config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -58,9 +59,11 @@ Result = subprocess.CompletedProcess[str]
 
 def make_brief() -> None:
     """Skip, in this process, what takes time and no test looks at."""
-    from llm.device import measure_matmul_flops  # imports torch, see `_torch`
+    from llm import device  # imports torch, see `_torch`
 
-    measure_matmul_flops.__defaults__ = (0.005,)  # seconds: what a device can do need not be precise
+    # What a device can do need not be precise.
+    device.measure_matmul_flops.__defaults__ = (0.005,)  # seconds
+    device.LARGE_PRODUCT["cpu"] = 256
     os.fsync = lambda fd: None  # no test cuts the power
 
 
@@ -125,9 +128,20 @@ def run_here(
         stack.enter_context(chdir(folder))
         if not any(map(MAY_SWEEP.search, arguments)):
             stack.enter_context(patch.object(Hydra, "get_mode", lambda *_, **__: None))
+        stack.enter_context(patch("llm.checkpoints.staging.Staging.write", _write_here))
+        stack.enter_context(patch("llm.training.lifecycle.forget_peak_memory", lambda: None))
         stack.enter_context(as_in_a_process())
         status = _run(path)
     return Result(command, status, stdout.getvalue(), stderr.getvalue())
+
+
+def _write_here(staging: Any, files: Mapping[Path, tuple[int, int]]) -> dict[Path, str]:
+    """Write a checkpoint's tensors without the process that does it while training continues: to start that
+    takes longer than to write them."""
+    answers = file_writer.answer(staging._descriptor, {str(path): place for path, place in files.items()})
+    if "error" in answers:
+        raise OSError(answers["error"])
+    return {Path(path): checksum for path, checksum in answers.items()}
 
 
 @contextmanager

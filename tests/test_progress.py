@@ -29,7 +29,16 @@ def test_counts_have_three_digits_and_a_unit(count: float, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "shown"), [(0.0376, "0.038"), (4.48, "4.5"), (99.4, "99"), (99.6, "99.6"), (312.4, "312")]
+    ("times", "shown"),
+    [
+        (7.94e-6, "0.0000079"),
+        (0.0, "0"),
+        (0.0376, "0.038"),
+        (4.48, "4.5"),
+        (99.4, "99"),
+        (99.6, "99.6"),
+        (312.4, "312"),
+    ],
 )
 def test_times_are_short_and_no_power_of_ten(times: float, shown: str) -> None:
     assert format_times(times) == shown

@@ -1,4 +1,5 @@
-"""Stopping a sweep: by a signal to its process, which tells jobs that run side by side through a file."""
+"""Stopping a sweep: by a signal to its process, which tells jobs that run side by side through a file. And
+stopping a script that is still starting, by Ctrl-C."""
 
 import functools
 import os
@@ -54,6 +55,37 @@ def stoppable(folder: Path, side_by_side: bool) -> Iterator[None]:
         for number, before in previous.items():
             signal.signal(number, before)
         remove(folder / STOP)
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """For a time in which modules are imported: while numpy or torch is, a KeyboardInterrupt may come out as
+    an ImportError, or get lost.
+
+    Raises:
+        KeyboardInterrupt: there was a Ctrl-C, whatever has become of it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or a sweep's
+        yield
+        return
+    asked = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def exit_status(stopped: BaseException) -> int:

@@ -207,6 +207,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read(folder / STATE, lambda file: dict(json.loads(file.read_text("utf-8"))))
 
 
+def trained_on(folder: Path) -> list[str] | None:
+    """The fingerprints of the training and of the validation tokens of a checkpoint's run. A best checkpoint
+    does not say, and the step checkpoints beside it do; None where none of them can be read."""
+    beside = folder.parent.glob("step-*") if folder.parent.name == CHECKPOINTS else ()
+    for each in (folder, *beside):
+        with suppress(UserError, KeyError):
+            return [*map(str, read_state(each)["data"])]
+    return None
+
+
 def holds(folder: Path, name: str) -> bool:
     """Whether a checkpoint has tensors of this name (WEIGHTS or STATE_TENSORS), in one file or in parts."""
     return (folder / name).exists() or bool(part_names(folder, name))

@@ -274,7 +274,12 @@ def _table(a: Figures, b: Figures, found: Difference) -> str:
     for seed in sorted(a.keys() | b.keys()):
         both = f"{b[seed] - a[seed]:+.4f}" if seed in a and seed in b else "–"
         rows.append([str(seed), *(f"{each[seed]:.4f}" if seed in each else "–" for each in (a, b)), both])
-    rows.append(["mean", f"{mean(a.values()):.4f}", f"{mean(b.values()):.4f}", f"{found.mean:+.4f}"])
+    # Of what the difference is of, so that it is that of the two means beside it.
+    counted = [
+        mean(figure for seed, figure in each.items() if not found.paired or seed in a.keys() & b.keys())
+        for each in (a, b)
+    ]
+    rows.append(["mean", *(f"{each:.4f}" for each in counted), f"{found.mean:+.4f}"])
     return format_table(rows, left=())
 
 

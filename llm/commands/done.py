@@ -19,6 +19,7 @@ from llm.config import AUTO, EvaluateConfig, GenerateConfig, PretrainConfig
 from llm.config_rules import validate
 from llm.data.bpe import find_tokenizer
 from llm.data.corpus import find_splits
+from llm.data.decoding import is_jsonl
 from llm.data.text_files import find_files
 from llm.data.token_file import token_files
 from llm.files import as_typed, parse_json, read_content, remove, replacing, sha256, write_json
@@ -109,7 +110,10 @@ def _text(config: PretrainConfig) -> list[str]:
 
 
 def _content(path: str | None, key: str) -> list[str]:
-    return [] if path is None else [sha256(file) for file in find_files(path, key)]
+    """What tells files from others: as lines of JSON, the same bytes are another text."""
+    if path is None:
+        return []
+    return [f"{sha256(file)}, JSON lines: {is_jsonl(file)}" for file in find_files(path, key)]
 
 
 def begin(run_dir: Path, identity: str) -> None:

@@ -2,6 +2,7 @@
 token."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,13 +18,12 @@ from llm.config_rules import validate
 from llm.data.corpus import Corpus
 from llm.data.pieces import encode_pieces
 from llm.data.text_files import find_files
-from llm.data.token_file import token_files
 from llm.data.tokenizer import bytes_of, bytes_of_tokens, identity_of
 from llm.data.windows import Batch, cut_windows, ordered_batches, whole_batches
 from llm.device import device_errors_in_one_line
-from llm.errors import UserError
+from llm.errors import NotFinite, UserError
 from llm.files import parse_json, read_content, write_json
-from llm.generation.inference import load_for_inference
+from llm.generation.inference import NOT_FINITE, load_for_inference, splits_of
 from llm.generation.sampling import FILTERS, next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.outcome import Outcome
@@ -55,6 +55,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
     Raises:
         UserError: a value is out of range, the text is not available or too short, or the checkpoint cannot
             be loaded.
+        NotFinite: the loss is not.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
@@ -66,7 +67,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
     if config.text is None and config.path is None:
         if trained is None:
             raise UserError(f"the training data of {loaded.name} is unknown: give a text with path= or text=")
-        splits = cut_windows(trained, tokenizer, token_files(trained.data, tokenizer))
+        splits = cut_windows(trained, tokenizer, splits_of(loaded, trained))
         windows = splits[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
         # A run's own validation may have been on some of them.
@@ -78,6 +79,8 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
         batches, count = whole_batches(token_ids, context, config.batch_size), len(token_ids) - 1
     with device_errors_in_one_line(lambda: f"lower batch_size={config.batch_size}"):
         metrics = evaluate(model, _with_progress(batches, count), lengths, runtime)
+    if not math.isfinite(metrics["loss"]):
+        raise NotFinite(NOT_FINITE)
     figures: dict[str, Any] = {
         "checkpoint": loaded.name,
         "step": loaded.step,

@@ -16,13 +16,12 @@ from llm.config_rules import validate
 from llm.data.byte_level import END_OF_TEXT
 from llm.data.decoding import read_text, text_of
 from llm.data.text_files import find_files
-from llm.data.token_file import token_files
 from llm.data.tokenizer import identity_of
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError, shown
 from llm.files import append_json_lines, cache_folder, remove
 from llm.generation.copying import NgramIndex, load_ngram_index
-from llm.generation.inference import Loaded, load_for_inference
+from llm.generation.inference import Loaded, load_for_inference, splits_of
 from llm.generation.study import copying_metrics, copying_of, sample_metrics
 from llm.generation.texts import Sample, generate_texts
 from llm.outcome import Outcome
@@ -74,7 +73,8 @@ def show_again(config: GenerateConfig, run_dir: Path) -> None:
         _keep_log_off_standard_output()
     end, between = ("\n", f"{END_OF_TEXT}\n") if config.quiet else ("\n\n", "")
     _printer(config.quiet)(between.join(f"{sample['text']}{end}" for sample in samples))
-    log.info("%d samples; saved to %s", len(samples), run_dir / SAMPLES)
+    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
+    log.info("%s; saved to %s", count, run_dir / SAMPLES)
 
 
 def _study(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _training_index(loaded: Loaded) -> NgramIndex | None:
         log.warning("copying is not measured: the training text is in shards, which are not indexed")
         return None
     try:
-        training, _ = token_files(data, loaded.tokenizer)
+        training, _ = splits_of(loaded, loaded.trained)
     except UserError as error:
         log.warning("copying is not measured, as the training text is not available: %s", error)
         return None

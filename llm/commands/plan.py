@@ -236,7 +236,9 @@ def _time(plan: Plan) -> Rows:
         how = f"if it reaches {EXPECTED_MFU:.0%} of large products; plan.probe=true measures"
     budget = plan.budget
     speed = format_count(plan.tokens_per_second)
-    yield "speed", f"{1000 * plan.update_seconds:,.0f} ms an update, {speed} tokens/s, {how}"
+    seconds = plan.update_seconds
+    update = f"{1000 * seconds:,.0f} ms" if seconds < 10 else format_seconds(seconds)
+    yield "speed", f"{update} an update, {speed} tokens/s, {how}"
     yield (
         "training",
         (

@@ -19,6 +19,7 @@ PIECE_BYTES = 1 << 20  # read at a time
 DECODING = 1  # increase it whenever the same bytes would be read as another text
 
 BYTE_ORDER_MARK = "\ufeff"
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the bytes that such files begin with
 
 
 def read_text(file: Path) -> str:
@@ -93,13 +94,7 @@ def decoded(name: object, blocks: Iterable[bytes], offset: int = 0) -> Iterator[
         try:
             text = utf8.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            start, hint = known + error.start, ""
-            if not start and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                hint = ", as in UTF-16"
-            raise UserError(
-                f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {start}{hint}; "
-                f"convert the file"
-            ) from error
+            raise UserError(_not_utf8(name, error, known)) from error
         if b"\0" in block:
             raise UserError(
                 f"{name} is not text: a zero byte at offset {offset + block.index(0)}, as in UTF-16 or in "
@@ -111,6 +106,28 @@ def decoded(name: object, blocks: Iterable[bytes], offset: int = 0) -> Iterator[
         if is_start and text:
             text, is_start = text.removeprefix(BYTE_ORDER_MARK), False
         yield newlines.decode(text, final=not block)
+
+
+def _not_utf8(name: object, error: UnicodeDecodeError, known: int) -> str:
+    """Why a file cannot be read as text, and what to do.
+
+    Args:
+        known: the offset in the file of what could not be decoded.
+    """
+    hint = ""
+    if not known:
+        for start, kind in COMPRESSED.items():
+            if error.object.startswith(start):
+                return (
+                    f"{name} is compressed ({kind}): unpack it, or make shards of it, "
+                    f"experiments/prepare.py shards.path=FOLDER"
+                )
+        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            hint = ", as in UTF-16"
+    return (
+        f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {known + error.start}{hint}; "
+        f"convert the file to UTF-8"
+    )
 
 
 def documents_of(file: Path, blocks: Iterable[bytes]) -> Iterator[str]:

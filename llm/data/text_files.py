@@ -29,12 +29,14 @@ def find_files(path: str, key: str, suffixes: Collection[str] = TEXT_SUFFIXES) -
         place = expanded(path)
         if place.is_dir():
             files, skipped = _in_folder(place, suffixes)
+            lacking = f"no {_listed(suffixes)} file in that folder"
         elif place.is_file():
             files, skipped = [place], Counter()
         elif place.exists():
             raise UserError(f"{key}={path} is a pipe, a socket or a device: give a file")
         else:
             files, skipped = _of_glob(str(place))
+            lacking = "no file matches" if glob.has_magic(str(place)) else "no such file or folder"
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a zero byte, no home folder
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}={path} cannot be read: {reason}") from error
@@ -42,10 +44,7 @@ def find_files(path: str, key: str, suffixes: Collection[str] = TEXT_SUFFIXES) -
         counts = ", ".join(f"{what} ({count})" for what, count in sorted(skipped.items()))
         log.info("%s=%s: skipped %s", key, path, counts)
     if not files:
-        raise UserError(
-            f"{key}={path}: no such file, no {_listed(suffixes)} file in that folder, or no match of that "
-            f"glob"
-        )
+        raise UserError(f"{key}={path}: {lacking}")
     return sorted(files)
 
 

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.checkpoints.checkpoint import CHECKSUMS, step_of
+from llm.checkpoints.checkpoint import CHECKSUMS, step_of, trained_on
 from llm.checkpoints.opening import is_ours, open_weights, tokenizer_of
-from llm.checkpoints.weights import build_model, is_finite
+from llm.checkpoints.weights import build_model
 from llm.config import PretrainConfig
+from llm.data.token_file import token_files
 from llm.data.tokenizer import load_tokenizer
+from llm.data.tokens import TokenFile
 from llm.errors import UserError
 from llm.model.attention import MultiHeadAttention
 from llm.model.gpt import GPTModel
@@ -23,6 +25,9 @@ from llm.run_folder import checkpoint_folder, step_folders
 from llm.runs import find_run, named_checkpoint, path_of
 from llm.runtime import Runtime
 
+NOT_FINITE = (
+    "the model gives logits that are not finite: its weights are damaged, or too large to compute with"
+)
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
 PADDED_TO = 64  # on a GPU, outputs are padded to a multiple of this
 INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past their end if they are no multiple
@@ -37,6 +42,7 @@ class Loaded:
     name: str  # the checkpoint's folder, or the name that foreign weights were asked for by
     trained: PretrainConfig | None  # the config of its run; None for foreign weights
     step: int | None  # the update, counted from 0, after which it was saved
+    data: list[str] | None  # fingerprints of its run's training and validation tokens, if they are known
 
 
 def load_for_inference(
@@ -71,19 +77,28 @@ def _load(
     source = open_weights(name, n_heads)
     encoding = load_tokenizer(tokenizer_of(source, tokenizer))
     model = build_model(source).to(runtime.device)
-    with torch.no_grad():
-        if not is_finite(model(torch.zeros(1, 1, dtype=torch.long, device=runtime.device))):
-            raise UserError(
-                f"{source.origin} gives logits that are not finite: its weights are damaged, or too large to "
-                f"compute with"
-            )
     return Loaded(
         for_inference(model, runtime),
         encoding,
         source.origin if source.folder else name,
         source.trained,
         step_of(source.folder) if source.folder else None,
+        trained_on(source.folder.resolve()) if source.folder else None,
     )
+
+
+def splits_of(loaded: Loaded, trained: PretrainConfig) -> tuple[TokenFile, TokenFile]:
+    """The training and the validation tokens of the run that a model comes from.
+
+    Raises:
+        UserError: see `token_files`; or the text is no longer the one that the run was trained on, and its
+            figures would be taken for those of the run.
+    """
+    files = token_files(trained.data, loaded.tokenizer)
+    if loaded.data and loaded.data != [file.fingerprint for file in files]:
+        where = f"data.path={trained.data.path}" if trained.data.path else f"data={trained.data.source}"
+        raise UserError(f"{loaded.name} was trained on another text than is at {where} now: bring it back")
+    return files
 
 
 def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:

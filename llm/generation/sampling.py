@@ -111,7 +111,9 @@ def draw_at(uniform: Tensor) -> Draw:
         passed = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
         if torch.compiler.is_compiling():  # some versions of torch cannot compile a search of a padded tensor
             return (cumulative <= passed).sum(dim=-1)
-        return torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
+        found = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
+        # Logits that are not finite make all of these NaN, and the index found is past the last one.
+        return found.clamp(max=probabilities.shape[-1] - 1)
 
     return draw
 

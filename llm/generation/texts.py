@@ -1,6 +1,7 @@
 """From prompts to texts: many samples side by side, each with its own random stream and end."""
 
 import codecs
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from llm.config import SamplingConfig
 from llm.data.pieces import encode_pieces
 from llm.data.tokenizer import bytes_of, end_of_text_id
-from llm.errors import UserError
+from llm.errors import NotFinite, UserError
+from llm.generation.inference import NOT_FINITE
 from llm.generation.sampling import uniform_stream
 from llm.generation.steps import decodes_ahead, drawn_ahead, drawn_in_turn
 from llm.model.gpt import GPTModel
@@ -83,6 +85,7 @@ def generate_texts(
     Raises:
         UserError: a prompt is empty, or contains a token id outside the model's vocabulary; or the model
             does not support `past_context`.
+        NotFinite: the model's logits are not finite.
     """
     names = names or ["prompt"] * len(prompts)
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -104,8 +107,9 @@ def generate_texts(
             if show:
                 show(piece)
             else:
-                samples = f"samples {start + 1} to {start + len(batch)} of {len(rows)}"
-                progress.update((start + share * len(batch)) / len(rows), samples)
+                last = start + len(batch)
+                which = f"sample {last}" if len(batch) == 1 else f"samples {start + 1} to {last}"
+                progress.update((start + share * len(batch)) / len(rows), f"{which} of {len(rows)}")
         if not show:  # what was shown must stay on the terminal
             progress.clear()
         yield from (row.sample for row in batch)
@@ -149,6 +153,8 @@ def _generate_batch(
         lambda number: bool(rows[number].sample.stop_reason),
     )
     for step, drawn in enumerate(steps):
+        if not all(math.isfinite(log_probability) for _, _, log_probability, _ in drawn):
+            raise NotFinite(NOT_FINITE)
         pieces = [rows[number].add(token, *figures) for number, token, *figures in drawn]
         yield (step + 1) / longest, "".join(pieces)
 

@@ -41,6 +41,8 @@ def train_again(job: Job) -> Again:
     values = _recorded_values(job.folder)
     if values is None or values["rerun"]:
         return Again(command_again("pretrain", PretrainConfig, job))
+    if any(split_override(override)[0] == "rerun" for override in job.overrides):
+        return Again(None, "no command repeats it: it is a rerun that was continued")
     parts: list[tuple[int, dict[str, Any]]] = []  # after how many updates, and what was given there
     for each in reversed(job.summary.get("resumed") or []):
         changes = each["changed"].items()

@@ -55,7 +55,8 @@ def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
     if training.max_epochs is not None:
         left["max_epochs"] = (training.max_epochs - run.epochs()) * epoch_tokens
     limit = min(left, key=lambda each: left[each])
-    tokens = max(0.0, left[limit])
+    # A limit ends a run after the update that reaches it, so one that has not begun makes at least one.
+    tokens = max(0.0 if counters.steps else float(update_tokens(config)), left[limit])
     windows = final_window_count(run, counters.tokens_seen + tokens)
     # One process evaluates.
     window_tokens = config.model.context_length * run.runtime.processes

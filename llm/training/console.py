@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llm.config import PretrainConfig
 from llm.device import device_name, exactness_in_words, precision_in_words
+from llm.errors import NotFinite
 from llm.model.gpt import description, parameter_count, parameters_of
 from llm.overrides import as_argument, as_command, as_override
 from llm.progress import (
@@ -20,7 +21,7 @@ from llm.run_folder import step_folders, steps_of
 from llm.training.acceleration import in_words
 from llm.training.budget import Budget, estimate_budget, expected_speed
 from llm.training.evaluation import METRICS
-from llm.training.loop import NotFinite
+from llm.training.reruns import changes_on_the_way
 from llm.training.run import Run
 from llm.training.schedules import lr_factor, spent
 from llm.training.summary import Summary
@@ -99,6 +100,11 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
                 format_value(value),
             )
         log.info("")
+    elif changes := changes_on_the_way(Path(run.config.rerun)) if run.config.rerun else []:
+        log.info(
+            "rerun      %s; it is trained with that from the first update on, so its numbers may differ\n",
+            "; ".join(changes),
+        )
 
 
 def announce_measured(run: Run, tokens_per_second: float) -> None:
@@ -171,7 +177,8 @@ def not_finite(run: Run, error: NotFinite) -> str:
     found = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
     resume = f"continue with {as_argument('resume', good[0])} optimizer.lr=…" if good else None
     how = resume or "start anew with a lower optimizer.lr"
-    return f"{error}; {found}; {how}, or set training.grad_clip, or training.max_skipped to skip such updates"
+    skip = ", or training.max_skipped to skip such updates" if run.counters.skipped_in_a_row else ""
+    return f"{error}; {found}; {how}, or set training.grad_clip{skip}"
 
 
 def sizes(config: PretrainConfig) -> str:

@@ -3,14 +3,20 @@
 import logging
 
 from llm.checkpoints.checkpoint import read_config
-from llm.device import device_errors_in_one_line, device_name, measure_matmul_flops, peak_memory_bytes
-from llm.errors import UserError
+from llm.device import (
+    device_errors_in_one_line,
+    device_name,
+    forget_peak_memory,
+    measure_matmul_flops,
+    peak_memory_bytes,
+)
+from llm.errors import NotFinite, UserError
 from llm.model.gpt import parameter_count, training_flops_per_token
 from llm.records import tokenizer_and_text
 from llm.runtime import Runtime
 from llm.training import console, plots
 from llm.training.acceleration import accelerate, choose
-from llm.training.loop import NotFinite, train
+from llm.training.loop import train
 from llm.training.recorder import Follower, Recorder
 from llm.training.run import Run, build_run
 from llm.training.start import Start
@@ -25,6 +31,7 @@ log = logging.getLogger(__name__)
 def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
     """Execute a run in one of its processes. The main one fills in the summary, and returns a recorder."""
     run_dir = start.run_dir
+    forget_peak_memory()
     with device_errors_in_one_line(lambda: console.sizes(start.config)):
         run = build_run(start, runtime)
         choose(run, start)
@@ -53,10 +60,9 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
                 train(run, observer, lambda: bool(stop.by or (recorder and recorder.stopped_early)))
                 observer.finish_saving()
             stopped_early = recorder.stopped_early if recorder and not stop.by else None
-            summary.status = "interrupted" if stop.by or stopped_early else "finished"
             summary.stopped_by = stop.by.name if stop.by else None
             summary.stopped_early = stopped_early
-            conclude(run, observer, summary, matmul_flops)
+            conclude(run, observer, summary, matmul_flops, not (stop.by or stopped_early))
         except NotFinite as error:
             summary.status = "failed"
             if recorder:
@@ -79,24 +85,27 @@ def status_after(error: BaseException) -> str:
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
-def conclude(run: Run, observer: Recorder | Follower, summary: Summary, matmul_flops: float) -> None:
-    """Compute final figures, generate a sample and draw the plot. All processes of a sharded run take
-    part."""
+def conclude(
+    run: Run, observer: Recorder | Follower, summary: Summary, matmul_flops: float, has_finished: bool
+) -> None:
+    """Compute the final figures, generate a sample and draw the plot. All processes of a sharded run take
+    part. Only then does the summary say that the run has finished."""
     if run.sharded:
-        summary.status = "finished" if run.takes_part(summary.status == "finished") else "interrupted"
+        has_finished = run.takes_part(has_finished)
     elif not run.runtime.is_main:
         return
     summary.peak_memory_bytes = peak_memory_bytes(run.runtime)
     if run.counters.steps:
         summary.tokens_per_second = run.counters.tokens_seen / run.counters.seconds
         summary.mfu = utilisation(run, summary.tokens_per_second, matmul_flops)
-    if summary.status == "finished":  # whoever pressed Ctrl-C does not want to wait for these
+    if has_finished:  # whoever pressed Ctrl-C does not want to wait for these
         summary.train_loss = evaluate_some(run, run.training_windows)["loss"]
         summary.validation, summary.evaluated_windows = evaluate_at_the_end(run)
         if run.takes_part(observer.final_sample_due()):
             observer.sample()
     if run.runtime.is_main:
         plots.plot_losses(run.run_dir)
+    summary.status = "finished" if has_finished else "interrupted"
 
 
 def utilisation(run: Run, tokens_per_second: float, matmul_flops: float) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from llm.errors import NotFinite
 from llm.runtime import Late
 from llm.training.run import Launched, Run
 from llm.training.state import checkpoint_due
@@ -34,10 +35,6 @@ class Observer(Protocol):
     def save(self) -> None: ...
 
 
-class NotFinite(Exception):
-    """Too many updates in a row whose loss or gradient is not finite."""
-
-
 def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> None:
     """Update until the budget is spent or a stop is requested.
 
@@ -45,7 +42,7 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
     Evaluations, samples and checkpoints wait until no update is in flight.
 
     Raises:
-        NotFinite: see `finish`.
+        NotFinite: too many updates in a row were skipped, see `finish`; or the model cannot be evaluated.
     """
     counters, saved = run.counters, replace(run.counters)
     agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
@@ -65,7 +62,10 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
             drain()
         if run.takes_part(evaluation_due(run)):
             drain()
-            observer.evaluated(*evaluate_splits(run))
+            metrics = evaluate_splits(run)
+            observer.evaluated(*metrics)
+            if not all(math.isfinite(each["loss"]) for each in metrics):  # before such weights are saved
+                raise NotFinite(f"step {counters.step}: the loss after this update is not finite")
         if samples:
             observer.sample()
         # Never right after a skipped update: the weights may be what made its loss not finite.

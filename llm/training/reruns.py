@@ -137,9 +137,13 @@ def other_circumstances(rerun: Path, original: Path) -> list[str]:
         for whose, summary in (("this run's", ours), ("the original's", theirs))
         if summary.get("git_clean") is False
     ]
-    lines += [
+    return [*lines, *changes_on_the_way(original)]
+
+
+def changes_on_the_way(original: Path) -> list[str]:
+    """What was changed where a run was resumed, one line each. A rerun has it from the first update on."""
+    return [
         f"the original was changed after {resumed['steps']} updates: {key}={now} (it was {was})"
-        for resumed in theirs.get("resumed") or []
+        for resumed in read_summary(original).get("resumed") or []
         for key, (was, now) in resumed["changed"].items()
     ]
-    return lines

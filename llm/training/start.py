@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 # moved: its fingerprint is compared instead of its path.
 FIXED = ("model.", "tokenizer.", "data.", "seed", "optimizer.name", "training.accumulate", "init_from")
 FREE_DATA_KEYS = ("data.source", "data.path", "data.cache_dir")
+FREE_IN_RERUN = (*FREE_DATA_KEYS, "tracking.")
 
 # Keys of a model that given weights do not determine.
 FREE_MODEL_KEYS = ("init", "drop_rate")
@@ -159,10 +160,8 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     if checkpoint is None:
         return _begin_again(config, name, run_dir, given)
     recorded = read_config(checkpoint)
-    wanted = _with_given(start_config(run_dir, steps_of(checkpoint)) or recorded, config, given)
-    wanted = replace(wanted, resume=config.resume, rerun=recorded.rerun)
-    if wanted.rerun:
-        wanted = replace(recorded, resume=config.resume, tracking=wanted.tracking)
+    continued = start_config(run_dir, steps_of(checkpoint)) or recorded
+    wanted = replace(_with_given(continued, config, given), resume=config.resume, rerun=continued.rerun)
     if wanted.init_from:  # the recorded model and tokenizer are those of the weights
         wanted = with_weights(wanted, recorded.model, recorded.tokenizer, name, given)
     changes = differences(recorded, wanted)
@@ -174,12 +173,21 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
             f"resume={name}: {listed} cannot change within a run; leave it as it is, or start a new run from "
             f"its weights with {as_argument('init_from', name)}"
         )
+    was_finished = read_summary(run_dir).get("status") == "finished"
+    changed = [f"{key}={now}" for key, (_, now) in changes.items() if not key.startswith(FREE_IN_RERUN)]
+    if wanted.rerun and changed:
+        if not was_finished:
+            raise UserError(
+                f"resume={name} is a rerun, which repeats a run as it was: remove {' '.join(changed)} until "
+                f"it has finished"
+            )
+        wanted = replace(wanted, rerun=None)  # it has been compared: from here on it is a run like others
     return Start(
         wanted,
         run_dir,
         identity,
         checkpoint,
-        was_finished=read_summary(run_dir).get("status") == "finished",
+        was_finished=was_finished,
         changes=changes,
         rerun_of=find_run(wanted.rerun) if wanted.rerun else None,
     )

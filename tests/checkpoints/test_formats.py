@@ -638,7 +638,7 @@ def test_weights_of_ours_that_are_not_finite_are_refused_by_name(script: Script,
     for name, *arguments in (("generate", "prompt=Hello"), ("evaluate", "text=Hello")):
         refusal = script(name, checkpoint, *arguments)
         assert refusal.returncode == 1
-        assert "step-00000005 gives logits that are not finite: its weights are damaged" in refusal.stderr
+        assert "the model gives logits that are not finite: its weights are damaged" in refusal.stderr
 
 
 def test_a_head_that_the_config_does_not_expect_is_refused(tmp_path: Path) -> None:

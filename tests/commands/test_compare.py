@@ -94,6 +94,8 @@ def test_a_job_stands_for_its_setting_with_all_seeds(script: Script, sweep: Swee
     write_json(tmp_path / "three" / "7" / "summary.json", left)
     result = script("compare", "a=three/0", "b=[three/3,three/4]")
     assert "not counted, as only one of both has them: seeds 3\n" in result.stdout
+    # (1.921 + 1.972) / 2 and (1.90 + 1.95) / 2: the means are of the seeds that count, too.
+    assert ["mean", "1.9465", "1.9250", "-0.0215"] in [line.split() for line in result.stdout.splitlines()]
     assert script("compare", "a=three/0", "b=three/6").stderr.startswith(
         "error: one seed says nothing of the noise between seeds (a has 3 and b has 1): train each"
     )

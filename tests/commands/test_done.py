@@ -129,6 +129,17 @@ def test_samples_and_evaluations_that_are_done_are_shown_again(train: Any, scrip
     assert "done already" not in script("evaluate", "split=training").stderr, "latest is another run now"
 
 
+def test_the_same_bytes_are_another_text_as_lines_of_json(train: Any, script: Script, tmp_path: Path) -> None:
+    train()
+    for name in ("text.txt", "text.jsonl"):
+        (tmp_path / name).write_text('{"text": "10 bottles of beer"}\n', encoding="utf-8")
+    tokens = [
+        json.loads(script("evaluate", f"path={name}", "output=json").stdout)["figures"]["tokens"]
+        for name in ("text.txt", "text.jsonl")
+    ]
+    assert tokens == [len('{"text": "10 bottles of beer"}\n') - 1, len("10 bottles of beer") - 1]
+
+
 def test_a_program_is_told_of_errors_too(train: Any, script: Script) -> None:
     for arguments in (["optimizer.lrr=1"], ["data.path=nowhere"], ["seed=-1"]):
         answer = train(*arguments)

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from arguments import only_shows, rewritten
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch import Interrupted, Invocation, launch
 from scripts import as_in_a_process
+from sweeping.stopping import interrupts_kept
 
 from llm.config import EvaluateConfig, GenerateConfig, PretrainConfig
 from llm.errors import UserError
@@ -120,6 +122,22 @@ def test_what_becomes_of_work_without_a_result(
         with pytest.raises(SystemExit) as ended:
             launch("evaluate", EvaluateConfig, work)
         assert ended.value.code == status
+
+
+@pytest.mark.parametrize("becomes", [None, ImportError("numpy: importing its C extensions failed")])
+def test_ctrl_c_is_not_lost_in_an_import(becomes: Exception | None) -> None:
+    @interrupts_kept()
+    def start() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if becomes:
+            raise becomes
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    with pytest.raises(ImportError), interrupts_kept():
+        raise ImportError
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_flags_may_stand_anywhere() -> None:

@@ -215,6 +215,27 @@ def test_a_run_that_is_not_heard_of_is_told(script: Script, outputs: Path) -> No
         assert told.partition("max_minutes=null")[2].partition(":")[2] == said[1:]
 
 
+def test_a_run_is_running_until_its_final_figures_are_there(
+    script: Script, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a heartbeat during the validation at the end: whoever read `finished` there, as a sweep does,
+    would look no further, and a run killed there could not be resumed."""
+    told: list[tuple[str, float | None]] = []
+    write = Summary.write
+
+    def watched(summary: Summary, run_dir: Path) -> None:
+        write(summary, run_dir)
+        told.append((read_summary(run_dir)["status"], read_summary(run_dir)["val_loss"]))
+
+    monkeypatch.setattr(Summary, "write", watched)
+    monkeypatch.setattr("llm.training.recorder.HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("llm.training.recorder.LARGEST_SHARE", 1e9)
+    result = script("pretrain", *TINY, "data=text", text, "training.max_steps=2", "hydra.run.dir=run")
+    assert result.returncode == 0, result.stderr
+    assert {status for status, loss in told if loss is None} == {"running"}
+    assert told[-1][0] == "finished"
+
+
 def test_a_run_says_that_it_lives(
     script: Script, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,12 +206,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
         (["-m", "model=gpt124"], "; did you mean gpt124m?"),
         (["--lr", "1"], "unrecognized arguments: --lr; --help shows what can be given; did you mean optimi"),
         (["early_stopping=median"], "early_stopping has keys of its own: set early_stopping.rule, "),
-        (["optimizer.lr=abc"], "optimizer.lr=abc Value 'abc' of type 'str' could not be converted to Float"),
-        (["model=huge"], "Could not find 'model/huge' Available options in 'model': gpt124m"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number (peak learning rate)\n"),
+        (["training.max_steps=1e3"], "training.max_steps=1000.0: must be a whole number (updates (optimizer"),
+        (["data.cross_documents=maybe"], "data.cross_documents=maybe: must be true or false ("),
+        (["data.batch_size=1.5"], "data.batch_size=1.5: must be a whole number or auto ("),
+        (["optimizer.betas=[1,x]"], "optimizer.betas[1]=x: must be a number\n"),
+        (["seed=null"], "seed=null: must be a value, not null (all randomness"),
+        (["model=huge"], "model=huge: there is no such choice; model has gpt124m, gpt1558m, "),
+        (["model/part=[rotry]"], "model/part=rotry: there is no such choice; model/part has "),
         (["data.train_ratio=1.5"], "data.train_ratio=1.5: must be above 0 and below 1"),
         (["data=text", "data.path=missing"], "data.path=missing: no such file"),
         (["data=the_verdict"], "could not download"),
         (["resume=nowhere"], "nowhere is not a run folder"),
+        (["resume=latest", "rerun=latest"], "rerun repeats a run in a new folder, and resume continues one"),
         (["resume="], "an empty name is no run"),
         (["init_from="], "init_from is empty: give a value, or null"),
         (["+new.key=1"], "new.key: there is no such key; the config has model, "),
@@ -239,6 +246,15 @@ def test_errors_are_one_line(script: Script, arguments: list[str], line: str) ->
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
     assert line in result.stderr
+
+
+def test_what_is_skipped_is_said_once(script: Script, tmp_path: Path) -> None:
+    """Though a text is looked at twice: first for whether the same run was made before."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / ".hidden").touch()
+    result = script("pretrain", *TINY, "data=text", "data.path=texts", "training.max_steps=2")
+    assert result.stdout.count("skipped hidden (1)") == 1
+    assert result.stderr == "error: data.path=texts: no *.txt or *.md file in that folder\n"
 
 
 @pytest.mark.parametrize(

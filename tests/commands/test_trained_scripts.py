@@ -225,6 +225,25 @@ def test_a_split_evaluates_to_the_figures_of_its_run(script: Script, tmp_path: P
     assert figures["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], abs=1e-5)
 
 
+def test_a_text_that_was_changed_is_not_taken_for_that_of_the_run(
+    script: Script, tmp_path: Path, run: Path
+) -> None:
+    file = run.parent / "text.txt"
+    file.write_text(TEXT.replace("beer", "wine"), encoding="utf-8")
+    try:
+        for checkpoint in (run, run / "checkpoints" / "best"):
+            result = script("evaluate", f"checkpoint={checkpoint}", *FP32, "hydra.run.dir=changed")
+            assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stdout
+            assert f"was trained on another text than is at data.path={file} now" in result.stderr
+        sampled = ("study=true", "max_new_tokens=9", "num_samples=2", "tracking=disabled")
+        # Another name of it, as the index of a checkpoint is kept for further jobs.
+        best = f"checkpoint={run}/checkpoints/best"
+        assert script("generate", best, *FP32, *sampled, "hydra.run.dir=study").returncode == 0
+        assert "copied" not in json.loads((tmp_path / "study" / "summary.json").read_text("utf-8"))
+    finally:
+        file.write_text(TEXT, encoding="utf-8")
+
+
 def test_a_file_is_predicted_to_its_last_byte(
     script: Script, tmp_path: Path, run: Path, model: GPTModel
 ) -> None:

@@ -1,5 +1,6 @@
 """Where text comes from: files of any size, and The Verdict's download, from a server on this machine."""
 
+import gzip
 import hashlib
 import http.server
 import logging
@@ -172,8 +173,9 @@ def test_a_glob_means_what_it_means_to_a_shell(tmp_path: Path) -> None:
     ("path", "line"),
     [
         ("pipe", r"path=pipe is a pipe, a socket or a device: give a file"),
-        ("empty", r"path=empty: no such file, no \*\.txt or \*\.md file in that folder, or no match"),
-        ("loop", r"path=loop: no such file"),
+        ("empty", r"path=empty: no \*\.txt or \*\.md file in that folder$"),
+        ("loop", r"path=loop: no such file or folder$"),
+        ("*.none", r"path=\*\.none: no file matches$"),
         ("a" * 300, r"path=a+ cannot be read: File name too long"),
         ("zero\0byte", r"path=zero\\x00byte: no such file"),
         ("~nobody-of-this-name/a.txt", r"path=~nobody-of-this-name/a.txt: no such file"),
@@ -194,7 +196,12 @@ def test_paths_without_a_text_are_one_line(
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("naïve".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0, as in UTF-16; convert the file"),
+        (
+            "naïve".encode("utf-16"),
+            "is not UTF-8: byte 0xff at offset 0, as in UTF-16; convert the file to UTF-8",
+        ),
+        (gzip.compress(b"to be"), r"is compressed \(gzip\): unpack it, or make shards of it"),
+        (b"\x28\xb5\x2f\xfd to be", r"is compressed \(zstd\): unpack it"),
         (
             "to be".encode("utf-16-le"),
             "is not text: a zero byte at offset 1, as in UTF-16 or in binary files",

@@ -6,7 +6,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from llm.config import ModelConfig, RuntimeConfig, SamplingConfig
 from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError
+from llm.errors import NotFinite, UserError
 from llm.generation.inference import for_inference
 from llm.generation.sampling import filter_logits
 from llm.generation.texts import Sample, _Row, generate_texts
@@ -159,3 +159,13 @@ def test_a_prompt_that_cannot_be_is_one_line(prompt: str, line: str) -> None:
         list(generate_texts(small, BYTES, ["a", prompt], SAMPLING, 3))
     with pytest.raises(UserError, match=line.replace("prompt", "b.txt")):
         list(generate_texts(small, BYTES, ["a", prompt], SAMPLING, 3, names=["a.txt", "b.txt"]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(temperature: float) -> None:
+    model = GPTModel(CONFIG).eval()
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1e30)  # finite, but nothing can be computed with it
+    texts = generate_texts(model, BYTES, ["ab"], SamplingConfig(temperature, top_k=None), 5)
+    with pytest.raises(NotFinite, match="the model gives logits that are not finite"):
+        next(texts)

@@ -59,7 +59,9 @@ def test_initial_parameters_are_the_books() -> None:
         GPTModel(ModelConfig(**FIXTURE["model"], tie_weights=False, init="torch")).named_parameters()
     )
     for name, expected in FIXTURE["initial_parameter_sums"].items():
-        assert parameters[name].double().sum().item() == pytest.approx(expected, abs=1e-6), name
+        # A processor's instructions decide how torch rounds each number that it draws.
+        rounding = 1e-8 * parameters[name].numel()
+        assert parameters[name].double().sum().item() == pytest.approx(expected, abs=1e-6 + rounding), name
 
 
 def test_every_step_and_evaluation_is_the_books(run_dir: Path) -> None:

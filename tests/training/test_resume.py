@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -26,6 +27,7 @@ from llm.config import PretrainConfig, ScheduleConfig, TokenizerConfig
 from llm.device import device_errors_in_one_line
 from llm.errors import UserError
 from llm.files import read_json_lines
+from llm.generation.inference import NOT_FINITE
 from llm.run_folder import GOING_BACK, step_folders
 from llm.training.loop import watch
 from llm.training.plots import plot_losses
@@ -232,6 +234,36 @@ def test_a_run_limited_by_the_clock_comes_out_the_same_again(
     assert "the same numbers as" in caplog.text
 
 
+def test_a_rerun_takes_changes_once_it_has_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And is a run like others from there on, also where it is killed before its next checkpoint."""
+    caplog.set_level("INFO")
+    pretrain(settings(tmp_path), tmp_path / "run")
+    whole = settings(tmp_path, max_steps=16)
+    pretrain(changed(whole, resume=str(tmp_path / "run")))
+    rerun = changed(PretrainConfig(), rerun=str(tmp_path / "run"), tracking__mode="disabled")
+    with pytest.raises(UserError, match=r"other numbers.*changed after 12 updates: training\.max_steps=16"):
+        pretrain(rerun, tmp_path / "again")
+    assert (
+        "rerun      the original was changed after 12 updates: training.max_steps=16 (it was 12); "
+        in caplog.text
+    )
+
+    longer = changed(PretrainConfig(), resume=str(tmp_path / "again"), training__max_steps=18)
+    summary_file = tmp_path / "again" / "summary.json"
+    finished = json.loads(summary_file.read_text())
+    summary_file.write_text(json.dumps({**finished, "status": "interrupted"}))
+    with pytest.raises(
+        UserError, match=r"is a rerun, .*: remove training\.max_steps=18 until it has finished"
+    ):
+        pretrain(longer, given={"training.max_steps"})
+    summary_file.write_text(json.dumps(finished))
+    summary = pretrain(longer, given={"training.max_steps"})
+    assert (summary.status, summary.steps) == ("finished", 18)
+    assert (tmp_path / "again" / "checkpoints" / "last" / "config.json").read_text().count(
+        '"rerun": null'
+    ) == 1
+
+
 def test_a_rerun_that_comes_out_otherwise_says_where_and_what_differs(tmp_path: Path) -> None:
     pretrain(settings(tmp_path), tmp_path / "run")
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
@@ -295,6 +327,28 @@ def test_the_last_good_checkpoint_is_from_before_the_weights_went_astray(tmp_pat
     losses = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
     assert [line["step"] for line in losses] == list(range(8))
     assert all(line["train/loss"] < 6 for line in losses)
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (3, "step 2: the loss after this update is not finite"),  # in the evaluation after the last update
+        (4, NOT_FINITE),  # in a sample, while there are updates to come
+    ],
+)
+def test_weights_that_have_gone_astray_are_not_saved(tmp_path: Path, last: int, why: str) -> None:
+    """The loss of the update that ruins them is finite: it is that of the weights before."""
+    config = settings(tmp_path, max_steps=2, eval_freq=None, grad_clip=None)
+    config = changed(config, optimizer__name="adamw", optimizer__lr=1e-3, schedule__name="constant")
+    config.schedule.warmup = 0
+    config.checkpoint.every_steps = 1
+    pretrain(config, tmp_path / "run")
+    config = changed(config, resume=str(tmp_path / "run"), optimizer__lr=1e30, training__max_steps=last)
+    config.samples.every_minutes = 1e-9
+    good = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(UserError, match=re.escape(f"{why}; the last good checkpoint is {good};")):
+        pretrain(config)
+    assert not (good.parent / "step-00000003").exists()
 
 
 def test_gradient_norm_spikes_are_counted(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,8 @@
 """On which windows a run is validated at its end; what it says of its time, its precision and its speed."""
 
 import logging
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,17 @@ def test_samples_by_the_minute_are_repeated_and_resumed(tmp_path: Path) -> None:
     assert len(steps) == len(set(steps)) >= 2
     again = pretrain(changed(config, rerun=str(tmp_path / "run")), tmp_path / "again")  # compares all samples
     assert again.status == "finished"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux forgets a peak")
+def test_peak_memory_is_not_that_of_an_earlier_job(tmp_path: Path) -> None:
+    large = 1 << 29
+    ballast = bytearray(b"1") * large  # what an earlier job of this process held
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del ballast
+    found = pretrain(settings(tmp_path), tmp_path / "run").peak_memory_bytes
+    assert found is not None
+    assert 0 < found < peak - large // 2
 
 
 def test_a_resumed_run_tells_what_is_left_and_that_its_rate_rises(
