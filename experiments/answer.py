@@ -1,6 +1,6 @@
-"""What a program that runs the scripts is told: with `output=json`, one object on standard output.
+"""Answers for programs that run the scripts: with `output=json`, one object on standard output.
 
-All that is printed for people, by processes begun here too, goes to standard error.
+Everything that is printed for people, also by child processes, then goes to standard error.
 """
 
 import os
@@ -18,11 +18,11 @@ from llm.outcome import Outcome
 KEY = re.compile(r"\+*output=(.*)")
 FORMS = ("text", "json")
 
-_told: dict[str, Any] = {}  # what there is to say so far, of the run or the sweep of this process
+_told: dict[str, Any] = {}  # the answer so far, about the run or sweep of this process
 
 
 def form_of(arguments: list[str]) -> tuple[str, list[str]]:
-    """What `output=…` asks for, and the other arguments.
+    """The form that `output=…` asks for, and the other arguments.
 
     Raises:
         UserError: there is no such form.
@@ -35,7 +35,7 @@ def form_of(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def tell(outcome: Outcome, folder: Path | None = None, reused: bool = False) -> None:
-    """Let this be the answer. What is told last counts: a sweep ends after its jobs."""
+    """Set the answer. The last call counts: a sweep ends after its jobs."""
     _told.update(
         folder=str(as_typed(folder)) if folder else None,
         reused=reused,
@@ -46,14 +46,14 @@ def tell(outcome: Outcome, folder: Path | None = None, reused: bool = False) -> 
 
 
 def tell_error(error: str) -> None:
-    """Print why a script failed, and let it be the answer."""
+    """Print why a script failed, and put it in the answer."""
     _told["error"] = error
     print(f"error: {error}", file=sys.stderr)
 
 
 @contextmanager
 def answered(script: str) -> Iterator[None]:
-    """Print the answer in the end, whatever it is, and nothing else."""
+    """At the end, print the answer and nothing else to standard output."""
     _told.clear()
     _told.update(folder=None, reused=False, figures={}, files={}, next={}, error=None)
     out, status = sys.stdout, 0

@@ -1,4 +1,4 @@
-"""The command line as Hydra is to read it: folders to resume are found, and texts and paths are quoted."""
+"""Rewrites the command line for Hydra: finds the folders to resume, and quotes texts and paths."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
 from suggestions import did_you_mean
-from sweeping.recorded import CONF, PLANNED, check_jobs, harmless
+from sweeping.recorded import CONF, PLANNED, SHORT_KEYS, check_jobs, harmless
 
 from llm.config_values import leaf_keys
 from llm.errors import UserError
@@ -20,23 +20,23 @@ from llm.overrides import quoted, split_override
 from llm.runs import BEST, LATEST, find_run, path_of
 from llm.sweeps.jobs import find_sweep, read_record
 
-TEXTS = ("prompt", "text", "samples.prompt")  # for people: in these, ${…} means nothing
+TEXTS = ("prompt", "text", "samples.prompt")  # keys in whose values ${…} is plain text
 PATHS = ("hydra.run.dir", "hydra.sweep.dir", "sweep.resume", "sweep.extend", "sweep.table")
-OF_SWEEPER = {f"sweep.{name}": f"hydra.sweeper.{name}" for name in ("zip", "table", "order")}
 SWEEP_FLAGS = {"-m", "--multirun"}
 ONE_CONFIG_FLAGS = {"-c", "--cfg", "-i", "--info"}
 # With these Hydra prints something and runs nothing.
 SHOWING_FLAGS = ONE_CONFIG_FLAGS | {"-h", "--help", "--hydra-help", "--version", "-sc", "--shell-completion"}
-PLANS_SWEEP = re.compile(r"\+*sweep\.(?!resume=)\w+=")  # which is of no use without -m
+PLANS_SWEEP = re.compile(r"\+*sweep\.(?!resume=)\w+=")  # implies -m
 ESCAPED = r"\${"
 REFERENCE = re.compile(r"(?<!\\)(\\\\)*\$\{")  # ${…}, unless a backslash makes it text
 FREE_ON_RERUN = ("rerun", "if_done", "tracking", "hydra", "data.path", "data.cache_dir")
 
 
 def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
-    """
+    """The command line as Hydra should read it.
+
     Raises:
-        UserError: what is to be resumed is not there, or cannot be changed like this.
+        UserError: what is to be resumed does not exist, or cannot be changed like this.
         HydraException: an override does not parse.
     """
     plans = any(map(PLANS_SWEEP.match, arguments))
@@ -53,7 +53,7 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
         raise UserError("hydra.output_subdir: the record of a run is always in its folder .hydra; remove it")
     if plans or "sweep.resume" in overrides:
         flags = _sweeping(flags)
-    for key, ours in OF_SWEEPER.items():
+    for key, ours in SHORT_KEYS.items():
         if override := overrides.pop(key, None):
             overrides[ours] = f"{ours}={override.partition('=')[2]}"
     if "sweep.resume" in overrides or "sweep.extend" in overrides:
@@ -66,13 +66,14 @@ def rewritten(arguments: list[str], script: str, schema: type) -> list[str]:
                 "resume continues a single run: remove -m; to continue a sweep, use sweep.resume=FOLDER"
             )
         overrides |= _resumed_run(flags, overrides)
-    return [*flags, *overrides.values()]  # argparse, which Hydra uses, wants them in this order
+    return [*flags, *overrides.values()]  # argparse, which Hydra uses, needs this order
 
 
 def _refuse_what_hydra_would_not_say_in_a_line(overrides: dict[str, str]) -> None:
-    """
+    """Refuse mistakes for which Hydra's own errors would not be one line.
+
     Raises:
-        UserError: an override has no key, or a group gets something else than the name of an option.
+        UserError: an override has no key, or gives a group something other than the name of an option.
     """
     for key, override in overrides.items():
         if not key:
@@ -86,7 +87,7 @@ def _refuse_what_hydra_would_not_say_in_a_line(overrides: dict[str, str]) -> Non
 
 @contextmanager
 def flags_refused_in_a_line(schema: type) -> Iterator[None]:
-    """Let what Hydra's parser of flags does not know be an error of one line, not a page on how to use it."""
+    """Turn errors about unknown flags into one line; Hydra's parser would print a page of usage."""
 
     def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         typed = re.search(r"unrecognized arguments: -+(\w[\w.]*)", message)
@@ -102,13 +103,13 @@ def flags_refused_in_a_line(schema: type) -> Iterator[None]:
 
 
 def only_shows(arguments: list[str]) -> bool:
-    """Whether Hydra prints help, a config or the like, in place of a run."""
+    """Whether Hydra only prints help, a config or the like, and runs nothing."""
     return bool(SHOWING_FLAGS & _flag_names(arguments))
 
 
 def _from_agent(argument: str) -> list[str]:
-    """An argument from an agent of a W&B sweep, which spells values as Python does: None, and nested
-    parameters as a dict."""
+    """Overrides for an argument from an agent of a W&B sweep, which spells values as Python does: None, and
+    nested parameters as a dict."""
     name, _, text = argument.partition("=")
     try:
         value = ast.literal_eval(text)
@@ -148,14 +149,15 @@ def _flags(arguments: list[str]) -> list[str]:
 
 
 def _by_key(arguments: Iterable[str]) -> dict[str, str]:
-    """The overrides among arguments, by the keys that they set: `optimizer.lr` of `+optimizer.lr=1`."""
+    """The overrides among arguments, by the keys that they set, such as `optimizer.lr` for
+    `+optimizer.lr=1`."""
     parser = OverridesParser.create()
     overrides = filter(_is_override, arguments)
     return {parser.parse_override(override).key_or_group: override for override in overrides}
 
 
 def _value(override: str) -> str:
-    """The text of an override's value, as a path."""
+    """The value of an override as text, such as a path."""
     parsed = OverridesParser.create().parse_override(override)
     value = parsed.value()
     return value if isinstance(value, str) else parsed.get_value_string()
@@ -165,7 +167,7 @@ def _value(override: str) -> str:
 
 
 def _text_keys(schema: type) -> set[str]:
-    """The keys of a schema that take any text."""
+    """The keys of a schema whose value may be any text."""
     return {
         key
         for key, item in leaf_keys(schema).items()
@@ -174,8 +176,8 @@ def _text_keys(schema: type) -> set[str]:
 
 
 def _with_quotes(argument: str, texts: set[str], sweeps: bool) -> str:
-    """Quote a text or a path, whose commas, brackets and letters would trip Hydra. Where it is quoted
-    already, refers to something by `${…}`, or is one of several in a sweep, it keeps its meaning."""
+    """Quote a text or a path whose commas, brackets or letters would confuse Hydra. One that is quoted
+    already, has an interpolation `${…}`, or is one of several in a sweep, keeps its meaning."""
     name, _, value = argument.partition("=")
     key = name.lstrip("+")
     if key not in texts or value == "null" or _is_quoted(argument):
@@ -201,11 +203,11 @@ def _parses(argument: str) -> bool:
     return True
 
 
-# What is resumed or repeated
+# Resuming and repeating
 
 
 def _check_rerun(overrides: dict[str, str]) -> None:
-    """With `rerun=`, the config is that of that run, whatever today's defaults, and takes no changes."""
+    """Refuse changes to a rerun, whose config is that of the run that it repeats."""
     if "resume" in overrides:
         raise UserError("rerun repeats a run in a new folder, and resume continues one: remove one of them")
     if others := [each for key, each in overrides.items() if not key.startswith(FREE_ON_RERUN)]:
@@ -215,10 +217,10 @@ def _check_rerun(overrides: dict[str, str]) -> None:
 
 
 def _resumed_run(flags: list[str], overrides: dict[str, str]) -> dict[str, str]:
-    """Overrides with which Hydra uses the folder of the run that is resumed. The run's config is not
-    composed again: what is given now replaces values of its record, see llm/training/start.py."""
+    """Overrides with which Hydra uses the folder of the run that is resumed. The run's config is not composed
+    again: what is given now replaces values of its record, see llm/training/start.py."""
     for key, override in overrides.items():
-        if REFERENCE.search(override) and not key.startswith("hydra"):  # which a text for people has not
+        if REFERENCE.search(override) and not key.startswith("hydra"):
             raise UserError(f"{override}: with resume, give a value; ${{…}} would refer to today's defaults")
     name = _value(overrides["resume"])
     run_dir = find_run(name, with_checkpoint=False)
@@ -229,7 +231,7 @@ def _resumed_run(flags: list[str], overrides: dict[str, str]) -> dict[str, str]:
     return {
         "resume": f"resume={quoted(str(path_of(name)) if name in (LATEST, BEST) else name)}",
         "hydra.run.dir": f"hydra.run.dir={quoted(str(run_dir))}",
-        "hydra.mode": "hydra.mode=RUN",  # an experiment that is given may ask for a sweep
+        "hydra.mode": "hydra.mode=RUN",  # even if a given experiment is a sweep
     }
 
 
@@ -240,8 +242,8 @@ def _sweeping(flags: list[str]) -> list[str]:
 
 
 def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, schema: type) -> list[str]:
-    """The command line that began a sweep, as far as its record may decide it. The jobs that there are cannot
-    change, but the way they are launched and tracked can; and a sweep can get more jobs."""
+    """The command line with which a sweep was started, as far as its record may decide it. Existing jobs
+    cannot change, but the way they are launched and tracked can, and a sweep can get more jobs."""
     if "sweep.resume" in overrides and "sweep.extend" in overrides:
         raise UserError("sweep.extend resumes what has not ended as well: remove sweep.resume")
     extends = "sweep.extend" in overrides
@@ -253,7 +255,7 @@ def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, s
             f"{folder} was begun by experiments/{record['script']}.py: {verb} it with that script"
         )
     recorded, ignored = harmless(record["arguments"], schema, folder)
-    if "hydra/launcher" in overrides:  # whose settings are others
+    if "hydra/launcher" in overrides:  # the recorded settings are another launcher's
         recorded = [each for each in recorded if not each.startswith("hydra.launcher.")]
     left_open = {*ignored, *check_jobs(record["jobs"], schema, folder)}
     free = ("hydra", "tracking", *left_open)
@@ -261,7 +263,7 @@ def _continued_sweep(flags: list[str], overrides: dict[str, str], script: str, s
     if extends:
         if not others:
             raise UserError(f"sweep.extend={folder}: give what to add, as in seed=3,4")
-        # Each job's keys are in its record; those that all jobs have alike are Hydra's to know, too.
+        # Each job's overrides are in its record; Hydra has to know those that all jobs share.
         alike = set(record["jobs"][0]).intersection(*record["jobs"]) if record["jobs"] else set()
         recorded = [each for each in recorded if each.startswith("hydra")]
         recorded += sorted(each for each in alike if split_override(each)[0] not in left_open)

@@ -1,4 +1,4 @@
-"""Which keys were asked for, as opposed to left at their defaults."""
+"""Which keys the user set, as opposed to those left at their defaults."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,16 +12,16 @@ PACKAGE = re.compile(r"\s*# @package (\S+)")  # where Hydra puts the keys of a f
 
 
 def given_keys(overrides: Iterable[str], folders: Iterable[Path], values: bool = False) -> frozenset[str]:
-    """The dotted keys that overrides set, among them those of the experiments that they choose.
+    """The dotted keys that overrides set, including those of the experiments that they choose.
 
-    Where an option of a group was chosen, as by `model=tiny`, or by `override /model: tiny` in an experiment,
-    the group's name is given. It stands for all keys below it. An option of a group that sets keys of another
-    one, as `model/part=rotary` does, gives these keys.
+    If an option of a group was chosen, by `model=tiny` or by `override /model: tiny` in an experiment, the
+    group's name is returned, and stands for all keys below it. For an option that sets keys of another group,
+    as `model/part=rotary` does, these keys are returned.
 
     Args:
-        overrides: of the command line, or of a job of a sweep; none of them a sweep.
+        overrides: those of the command line or of a job of a sweep, with single values.
         folders: where Hydra looks for configs.
-        values: in place of a group's name, give the keys that the option sets.
+        values: return the keys that an option sets, in place of the group's name.
     """
     folders = list(folders)
     given: set[str] = set()
@@ -37,8 +37,8 @@ def given_keys(overrides: Iterable[str], folders: Iterable[Path], values: bool =
 
 
 def _keys_of_experiment(config: Path, folders: list[Path], values: bool) -> Iterator[str]:
-    """The groups and keys that an experiment sets, and those that it builds on."""
-    content = _content(_find(config, folders))  # none of ~experiment
+    """The groups and keys that an experiment sets, and the experiments that it builds on."""
+    content = _content(_find(config, folders))  # empty for ~experiment
     for entry in content.pop("defaults", []):
         if not isinstance(entry, str):
             [(group, option)] = entry.items()
@@ -50,7 +50,7 @@ def _keys_of_experiment(config: Path, folders: list[Path], values: bool) -> Iter
 
 
 def _keys_of_choice(group: str, option: object, folders: list[Path], values: bool) -> Iterator[str]:
-    """The keys that an option of a group sets, or the group; of a key that is no group, the key itself."""
+    """The group, or the keys that its option sets; for a key that is no group, the key itself."""
     if not any((folder / group).is_dir() for folder in folders):
         yield group
         return
@@ -74,7 +74,7 @@ def _find(config: Path, folders: list[Path]) -> Path | None:
 
 
 def _content(file: Path | None) -> dict[str, Any]:
-    """What a config says, without Hydra's own settings; nothing if there is none."""
+    """The content of a config file, without Hydra's own settings; empty if there is no file."""
     content: Any = OmegaConf.to_container(OmegaConf.load(file)) if file else {}
     content.pop("hydra", None)
     return content

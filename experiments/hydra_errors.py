@@ -1,4 +1,4 @@
-"""Errors, Hydra's above all, as one line."""
+"""Errors as one line, above all Hydra's."""
 
 import errno
 import re
@@ -30,7 +30,7 @@ KINDS = {
     None: "a value, not null",
 }
 NOT_A_VALUE = re.compile(r"Error merging override (\w+)=.* Invalid type assigned: \w+ is not a subclass of")
-# What a disk says that is full, read-only, broken or away.
+# Errors of a disk that is full, read-only, broken or gone.
 OF_DISKS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 OF_GRIDS = {  # settings of a grid that other sweepers do not have, and why
     "zip": "a search tries values by itself",
@@ -38,12 +38,12 @@ OF_GRIDS = {  # settings of a grid that other sweepers do not have, and why
     "order": "what another sweeper runs next depends on what came of its jobs",
     "extend": "a search or a race takes sweep.resume with more hydra.sweeper.n_trials or max_seeds",
 }
-NOISE = ("full_key:", "object_type=", "reference_type=")  # how OmegaConf's lines begin that help nobody
+NOISE = ("full_key:", "object_type=", "reference_type=")  # starts of OmegaConf's lines that help nobody
 
 
 def is_users(error: Exception) -> bool:
-    """Whether a user can fix an error. An OSError about no file is a bug, unless the disk has failed; but one
-    of Hydra's own errors is such an OSError."""
+    """Whether a user can fix an error. An OSError without a file is a bug, unless the disk has failed; except
+    that some of Hydra's own errors are OSErrors too."""
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return bool(error.filename) or error.errno in OF_DISKS
     return True
@@ -53,7 +53,7 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
     """An error as one line that names the key and what was expected.
 
     Args:
-        schema: of the config, to list the keys that there are where one is unknown.
+        schema: that of the config, to suggest existing keys in place of an unknown one.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -91,7 +91,7 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
-    """What an error and its causes say, without where Hydra looked."""
+    """The lines of an error and its causes, without Hydra's search path."""
     lines = [
         line.strip()
         for message in _messages(error)
@@ -107,14 +107,15 @@ def _messages(error: BaseException | None) -> Iterator[str]:
 
 
 def _options(group: str) -> list[str]:
-    """The choices that a group has here; none of one of Hydra's own."""
+    """The choices of a group in conf/; none for a group of Hydra's own."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def refuse_unknown_keys(config: Any, schema: Any) -> None:
-    """
+    """Refuse keys that the schema does not have, which Hydra lets `+new.key=1` add.
+
     Raises:
-        UserError: the config has a key that nobody reads; `+new.key=1` lets Hydra add any.
+        UserError: names the first such key.
     """
     if unknown := next(_unknown_keys(config, schema), None):
         raise UserError(no_such_key(unknown, schema))
@@ -134,7 +135,7 @@ def _unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def no_such_key(key: str, schema: Any) -> str:
-    """Says too which key was meant, or which there are in the group that it would be in."""
+    """An error message about an unknown key, with the key that was probably meant, or those of its group."""
     if (sweeper := key.removeprefix("hydra.sweeper.")) in OF_GRIDS:
         return f"sweep.{sweeper} is for a grid ({OF_GRIDS[sweeper]}): remove it, or hydra/sweeper=NAME"
     if key in ("hydra.launcher.n_jobs", "hydra.launcher.jobs_per_device"):

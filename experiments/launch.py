@@ -50,24 +50,24 @@ from llm.run_folder import SUMMARY, mark_failed, write_summary
 
 HERE = Path(__file__).parent
 
-# The modules that a run imports are 400,000 objects. To look through them all for garbage, each time that a
-# quarter more has come, takes half a second.
+# A run's imports make 400,000 objects. Searching all of them for garbage whenever their number has grown by a
+# quarter takes half a second.
 gc.set_threshold(100_000)
-# Hydra copies the whole store whenever it lists the options of a group, a hundred times for --help; and what
-# it takes from that copy it copies once more.
+# Hydra copies the whole store whenever it lists the options of a group, a hundred times for --help; and it
+# copies again what it takes from that copy.
 setattr(ConfigStore, "__deepcopy__", lambda stored, memo: stored)  # noqa: B010
 
 
 class Interrupted(BaseException):
-    """Raised by a script's work that a signal stopped, its argument, and that has saved what there was."""
+    """Raised by a script's work that was stopped by a signal (the argument), after it has saved its state."""
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a script's work was asked for, besides its config."""
+    """How a script was invoked, besides its config."""
 
     run_dir: Path
-    given: frozenset[str]  # the keys and groups that were set, not left at their defaults; see given.py
+    given: frozenset[str]  # keys and groups that were set by the user; see given.py
     in_sweep: bool = False
 
 
@@ -84,14 +84,15 @@ def launch(
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and hand it to `work`.
 
-    `work` gets the config as a `schema` dataclass. A `UserError`, or an override that does not fit, is one
-    line and exit status 1. In a sweep, a job that fails so does not stop the others. With `output=json`, what
-    came of it is told as one object, see answer.py.
+    `work` gets the config as a `schema` dataclass. A `UserError`, or an override that does not fit, is
+    printed as one line, with exit status 1. In a sweep, a job that fails in this way does not stop the
+    others. With `output=json` the outcome is printed as one object, see answer.py.
 
     Args:
-        recorded: the work is a run, whose config and log are kept in its folder.
-        repeatable: where the same run is done already, `llm.commands.<config_name>` tells what came of it.
-        follow: what the other tasks of a job do, where all of them are one run.
+        recorded: whether the work is a run, whose config and log are kept in its folder.
+        repeatable: whether a run that is done already is reused; `llm.commands.<config_name>` then has
+            `outcome_of` and `show_again`, see repeating.py.
+        follow: what the other tasks of a Slurm job do, if all its tasks are one run; returns an exit status.
     """
     _prepare_process(schema)
     try:
@@ -136,10 +137,10 @@ def _launch(
 
 
 def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -> float | None:
-    """Do the work of one config that Hydra has composed, of a run or of a job of a sweep; or take over what
-    came of it before. Returns the figure that sweeps compare.
+    """Do the work for one config that Hydra has composed, for a single run or a job of a sweep; or reuse the
+    outcome of the same run, if it was done before. Returns the figure that sweeps compare.
 
-    Hydra itself writes nothing: the folder is claimed first; see conf/common.yaml and record.py.
+    Hydra itself writes nothing, as the folder has to be claimed first; see conf/common.yaml and record.py.
     """
     hydra_config = HydraConfig.get()
     place, overrides = place_of(hydra_config), unresolved(composed_config().hydra.overrides.task)
@@ -182,8 +183,8 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
 
 
 def _end_without_result(error: BaseException, place: Place) -> float:
-    """Say why there is none: in a line, in the exit status, or to the sweep."""
-    if isinstance(error, OmegaConfBaseException | OSError) and is_users(error):  # Hydra would add a line
+    """Report why there is no result: in a line, by the exit status, or to the sweep."""
+    if isinstance(error, OmegaConfBaseException | OSError) and is_users(error):  # Hydra would add lines
         error = UserError(one_line(error))
     match error:
         case UserError():
@@ -204,24 +205,26 @@ def _end_without_result(error: BaseException, place: Place) -> float:
                 raise KeyboardInterrupt(*error.args) from None  # the jobs to come are called off
             sys.exit(exit_status(error))
         case _:
-            if place.sweep:  # Hydra would keep it to itself
+            if place.sweep:  # Hydra would not show it
                 error_log.exception("error")
             raise error
 
 
 def _end_unread() -> NoReturn:
-    """Whoever read the output has gone, as `head` does: end as other programs do."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
+    """End as other programs do when the reader of their output, such as `head`, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
     sys.exit(128 + signal.SIGPIPE)
 
 
 def _prepare_process(schema: type) -> None:
-    """Set what Hydra and the processes of jobs look at. Doing so again changes nothing."""
-    for each in schema.__mro__[:-1]:  # a script that takes what another takes, and more, has its root file
+    """Set up Hydra, and the environment of jobs' processes. May be called again."""
+    # A script whose config extends another's, as PlanConfig does PretrainConfig, also uses that one's root
+    # file.
+    for each in schema.__mro__[:-1]:
         store(f"{each.__name__.removesuffix('Config').lower()}_schema", own_defaults(schema))
     configure_launchers()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, else it would print them
-    logging.raiseExceptions = False  # on a full disk, lines of the log get lost without a traceback for each
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra would print its errors, not raise them
+    logging.raiseExceptions = False  # on a full disk, lose lines of the log without a traceback for each
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(HERE) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), *paths]))

@@ -1,4 +1,4 @@
-"""Say what a run would take, before it is begun: `python experiments/plan.py --help`."""
+"""Estimate what a run takes before it starts: `python experiments/plan.py --help`."""
 
 from launch import Invocation, launch
 

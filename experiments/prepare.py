@@ -1,4 +1,4 @@
-"""Make the token files of a run ahead of it: `python experiments/prepare.py --help`."""
+"""Tokenise a run's text in advance: `python experiments/prepare.py --help`."""
 
 from launch import Invocation, launch
 

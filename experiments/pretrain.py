@@ -17,11 +17,12 @@ from llm.outcome import Outcome
 
 
 def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
-    """Pretrain; sweeps compare the validation loss over the whole split.
+    """Pretrain. Sweeps compare the validation loss at the end.
 
-    A job that was stopped early has none, and counts as infinitely bad. Its best loss along the way will not
-    do: it is of a part of the split, and where runs end worse than their best, as on a small text, it may be
-    below the final loss of jobs that trained to their end. The stopped job would then be taken for the best.
+    A job that was stopped early has none, and counts as infinitely bad. Its best loss during training would
+    not do: it was measured on a part of the split, and if runs end worse than their best, as on a small text,
+    it may be below the final losses of jobs that trained to their end, so that the stopped job would seem the
+    best.
     """
     from llm.commands.pretrain import outcome_of, pretrain_in  # imports torch, which --help need not wait for
 
@@ -38,14 +39,15 @@ def run(config: PretrainConfig, invocation: Invocation) -> Outcome:
 
 
 def follow_the_first() -> int:
-    """In the other processes of a run: only the first reads the config and prints. Returns a status."""
+    """Take part in a run as one of its other processes; only the first reads the config and prints. Returns
+    an exit status."""
     from llm.commands.pretrain import take_part
 
     status = 1
 
     def end() -> None:
-        """As processes of `multiprocessing` do. Torch's threads, which exchanged the gradients, may outlive
-        the interpreter for a moment, and one that then wants its lock aborts the process."""
+        """Exit as processes of `multiprocessing` do. Torch's threads for exchanging gradients may outlive the
+        interpreter for a moment, and would abort the process when they ask for its lock."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

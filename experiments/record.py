@@ -1,7 +1,7 @@
-"""What the launcher leaves in a run's folder: the composed config, the overrides and the log.
+"""A run's record in its folder: the composed config, the overrides and the log.
 
-Hydra would write these before anybody knows whether the folder is free. It is told not to, and this is done
-once the folder is claimed. `.hydra/` is for people: a run is resumed from its checkpoints.
+Hydra would write these before it is known whether the folder is free, so that is turned off, and they are
+written here once the folder is claimed. `.hydra/` is for people: a run is resumed from its checkpoints.
 """
 
 import logging
@@ -16,13 +16,13 @@ from llm.errors import UserError
 from llm.files import write_text
 from llm.progress import LineFormatter
 
-error_log = logging.getLogger("error")  # what ended a run: to its log only
+error_log = logging.getLogger("error")  # for the error that ended a run, which goes to its log file only
 error_log.propagate = False
 error_log.addHandler(logging.NullHandler())  # without one, logging would print it
 
 
 def write_record(config: DictConfig, place: Place) -> None:
-    """Write `.hydra/` as Hydra does: interpolations stay as they were typed."""
+    """Write `.hydra/` as Hydra would: with interpolations as they were typed."""
     hydra_config = composed_config()
     folder = place.run_dir / ".hydra"
     write_text(folder / "config.yaml", as_yaml(config))
@@ -32,10 +32,10 @@ def write_record(config: DictConfig, place: Place) -> None:
 
 @contextmanager
 def logged(place: Place, script: str | None) -> Iterator[None]:
-    """Keep the log in the run's folder. A job's goes nowhere else: the terminal shows the sweep.
+    """Log to a file in the run's folder; a job of a sweep logs only there, as the terminal shows the sweep.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     path = place.run_dir / f"{script}.log"
     if path.is_symlink() or path.is_fifo():  # never write through it
@@ -49,7 +49,7 @@ def logged(place: Place, script: str | None) -> Iterator[None]:
     shown = list(root.handlers)
     if place.sweep:
         root.handlers.clear()
-    error_log.disabled = False  # as hydra/job_logging=disabled makes it
+    error_log.disabled = False  # hydra/job_logging=disabled disables all loggers
     for logger in (root, error_log):
         logger.addHandler(file)
     try:

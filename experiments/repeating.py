@@ -1,7 +1,7 @@
-"""What becomes of a run that was made before: a job of a sweep takes it over, a single one shows it again.
+"""Reusing a run that was made before: a job of a sweep takes over its results, a single run shows them again.
 
-The module in `llm.commands` that does a script's work says with `outcome_of` what came of a run, and prints
-with `show_again` what the run itself printed.
+The module in `llm.commands` that does a script's work returns a run's outcome from `outcome_of`, and prints
+with `show_again` what the run itself had printed.
 """
 
 import logging
@@ -30,10 +30,10 @@ FINDING = ("data.text_files", "data.corpus", "checkpoints.checkpoint")
 def made_before(
     script: str, config: DictConfig, given: Collection[str], place: Place
 ) -> tuple[str | None, Path | None]:
-    """The fingerprint of a run, and the folder of one that is done and has the same, if it is to be reused.
+    """The fingerprint of a run, and the folder of a finished run with the same one, if that is to be reused.
 
-    There is no fingerprint of a run that is resumed, or trained again to compare with its record; and none
-    where something is wrong, as the run itself will say.
+    A run that is resumed, or a rerun, has no fingerprint; nor has one whose config is wrong, which the run
+    itself will report.
     """
     with suppress(UserError, OmegaConfBaseException, OSError), _said_once():
         settings: Any = OmegaConf.to_object(config)
@@ -76,8 +76,8 @@ def _command(script: str) -> Any:
 
 
 def _root(place: Place) -> Path:
-    """Where a run that is done is looked for: in the folder that was named for it, if one was, and in a sweep
-    that lies elsewhere than runs do; else where all runs lie."""
+    """Where to look for a finished run: in the folder that the user named for it, or in a sweep outside of
+    outputs/; otherwise in outputs/."""
     if place.sweep:
         return OUTPUTS if as_typed(place.sweep).is_relative_to(OUTPUTS) else place.sweep
     return OUTPUTS if place.is_made_up else place.run_dir
@@ -91,7 +91,7 @@ def show_again(script: str, config: Any, folder: Path) -> None:
 
 
 def take_over(script: str, folder: Path, run_dir: Path) -> float | None:
-    """Let a job's folder be what that of a run that is done is; returns the figure that sweeps compare."""
+    """Copy a finished run into a job's folder; returns the figure that sweeps compare."""
     from llm.commands.done import copy_run
 
     copy_run(folder, run_dir)
@@ -101,10 +101,10 @@ def take_over(script: str, folder: Path, run_dir: Path) -> float | None:
 
 @contextmanager
 def noted(run_dir: Path, made_with: str | None, resumed_with: Collection[str] | None) -> Iterator[None]:
-    """Record what a run is made with, and, once its work has ended well, that it is done.
+    """Record a run's fingerprint, and that the run is done once its work has succeeded.
 
     Args:
-        resumed_with: the keys that were given to a run that is resumed; None: it is a new one.
+        resumed_with: the keys that were given to a run that is resumed; None for a new run.
     """
     from llm.commands import done
 

@@ -1,4 +1,4 @@
-"""Read a sweep as a page, a table and a picture: `python experiments/report.py --help`."""
+"""Report on a sweep as a page, a table and a picture: `python experiments/report.py --help`."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def train(arguments: list[str]) -> None:
     """Run pretrain.py.
 
     Raises:
-        UserError: it failed, and has said why.
+        UserError: it failed, and has printed why.
     """
     sys.stdout.flush()
     script = Path(__file__).with_name("pretrain.py")

@@ -1,4 +1,4 @@
-"""What was meant by a mistyped key or choice: the few that there are and that are spelled alike."""
+"""Suggestions for a mistyped key or choice: the existing ones that are spelled most alike."""
 
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
@@ -10,14 +10,14 @@ from sweeping.recorded import NUMBERS, SWEEP_KEYS, config_groups
 
 from llm.config_values import leaf_keys
 
-ALIKE = 0.65  # least similarity of two names, as difflib has it
-AS_GOOD = 0.1  # what the others may be less alike than the best
+ALIKE = 0.65  # least similarity of a suggestion, as measured by difflib
+AS_GOOD = 0.1  # by how much the others may be less similar than the best
 SHOWN = 4
 GROUPS = ("hydra/launcher", "hydra/sweeper")
 
 
 def did_you_mean(key: str, schema: Any) -> str:
-    """The end of an error about a key that a script does not have; empty if nothing is like it."""
+    """The end of an error message about an unknown key; empty if no key is similar."""
     nodes = {item.name for item in fields(schema) if is_dataclass(item.type)}
     takes = {each for each in config_groups() if each.partition("/")[0] in {*nodes, "experiment"}}
     ours = [*leaf_keys(schema), *sorted(nodes | takes), *SWEEP_KEYS]
@@ -29,7 +29,7 @@ def did_you_mean(key: str, schema: Any) -> str:
 
 
 def choice_meant(name: str, options: Collection[str]) -> str:
-    """The same about an option that a group does not have."""
+    """The end of an error message about an unknown option of a group."""
     return _question(_most_alike({each: _likeness(name, each) for each in options}))
 
 
@@ -61,7 +61,8 @@ def _most_alike(likeness: dict[str, float]) -> list[str]:
 
 
 def _likeness(one: str, other: str) -> float:
-    """From 0 to 1. A word of a name, as `steps` of `max_steps`, or its start, as `temp`, comes near it."""
+    """Similarity from 0 to 1. A word of a name, such as `steps` of `max_steps`, or its start, such as `temp`,
+    counts as similar."""
     whole = SequenceMatcher(None, one, other).ratio()
     is_part = one in other.split("_") or (len(one) > 2 and other.startswith(one))
     return max(whole, 0.9) if is_part else whole

@@ -23,8 +23,8 @@ def key(
     llm/config_rules.py. None is always in range where the type allows it.
 
     Args:
-        table: instead of choices, the dotted name of a table whose keys they are. It stands beside the code
-            that it chooses from and is imported only to validate, so that `--help` need not wait for torch.
+        table: in place of `choices`, the dotted name of a dict whose keys are the choices. It is imported
+            only by `validate`, so that `--help` need not wait for torch.
     """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
@@ -38,8 +38,8 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-# The largest numbers that torch computes with, whatever they are multiplied by: whole ones in 64 bits, others
-# in 32. No number has to be infinite or undefined.
+# Bounds of every number: torch's integers have 64 bits, and floats below 1e30 can be multiplied in fp32. So
+# no value is infinite or NaN.
 LARGEST_WHOLE, LARGEST = 2**63 - 1, 1e30
 
 AUTO = "auto"
@@ -53,7 +53,7 @@ WEIGHTS_MEANING = (
 IF_DONE = ("reuse", "again")
 IF_DONE_MEANING = (
     "what to do if a run with the same config, code and data is done already: reuse it, or do it again. Such "
-    "a run is looked for below outputs/; by one whose folder is named (hydra.run.dir), in that folder alone"
+    "a run is looked for below outputs/; if hydra.run.dir is given, in that folder alone"
 )
 
 
@@ -70,12 +70,14 @@ class ModelConfig:
     init: str = key(
         "gpt2",
         "torch: torch's own defaults, as in the book; gpt2: normal with standard deviation 0.02; "
-        "zero_projections: as gpt2, with zeros where a residual branch ends and in a head of its own",
+        "zero_projections: as gpt2, with zeros at the end of each residual branch and in an untied head",
         choices=("torch", "gpt2", "zero_projections"),
     )
     norm: str = key("layernorm", "normalisation of the residual stream", table="llm.model.parts.NORMS")
-    position: str = key("learned", "how positions are told apart", table="llm.model.parts.POSITIONS")
-    activation: str = key("gelu", "of the feed-forward network", table="llm.model.parts.ACTIVATIONS")
+    position: str = key("learned", "how positions are encoded", table="llm.model.parts.POSITIONS")
+    activation: str = key(
+        "gelu", "activation of the feed-forward network", table="llm.model.parts.ACTIVATIONS"
+    )
     bias: bool = key(True, "whether attention's output projection and the feed-forward layers have a bias")
     hidden_dim: int | None = key(
         None,
@@ -85,7 +87,7 @@ class ModelConfig:
         at_most=10**7,
     )
     n_kv_heads: int | None = key(
-        None, "heads of keys and values, shared by groups of query heads; null: n_heads", at_least=1
+        None, "key/value heads, each shared by a group of query heads; null: n_heads", at_least=1
     )
     qk_norm: bool = key(False, "whether queries and keys are normalised (RMSNorm) in each head")
     value_embeddings: bool = key(
@@ -95,7 +97,7 @@ class ModelConfig:
         False, "whether each block reads a learnt mix of the residual stream and the first embedding"
     )
     parallel_blocks: bool = key(
-        False, "whether a block's feed-forward network reads what its attention reads, not what comes of it"
+        False, "whether a block's feed-forward network runs in parallel with its attention, not after it"
     )
     logit_softcap: float | None = key(
         None, "bound of the logits: c · tanh(logits / c); null: none", at_least=1e-3
@@ -112,17 +114,17 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Numbers of a head."""
+        """Dimensions per attention head."""
         return self.emb_dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Key/value heads."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def width_ratio(self) -> float:
-        """How many times as wide a model is as that which its learning rate was tuned for."""
+        """The model's width, relative to the width that its learning rate was tuned at."""
         return self.emb_dim / (self.mup_base_width or self.emb_dim)
 
 
@@ -131,17 +133,17 @@ class DataConfig:
     source: str = key("shakespeare", "where the text comes from", table="llm.data.corpus.SOURCES")
     path: str | None = key(
         None,
-        "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: one document per line; of "
+        "a UTF-8 file, a folder of *.txt and *.md files, or a glob; *.jsonl: one document per line; with "
         "data=shards: their folder",
     )
     train_ratio: float = key(0.9, "share of the text, in characters, to train on", above=0, below=1)
     if TYPE_CHECKING:
-        batch_size: int = 16  # where anything is computed with it: `build_run` chooses one in place of auto
+        batch_size: int = 16  # always a number by the time it is used: `build_run` replaces auto
     else:
         batch_size: int | str = key(
             16,
-            "windows per batch, over all processes; auto: as many as the device has memory for, of an update "
-            "as large as suits the model, or as training.update_tokens says",
+            "windows per batch, over all processes; auto: as many as fit the device's memory, in an update "
+            "whose size suits the model, or is training.update_tokens",
             at_least=1,
         )
     stride: int | None = key(None, "tokens from one window to the next; null: context_length", at_least=1)
@@ -155,12 +157,12 @@ class DataConfig:
     )
     mixture: list[str] = key(
         [],
-        "shards: FOLDER:WEIGHT of each folder to draw windows from, instead of path; any sum will do",
+        "shards: FOLDER:WEIGHT of each folder to draw windows from, instead of path; weights of any sum",
     )
     shards: list[int] = key(
         [],
-        "shards: how many of each folder to use, from its first on, with what is held out of the same text; "
-        "[]: all. A run that begins while a folder is being written records what was there",
+        "shards: how many to use of each folder, the first ones, with what is held out of the same text; "
+        "[]: all. A run that begins while a folder is being written records how many there were",
         at_least=1,
     )
     cross_documents: bool = key(
@@ -176,11 +178,11 @@ class TokenizerConfig:
     name: str = key(
         "gpt2",
         "gpt2, bytes, bpe (learnt from the training split), another encoding that tiktoken knows, or a "
-        "folder with Hugging Face's files of one",
+        "folder with the files of a Hugging Face tokenizer",
     )
     vocab_size: int | None = key(
         None,
-        "bpe: ids at most, the 256 bytes and the end of text among them; fewer of a small text",
+        "bpe: number of ids, including the 256 bytes and the end of text; a small text may give fewer",
         at_least=257,
         at_most=10**6,
     )
@@ -237,8 +239,8 @@ class TrainingConfig:
     )
     final_eval: str = key(
         "tenth",
-        "windows of the validation split to evaluate at the end; tenth: a half, a quarter, an eighth … of "
-        "them, where all would take more than a tenth of the work of training; full: all",
+        "windows of the validation split to evaluate at the end; full: all; tenth: only a half, a quarter, "
+        "an eighth … if all would take more than a tenth of the work of training",
         choices=("tenth", "full"),
     )
 
@@ -256,10 +258,10 @@ class EarlyStoppingConfig:
         "none",
         "which jobs of a sweep stop early; median: those whose best validation loss is above the median of "
         "the others'; halving: all but the best 1/reduction, at 1/reduction, 1/reduction², … of the run",
-        choices=("none", "median", "halving"),
+        table="llm.training.early_stopping.RULES",
     )
     from_progress: float = key(0.1, "share of the run before which no job is stopped", above=0, below=1)
-    min_jobs: int = key(3, "median: how many other jobs must have got as far", at_least=1)
+    min_jobs: int = key(3, "median: how many other jobs must have come as far", at_least=1)
     reduction: int = key(3, "halving: one in this many jobs continues", at_least=2)
 
 
@@ -321,11 +323,11 @@ class RuntimeConfig:
     processes: int = key(1, "processes that share each batch, one per GPU", at_least=1)
     sharding: str = key(
         "none",
-        "fsdp: each process keeps its part of the weights, gradients and optimizer state, not all of them",
+        "fsdp: each process keeps only its part of the weights, gradients and optimizer state",
         choices=("none", "fsdp"),
     )
     checkpoint_activations: bool = key(
-        False, "in training, compute what is within a block again for its gradient, instead of keeping it"
+        False, "in training, recompute each block's activations in the backward pass, instead of keeping them"
     )
     compile: bool | str = key(
         "auto",
@@ -341,13 +343,14 @@ class RuntimeConfig:
     )
     deterministic: bool = key(
         False,
-        "for training on CUDA: only kernels that give the same numbers each time, so that runs repeat and "
+        "for training on CUDA: use only kernels that always give the same numbers, so that runs repeat and "
         "resume bit for bit; CPUs do so anyway",
     )
 
 
 def modern_small() -> ModelConfig:
-    """The default model. The keys' own defaults are GPT-2's, as in records that are older than a key."""
+    """The default model. The fields' own defaults are GPT-2's, which is what records older than a key
+    mean."""
     return ModelConfig(
         vocab_size=4096, norm="rmsnorm", position="rotary", bias=False, qk_norm=True, parallel_blocks=True
     )
@@ -364,7 +367,7 @@ def learnt_from_the_text() -> TokenizerConfig:
 
 
 def muon_for_minutes() -> OptimizerConfig:
-    """The default optimizer: of short memory, as suits a run of some thousand updates."""
+    """The default optimizer: with short averages, which suit a run of a few thousand updates."""
     return OptimizerConfig("muon", lr=0.015, betas=[0.5, 0.99], momentum=0.9)
 
 
@@ -416,7 +419,7 @@ class PlanSettings:
     device: str | None = key(
         None, "plan for one of these, in place of this machine", table="llm.device.DEVICES"
     )
-    price: float | None = key(None, "of an hour of a process, in any currency", at_least=0)
+    price: float | None = key(None, "price of an hour of one process, in any currency", at_least=0)
     probe: bool = key(False, "measure the first 20 seconds of updates, and an evaluation, on this machine")
     flops: float | None = key(
         None,
@@ -424,7 +427,7 @@ class PlanSettings:
         above=0,
     )
     budget: float | None = key(
-        None, "money to size a model for, which buys what plan.price and the speed make of it", above=0
+        None, "money to size a model for, at plan.price and the estimated speed", above=0
     )
 
 
@@ -436,7 +439,7 @@ class PlanConfig(PretrainConfig):
 @dataclass
 class UndescribedModelConfig:
     n_heads: int | None = key(
-        None, "attention heads of a model whose weights do not say, as the book's .pth file", at_least=1
+        None, "attention heads of a model whose weights do not say, such as the book's .pth file", at_least=1
     )
 
 
@@ -468,13 +471,13 @@ class GenerateConfig:
         "exact",
         "exact: recompute the last context_length tokens for each new token, as in the book; "
         "half: continue from the later half of a full context, many times faster; "
-        "slide: for rotary positions, keep what is computed and drop the oldest token, as cheap, and not "
-        "the same as computing the window anew: what is kept holds something of what was dropped",
+        "slide: with rotary positions, keep the cache and drop the oldest token; as cheap as half, but not "
+        "the same as recomputing the window, as the cache still reflects dropped tokens",
         choices=("exact", "half", "slide"),
     )
     quiet: bool = key(
         False,
-        "print the texts alone, each ended by a newline, and between two of them a line of <|endoftext|>",
+        "print only the texts, each ended by a newline, with a line of <|endoftext|> between any two",
     )
     study: bool | None = key(None, "measure the samples, for a report; null: only in a sweep")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -556,7 +559,7 @@ class ReportConfig:
     to: str | None = key(None, "folder for the report; null: the sweep's own, or for a list this script's")
     predict: float | None = key(
         None,
-        "of a ladder, how many times the compute of its largest job: what would a run so large come to?",
+        "for a ladder: predict the loss of a run with this many times the compute of its largest job",
         above=1,
         at_most=100,
     )

@@ -1,4 +1,4 @@
-"""Which values the keys of llm/config.py may have, and which of them go together."""
+"""Checks of a config: values in range, and keys that have to go together."""
 
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -25,10 +25,10 @@ from llm.errors import UserError
 
 
 def validate(config: Any, prefix: str = "") -> None:
-    """Check every value against its type and its range.
+    """Check every value against its type and its range, and keys against each other.
 
     Raises:
-        UserError: names the first key that does not fit, its value and what was expected.
+        UserError: names the first key that is wrong, its value and what was expected.
     """
     for item in fields(config):
         value, name = getattr(config, item.name), prefix + item.name
@@ -151,7 +151,7 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
         raise UserError(f"{name}={value}: must be one of {listed} ({metadata['meaning']})")
     if isinstance(value, int | float) and value > (most := LARGEST_WHOLE if type(value) is int else LARGEST):
         bounds = {"at most": most, **bounds}
-    if isinstance(value, str):  # in place of a number, as auto
+    if isinstance(value, str):  # such as auto, in place of a number
         return
     if any(_OUT_OF_BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
@@ -159,7 +159,7 @@ def _check_range(name: str, value: Any, metadata: Any) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written: a byte of the command line that is not UTF-8 is no character."""
+    """Whether a text can be encoded; bytes on the command line that are not UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -168,7 +168,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
-    """Whether a field of this type may hold a value: a whole number is a number too, and true is none."""
+    """Whether a field of this type may hold a value. An int is also a float; a bool is neither."""
     types = plain_types(annotation)
     if isinstance(value, bool):
         return bool in types

@@ -1,7 +1,5 @@
-"""Configs as values: read from JSON, compared, and taken apart by their dotted keys.
-
-This knows no key: any tree of dataclasses will do.
-"""
+"""Generic operations on configs, which may be any tree of dataclasses: reading them from JSON, comparing
+them, and access by dotted keys."""
 
 from collections.abc import Collection
 from dataclasses import Field, fields, is_dataclass, replace
@@ -11,13 +9,13 @@ from typing import Any, get_args, get_origin
 
 
 def own_defaults(schema: type) -> Any:
-    """A config of each key's own default, without what the default run of a script chooses for its groups."""
+    """A config with the default of every field, without the defaults that `schema` has for its groups."""
     groups = {item.name: item.type for item in fields(schema) if is_dataclass(item.type)}
     return schema(**{name: own_defaults(group) for name, group in groups.items()})  # type: ignore[arg-type]
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict`: nested plain values to a `schema` dataclass.
+    """The inverse of `dataclasses.asdict`: a `schema` dataclass from nested plain values.
 
     Raises:
         TypeError, KeyError: a value has the wrong type, or its key is unknown.
@@ -35,15 +33,16 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 
 
 def plain_types(annotation: Any) -> set[type]:
-    """The Python types that JSON may give for `int | None`, `list[str]`, and the like."""
+    """The Python types that a JSON value may have for a field of type `int | None`, `list[str]` or the
+    like."""
     alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     found = {get_origin(each) or each for each in alternatives}
     return found | {int} if float in found else found
 
 
 def with_given(recorded: Any, config: Any, given: Collection[str], prefix: str = "") -> Any:
-    """A recorded config with the values of `config` for what was given: keys by their dotted names, and
-    groups such as `model`, of which all keys are taken."""
+    """A recorded config, with those values of `config` that were given: keys by their dotted names, and whole
+    groups such as `model`."""
     values = {}
     for item in fields(recorded):
         ours, name = getattr(recorded, item.name), prefix + item.name
@@ -55,7 +54,7 @@ def with_given(recorded: Any, config: Any, given: Collection[str], prefix: str =
 
 
 def leaf_keys(schema: Any) -> dict[str, Field]:
-    """The keys of a schema that have values, by their dotted names."""
+    """The fields of a schema that hold values, not groups, by their dotted keys."""
     found: dict[str, Field] = {}
     for item in fields(schema):
         if is_dataclass(item.type):
@@ -73,7 +72,7 @@ def value_of(config: Any, key: str) -> Any:
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The keys, by dotted name, whose values differ between two configs, as {key: (one's, the other's)}."""
+    """The dotted keys whose values differ between two configs: {key: (in one, in the other)}."""
     found: dict[str, tuple[Any, Any]] = {}
     for item in fields(one):
         ours, theirs = getattr(one, item.name), getattr(other, item.name)

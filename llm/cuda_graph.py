@@ -1,4 +1,4 @@
-"""Work on a GPU that is launched at once: a CUDA graph, captured from a function and replayed."""
+"""CUDA graphs: a function's kernels, captured once and then launched all at once."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,22 +8,23 @@ import torch
 
 from llm.errors import UserError, first_line
 
-WARM_UPS = 3  # calls before the capture, in which kernels are chosen, and state and libraries set up
+WARM_UPS = 3  # calls before the capture, which choose kernels and initialise state and libraries
 
 Result = TypeVar("Result")
 
 
 def captured(work: Callable[[], Result], what: str) -> Callable[[], Result]:
-    """`work`, which reads and writes the same memory whenever it is called, as one CUDA graph. It is called a
-    few times for that, and not kept. What it returns is overwritten by the next replay.
+    """Capture `work` as one CUDA graph, and return a function that replays it. A replay overwrites the
+    results of the one before.
 
     Args:
-        what: it is, for errors.
+        work: reads and writes the same memory at every call. It is called a few times here, and not kept.
+        what: a name for it, for errors.
 
     Raises:
         UserError: it cannot be captured.
     """
-    stream = _side_stream()  # as torch's notes on CUDA graphs want it, also for the warm-up
+    stream = _side_stream()  # for the warm-up too, as torch's notes on CUDA graphs demand
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
@@ -31,7 +32,7 @@ def captured(work: Callable[[], Result], what: str) -> Callable[[], Result]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads, such as the one that writes checkpoints, may go on using the GPU.
+        # Other threads, such as the one that writes checkpoints, may keep using the GPU.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = work()
     except RuntimeError as error:
@@ -51,5 +52,6 @@ def captured(work: Callable[[], Result], what: str) -> Callable[[], Result]:
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """torch's default stream cannot be captured. One for all captures, as cuBLAS keeps memory for each."""
+    """A stream for captures, as torch's default stream cannot be captured; one for all, as cuBLAS allocates
+    memory for each stream."""
     return torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""What a device is called, how fast it multiplies, how much memory was used, and its errors in one line."""
+"""A device's name, memory, speed of matrix products, and its errors in one line."""
 
 import contextlib
 import ctypes
@@ -27,9 +27,10 @@ LARGE_PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 1024}
 
 @contextlib.contextmanager
 def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
-    """
+    """Turn torch's errors about memory and compiling into one line.
+
     Args:
-        sizes: gives the sizes at play and the keys to lower; called when out of memory.
+        sizes: returns the sizes involved and the keys to lower; called when out of memory.
 
     Raises:
         UserError: out of memory, or torch cannot compile here.
@@ -55,7 +56,7 @@ def device_errors_in_one_line(sizes: Callable[[], str]) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, as `AMD EPYC, 2 threads` or `NVIDIA H100`."""
+    """A device's name, such as `AMD EPYC, 2 threads` or `NVIDIA H100`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -66,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 def precision_in_words(asked: str, runtime: Runtime) -> str:
-    """A run's precision, and why it is a slower one where it is.
+    """A run's precision, and the reason if it is not the fastest.
 
     Args:
         asked: the config's `runtime.precision`.
@@ -87,7 +88,7 @@ def precision_in_words(asked: str, runtime: Runtime) -> str:
 
 
 def exactness_in_words(runtime: Runtime, deterministic: bool) -> str:
-    """What is to be said of a run's `runtime.deterministic`, if it is on."""
+    """What `runtime.deterministic` does on this device; empty if it is off."""
     if not deterministic:
         return ""
     if runtime.device.type == "cuda":
@@ -97,14 +98,14 @@ def exactness_in_words(runtime: Runtime, deterministic: bool) -> str:
 
 @dataclass(frozen=True)
 class Device:
-    """What a run is planned by."""
+    """A device for which a run is planned."""
 
     kind: str  # cpu, cuda or mps
-    memory_bytes: float  # of a process
-    bf16_flops: float | None = None  # of matrix products at best, a second; None: to be measured
+    memory_bytes: float  # per process
+    bf16_flops: float | None = None  # peak of matrix products, per second; None: to be measured
 
 
-# By `plan.device`, as NVIDIA's data sheets say: without sparsity, and adding up in fp32.
+# By `plan.device`. From NVIDIA's data sheets: without sparsity, accumulating in fp32.
 DEVICES: dict[str, Device] = {
     "rtx3090": Device("cuda", 24e9, 71e12),
     "rtx4090": Device("cuda", 24e9, 165e12),
@@ -119,10 +120,10 @@ DEVICES: dict[str, Device] = {
 
 
 def device_of(runtime: Runtime, processes: int | None = None) -> Device:
-    """This device, as the main process of a run sees it. The processes on a CPU share its memory.
+    """This device, as the main process of a run sees it. Processes on a CPU share its memory.
 
     Args:
-        processes: None: those that there are.
+        processes: how many share it; None: those of the run.
     """
     kind = runtime.device.type
     if kind == "cuda":
@@ -135,8 +136,8 @@ _stood_for: ContextVar[float | None] = ContextVar("memory of the GPU that is sto
 
 @contextlib.contextmanager
 def standing_for_gpu(memory_bytes: float) -> Iterator[None]:
-    """Let tensors on the CPU stand for those of a CUDA GPU with so much memory: computed with torch's own
-    kernels, in chunks as large as they are there. See llm/training/memory.py."""
+    """Let tensors on the CPU stand for those on a CUDA GPU with this much memory: they are then computed with
+    torch's own kernels, in chunks as large as on that GPU. See llm/training/memory.py."""
     token = _stood_for.set(memory_bytes)
     try:
         yield
@@ -145,18 +146,18 @@ def standing_for_gpu(memory_bytes: float) -> Iterator[None]:
 
 
 def gpu_stood_for() -> float | None:
-    """The memory of the GPU that tensors on the CPU stand for, if they do."""
+    """The memory of the GPU that tensors on the CPU stand for; None if they stand for none."""
     return _stood_for.get()
 
 
 def memory_bytes() -> int:
-    """The memory of this machine, or what a container or a cluster's job may take of it."""
+    """The memory of this machine, or the limit of a container or a cluster's job."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
 
 
 def _limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """The memory limits of the control groups that this process is in, each within those above it. Linux has
-    them in two versions, and a machine one of these or both (cgroups(7))."""
+    """The memory limits of this process's control groups and their parents. Linux has two versions of control
+    groups, and a machine may use either or both (cgroups(7))."""
     for line in groups.read_text().splitlines() if groups.exists() else []:
         number, controllers, path = line.split(":", 2)
         if number == "0":
@@ -197,17 +198,17 @@ def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
 
 
 def forget_peak_memory() -> None:
-    """Let the peak of resident memory be that from here on: jobs of a sweep may share a process, and without
-    this each would have the largest of all before it. Linux with glibc alone can."""
-    gc.collect()  # a run and what observes it know each other
+    """Measure the peak of resident memory from here on: jobs of a sweep may share a process, and each would
+    report the largest peak of all before it. Only Linux with glibc can."""
+    gc.collect()  # runs hold reference cycles
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, see `start_runtime`
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak; see proc_pid_clear_refs(5)
 
 
 def peak_memory_bytes(runtime: Runtime) -> int:
-    """Peak memory so far: allocated on the GPU under CUDA, what torch holds of the GPU's under MPS, which
-    knows no peak, else resident in the whole process since `forget_peak_memory`."""
+    """Peak memory so far: with CUDA, allocated on the GPU; with MPS, which records no peak, what torch holds
+    now; otherwise the resident memory of the whole process since `forget_peak_memory`."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
     if runtime.device.type == "mps":

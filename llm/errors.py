@@ -3,7 +3,7 @@
 import unicodedata
 
 # Categories of characters that a terminal obeys or does not show: controls, formats (which reverse the order
-# of letters, or have no width), half surrogate pairs (which cannot be printed), separators of lines.
+# of letters, or have no width), halves of surrogate pairs (which cannot be printed), line separators.
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
@@ -19,16 +19,16 @@ class NotFinite(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line so that it fits into another message."""
+    """The first line of an error's message, or the error's type, to be quoted in another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def shown(text: str, keep: str = "\n\t") -> str:
-    """A text that may be anybody's, as a terminal can show it: what could move the cursor, change the title,
-    copy, link, hide or reorder is written as an escape, such as `\\x1b`.
+    """An untrusted text, made safe for a terminal: characters that could move the cursor, change the title,
+    copy, link, hide or reorder are written as escapes, such as `\\x1b`.
 
     Args:
-        keep: those of these characters that stay.
+        keep: which of these characters to leave as they are.
     """
     if text.isprintable():
         return text

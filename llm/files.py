@@ -22,11 +22,11 @@ from llm.progress import format_count
 
 log = logging.getLogger(__name__)
 
-# What a file system says that does not do a thing, rather than fail at it.
+# Errors by which a file system says that it does not support an operation.
 UNSUPPORTED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-LOCK_SECONDS = 1.0  # to keep trying for a lock, as `is_held` takes it for a moment too
+LOCK_SECONDS = 1.0  # how long to try for a lock, as `is_held` also takes it for a moment
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary name beside `path`, for a file or a folder; on success it takes `path`'s place.
 
     Args:
-        size: the bytes that will be written, if many: with less free space, nothing is written at all.
+        size: bytes that will be written, if many: with less free space, nothing is written at all.
 
     Raises:
         UserError: the disk is full or read-only, or `path` cannot be written; nothing is left half written.
@@ -57,7 +57,7 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
         reason = f"{error.strerror or error}{_room_wanted(path, size)}"
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        with suppress(OSError):  # a read-only disk says no even if there is nothing to remove
+        with suppress(OSError):  # a read-only disk refuses even if there is nothing to remove
             remove(temporary)
 
 
@@ -73,7 +73,7 @@ def _room_wanted(path: Path, size: int) -> str:
 
 
 def flush(path: Path) -> None:
-    """See that a file's content, or a folder's names, are on disk; some file systems cannot do so for
+    """Make sure that a file's content, or a folder's entries, are on disk; some file systems cannot do so for
     folders."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -96,7 +96,7 @@ def remove(path: Path) -> None:
 
 
 def modified(path: Path) -> float:
-    """When a file was last written, in seconds since the epoch; 0 if it does not exist or cannot be seen."""
+    """When a file was last written, in seconds since 1970; 0 if it does not exist or cannot be read."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -116,9 +116,10 @@ def sha256(path: Path) -> str:
 
 
 def refuse_stand_in(file: Path) -> None:
-    """
+    """Check that a file is not something else that was downloaded in its place.
+
     Raises:
-        UserError: what stands there was downloaded in place of the file, or would make one wait, as a pipe.
+        UserError: it is a git-LFS pointer, a web page, a pipe or a device.
         OSError: it cannot be read.
     """
     if file.exists() and not file.is_file() and not file.is_dir():
@@ -143,7 +144,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_json(value: Any) -> str:
-    """JSON as it is read by people. It has no NaN or infinity, as a perplexity may be: these become null."""
+    """A value as indented JSON. NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_without_infinities(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -183,9 +184,10 @@ def append(path: Path, content: bytes) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """
+    """Turn errors of writing a file into one line.
+
     Raises:
-        UserError: the disk is full, read-only or away, or `path` cannot be written.
+        UserError: the disk is full, read-only or gone, or `path` cannot be written.
     """
     try:
         yield
@@ -194,14 +196,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. A damaged line is skipped, as is a last one that a crash cut off."""
+    """The objects of a JSON-lines file. Damaged lines are skipped, such as a last one that a crash cut
+    off."""
     lines = map(parse_json, read_content(path).split(b"\n")[:-1])
     return [line for line in lines if isinstance(line, dict)]
 
 
 def parse_json(content: bytes) -> Any:
-    """A value in JSON that may be damaged, or a stranger's: None if it cannot be read, as is what JSON does
-    not know, NaN and infinity."""
+    """A value from untrusted JSON; None if it cannot be parsed. NaN and infinity, which JSON does not have,
+    become None too."""
     try:
         return json.loads(content.decode(), parse_constant=lambda name: None)
     except (ValueError, RecursionError):
@@ -209,8 +212,8 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_content(path: Path, most: float = math.inf) -> bytes:
-    """The bytes of a file; none where there is no file, but perhaps a folder, a device or a pipe, where it
-    cannot be read, and where there are more than `most`."""
+    """The bytes of a file; empty if it does not exist, is no regular file, cannot be read, or is larger than
+    `most`."""
     try:
         return path.read_bytes() if path.is_file() and path.stat().st_size <= most else b""
     except OSError:
@@ -220,8 +223,8 @@ def read_content(path: Path, most: float = math.inf) -> bytes:
 @contextmanager
 def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Lock a file for this process; yields whether that succeeded within `seconds`. The operating system
-    releases the lock when the process ends, however it ends. Where a file system has no locks, that is said,
-    and counts as success.
+    releases the lock when the process ends, however it ends. If the file system has no locks, a warning is
+    logged, and that counts as success.
 
     Raises:
         UserError: the file cannot be written.
@@ -233,7 +236,7 @@ def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
             file = lock.open("a")
         with file:
             locked = _lock(file, fcntl.LOCK_EX)
-            # A lock on a file that its holder has deleted since keeps nobody off.
+            # A lock on a file that has been deleted since keeps nobody off.
             if (ours := locked and _lies_at(file, lock)) or (not locked and time.monotonic() >= deadline):
                 yield ours
                 return
@@ -243,7 +246,7 @@ def held(lock: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
 
 def is_held(lock: Path) -> bool:
     """Whether a process holds the lock on a file."""
-    if not lock.is_file():  # to open a pipe would wait for its other end
+    if not lock.is_file():  # opening a pipe would wait for its other end
         return False
     try:
         with lock.open() as file:
@@ -253,7 +256,7 @@ def is_held(lock: Path) -> bool:
 
 
 def _lies_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is the one that has this name now."""
+    """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -276,13 +279,13 @@ def _lock(file: IO[str], kind: int) -> bool:
 
 
 def as_typed(path: Path) -> Path:
-    """A path as a user would type it here: relative, if it is below the working directory."""
+    """A path as a user would type it: relative, if it is below the working directory."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def expanded(path: str) -> Path:
-    """A path with `~` as a home folder. Where there is none of that name it is a letter, as in a shell."""
+    """A path with `~` expanded; unchanged if there is no such home folder, as in a shell."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -290,22 +293,22 @@ def expanded(path: str) -> Path:
 
 
 def cache_folder(configured: str | None) -> Path:
-    """The folder for token files and downloads: as configured, or the user's cache folder (XDG), or if that
-    cannot be written, one in the working directory."""
+    """The folder for token files and downloads: as configured; else the user's cache folder (XDG), or one in
+    the working directory if that cannot be written."""
     if configured:
         return expanded(configured)
     return _users_cache(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
 def ensure_home() -> None:
-    """Let there be a home folder for libraries that need one: where there is none, the cache folder."""
+    """Set the cache folder as home folder if there is none, for libraries that need one."""
     try:
         Path.home()
     except RuntimeError:
         os.environ["HOME"] = str(cache_folder(None))
 
 
-@functools.cache  # to say it once
+@functools.cache  # so that the warning is logged once
 def _users_cache(home: str) -> Path:
     try:
         folder = Path(home).expanduser() / "gpt-experiment-runner"

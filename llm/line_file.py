@@ -11,23 +11,23 @@ log = logging.getLogger(__name__)
 
 
 class LineFile:
-    """A file of whole lines, which is restored if something else deletes or changes it.
+    """A file of whole lines, which is restored if another program deletes or changes it.
 
-    What no checkpoint has a copy of is kept in memory: the lines since the newest checkpoint, and those that
-    a full disk keeps out.
+    Lines that are in no checkpoint are kept in memory: those since the newest checkpoint, and those that
+    could not be written to a full disk.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = self._size_on_disk()  # of all that was written
+        self.size = self._size_on_disk()  # bytes written
         self.pending = bytearray()  # to be written
-        self._uncopied = bytearray()  # the end of what was written: that no checkpoint holds
+        self._uncopied = bytearray()  # the end of what was written, which no checkpoint holds yet
 
     def _size_on_disk(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def flush(self) -> None:
-        """Write what is pending, to a file that is as it was left.
+        """Write what is pending, after restoring the file if its size has changed.
 
         Raises:
             UserError: it cannot be written.
@@ -42,7 +42,7 @@ class LineFile:
             self.pending.clear()
 
     def check(self) -> int:
-        """Before a checkpoint: see that the file ends as it was written, and forget what the newest
+        """Before a checkpoint: check that the file ends as it was written, and forget what the newest
         checkpoint holds. Returns the file's size in bytes.
 
         Raises:

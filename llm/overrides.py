@@ -8,7 +8,7 @@ from functools import cache
 from llm.config import GenerateConfig, PretrainConfig
 from llm.config_values import leaf_keys
 
-PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( +[\w./-]+)*", re.ASCII)  # means itself to Hydra
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( +[\w./-]+)*", re.ASCII)  # needs no quotes
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -18,7 +18,7 @@ def split_override(override: str) -> tuple[str, str]:
 
 
 def as_override(key: str, value: object) -> str:
-    """An override that gives a text or a path to a key, quoted where Hydra would read it otherwise."""
+    """An override that sets a key to a text or a path, quoted if Hydra would misread it."""
     text = str(value)
     return f"{key}={text if PLAIN.fullmatch(text) else quoted(text)}"
 
@@ -37,18 +37,18 @@ def unquoted(value: str) -> str:
 
 
 def unquoted_where_plain(override: str) -> str:
-    """An override without the quotes of Hydra's grammar where they make no difference."""
+    """An override without Hydra's quotes, if they make no difference."""
     key, _, value = override.partition("=")
     return f"{key}={text}" if PLAIN.fullmatch(text := unquoted(value)) else override
 
 
 def as_argument(key: str, value: object) -> str:
-    """The same as it is typed in a shell."""
+    """`as_override`, quoted for a shell."""
     return shlex.quote(as_override(key, value))
 
 
 def as_command(script: str, *arguments: str) -> str:
-    """A line to paste into a shell that runs `experiments/SCRIPT.py`."""
+    """A shell command that runs `experiments/SCRIPT.py`."""
     return shlex.join(["python", f"experiments/{script}.py", *arguments])
 
 
@@ -58,7 +58,7 @@ def title_of(setting: dict[str, str]) -> str:
 
 
 def short_key(key: str) -> str:
-    """`lr` for `optimizer.lr`; all of it where several groups have such a key, as with `optimizer.name`."""
+    """`lr` for `optimizer.lr`; the whole key if several groups have one of that name, as `optimizer.name`."""
     last = key.rpartition(".")[2]
     return key if last in _names_of_several_groups() else last
 

@@ -28,23 +28,24 @@ from llm.errors import UserError, first_line, shown
 from llm.launched import launched_processes
 from llm.runtime import Runtime, start_runtime
 
-STARTED = ".started"  # after its rank, once it has
-LAUNCHED_SECONDS = 300.0  # within which launched processes meet, the slowest of them too
-BEGINS = "begins"  # set by the first process when it has read the text, which may take hours
+STARTED = ".started"  # suffix of a file that a process makes when it has started
+LAUNCHED_SECONDS = 300.0  # within which all launched processes have to meet
+BEGINS = "begins"  # set by the first process once it has read the text, which may take hours
 FOREVER = timedelta(days=1000)
-FAREWELL_BYTES = 2048  # of what a process says last: nothing, or why it could not do its part
-NOTICED_SECONDS = 3.0  # within which the loss of a process is known everywhere, once an exchange has failed
-ENDED_SECONDS = 10.0  # after which a process that waits for a lost one even so is ended
+FAREWELL_BYTES = 2048  # of a process's last message: empty, or why it could not do its part
+NOTICED_SECONDS = 3.0  # after a failed exchange, time until the loss of a process is known everywhere
+ENDED_SECONDS = 10.0  # after which a process that still waits for a lost one is ended
 
 
 class Watch:
-    """Whether the other processes of a run are there: the first one watches all others, and they watch it. A
-    connection that breaks tells at once, also while this process waits for a GPU that waits for another."""
+    """Notices when other processes of a run are gone: the first one watches all others, and they watch it. A
+    broken connection shows it at once, even while this process waits for a GPU that waits for another
+    one's."""
 
     def __init__(self) -> None:
-        self.lost: dict[int, str] = {}  # by rank, with what it said
+        self.lost: dict[int, str] = {}  # by rank: the last message of a lost process
         self._ended = threading.Event()
-        # A group of its own: exchanges of one group wait for each other.
+        # A separate group, because exchanges within a group wait for each other.
         self._group = dist.new_group(backend="gloo", timeout=FOREVER)
         others = range(1, dist.get_world_size()) if dist.get_rank() == 0 else range(1)
         self._threads = {n: threading.Thread(target=self._wait_for, args=(n,), daemon=True) for n in others}
@@ -53,17 +54,17 @@ class Watch:
 
     def _wait_for(self, rank: int) -> None:
         said = torch.zeros(FAREWELL_BYTES, dtype=torch.uint8)
-        with contextlib.suppress(RuntimeError):  # which says that it is gone
+        with contextlib.suppress(RuntimeError):  # the process is gone
             dist.recv(said, src=rank, group=self._group)
             if not said.any():
                 return  # it has done its part
         if self._ended.is_set():
             return
         if rank == 0:
-            os._exit(1)  # that one has said why, if it could
+            os._exit(1)  # the first process has reported why, if it could
         self.lost[rank] = bytes(said.tolist()).rstrip(b"\0").decode("utf-8", "replace")
         if dist.is_nccl_available() and torch.cuda.is_available():
-            # Else the GPU would wait for that of the lost process, and this process for the GPU.
+            # Otherwise this GPU would wait for the lost process's, and this process for its GPU.
             with contextlib.suppress(Exception):
                 dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
         if not self._ended.wait(ENDED_SECONDS):
@@ -77,8 +78,8 @@ class Watch:
         return bool(self.lost)
 
     def end(self, why: str = "") -> None:
-        """Tell the others that this process has done its part, or why it cannot; wait for what they say."""
-        self._ended.set()  # what is lost from here on has no part left to do
+        """Tell the others that this process has done its part, or why it could not; and wait for theirs."""
+        self._ended.set()  # a process that is lost from here on has no part left to do
         said = why.encode()[:FAREWELL_BYTES]
         message = torch.zeros(FAREWELL_BYTES, dtype=torch.uint8)
         message[: len(said)] = torch.tensor([*said], dtype=torch.uint8)
@@ -86,17 +87,17 @@ class Watch:
             with contextlib.suppress(RuntimeError):  # it is gone
                 dist.send(message, dst=rank, group=self._group)
         for thread in self._threads.values():
-            # Were it to learn of something while the interpreter ends, that would be aborted.
+            # If a thread woke up while the interpreter shuts down, that would abort the process.
             thread.join(NOTICED_SECONDS if why else None)
 
 
 def loss_in_words(rank: int, processes: int, said: str = "", exit_code: int | None = None) -> str:
-    """Why a process is lost.
+    """Why a process was lost.
 
     Args:
         processes: how many there were.
-        said: by it, at last.
-        exit_code: as `multiprocessing` has it; None: not known.
+        said: its last message.
+        exit_code: as in `multiprocessing`; None: unknown.
     """
     if said:
         return said
@@ -111,8 +112,11 @@ def loss_in_words(rank: int, processes: int, said: str = "", exit_code: int | No
 
 @contextlib.contextmanager
 def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments: Any) -> Iterator[Runtime]:
-    """This process as the first of `config.processes`. The others `follow` with `work(*arguments, runtime)`,
-    or do nothing if that is None: those that were launched beside it, or else new ones."""
+    """Start the processes of a run, with this one as the first, and yield its runtime.
+
+    The others, which were launched beside it or are spawned here, `follow` with `work(*arguments, runtime)`,
+    or do nothing if `work` is None.
+    """
     if config.processes == 1:
         yield start_runtime(config)
         return
@@ -145,7 +149,7 @@ def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments
             dist.destroy_process_group()  # before `join`: NCCL's waits for the others'
             for other in others:
                 other.join()
-        except RuntimeError as error:  # what torch says when another process is gone
+        except RuntimeError as error:  # torch raises it when another process is gone
             if not watch or not watch.has_lost():
                 raise
             rank, said = min(watch.lost.items())
@@ -159,12 +163,13 @@ def processes(config: RuntimeConfig, work: Callable[..., Any] | None, *arguments
                 watch.end("the first process has failed")
             for other in others:
                 other.kill()
-            if dist.is_initialized():  # after an error: the next run in this process meets anew
+            if dist.is_initialized():  # after an error, so that the next run in this process can start anew
                 dist.distributed_c10d._abort_process_group()
 
 
 def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
-    """
+    """Wait until all other processes have started.
+
     Raises:
         UserError: one ended before it started, so that waiting for it would never end.
     """
@@ -183,7 +188,7 @@ def _wait_for(others: list[SpawnProcess], folder: Path) -> None:
 
 @contextlib.contextmanager
 def _ended_by_loss_of(others: list[SpawnProcess]) -> Iterator[None]:
-    """End this process where another one is gone before they have met; torch would wait for half an hour."""
+    """End this process if another one is gone before they have met; torch would wait for half an hour."""
     met = threading.Event()
 
     def watch() -> None:
@@ -206,7 +211,7 @@ def _end(why: str) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that began it ends, however that does: nobody would take what is made."""
+    """End this process when its parent ends, in whatever way, as nobody would use its results."""
     parent = mp.parent_process()
     assert parent is not None
 
@@ -219,11 +224,11 @@ def end_with_parent() -> None:
 
 @functools.cache
 def meet() -> dict[str, Any]:
-    """Where the processes meet that were launched, as `init_process_group` takes it. The first one of them
-    waits for the others to come, and once it has ended, whatever they wait for there fails.
+    """Let launched processes meet; returns arguments for `init_process_group`. The first one waits for the
+    others, and once it has ended, whatever they wait for in its store fails.
 
     Raises:
-        UserError: they have not all come in time.
+        UserError: they did not all arrive in time.
     """
     try:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=LAUNCHED_SECONDS)))
@@ -236,9 +241,10 @@ def meet() -> dict[str, Any]:
 
 
 def _wait_for_the_first() -> None:
-    """
+    """Wait until the first of the launched processes begins the run.
+
     Raises:
-        UserError: the first of the processes that were launched has ended before the run began.
+        UserError: it has ended before.
     """
     try:
         meet()["store"].wait([BEGINS], FOREVER)
@@ -247,22 +253,22 @@ def _wait_for_the_first() -> None:
 
 
 def _join(group: dict[str, Any]) -> None:
-    """Objects and flags travel between CPUs by gloo, gradients between GPUs by NCCL. Left to itself, torch
-    takes only NCCL where there is a GPU, and sends objects from GPU 0 of every process."""
+    """Join the processes: gloo exchanges objects and flags between CPUs, NCCL gradients between GPUs. By
+    default torch would use only NCCL if there is a GPU, and send objects from GPU 0 of every process."""
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", **group)
 
 
 def follow(work: Callable[..., Any], **group: Any) -> None:
-    """Do this process's part of what the first one begins with `processes`.
+    """Do this process's part of a run that the first process starts with `processes`.
 
     Args:
-        group: where the processes meet; those that were launched know it.
+        group: arguments of `init_process_group`; launched processes get them from `meet`.
 
     Raises:
-        UserError: it cannot do its part.
+        UserError: this process cannot do its part.
     """
-    logging.disable()  # the first process speaks for all
+    logging.disable()  # only the first process logs
     if not group:
         _wait_for_the_first()
         group = meet()
@@ -278,14 +284,14 @@ def follow(work: Callable[..., Any], **group: Any) -> None:
         watch.end(str(error))
         raise
     except RuntimeError:
-        watch.has_lost()  # if it is the first one, this ends here
+        watch.has_lost()  # if the first process is gone, this one is ended meanwhile
         raise
     watch.end()
     dist.destroy_process_group()
 
 
 def _other_process(folder: Path, work: Callable[..., Any], group: dict[str, Any]) -> None:
-    end_with_parent()  # it may be gone before they have met
+    end_with_parent()  # the parent may be gone before they have met
     (folder / f"{group['rank']}{STARTED}").touch()
     try:
         follow(work, **group)

@@ -1,4 +1,5 @@
-"""Progress of long work: a live bar on a terminal, otherwise a plain log line every few seconds."""
+"""Progress of long work: a live bar on a terminal, otherwise a log line every few seconds. Also how numbers
+are formatted for people."""
 
 import logging
 import math
@@ -14,22 +15,22 @@ log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 10.0
 LIVE_LINE_SECONDS = 0.1
 BAR_WIDTH = 24
-# No time left is told before so much more than the first of the work is done.
+# The time left is not estimated before this share of the work is done, or this time has passed.
 TELLING_SHARE, TELLING_SECONDS = 0.02, 10.0
-LONGEST_LEFT = 100 * 24 * 3600.0  # seconds; more is no estimate
+LONGEST_LEFT = 100 * 24 * 3600.0  # seconds; longer estimates are not shown
 
 
 class Progress:
     """Shows how much of some work is done, its status, and the time left.
 
-    The time left is estimated from the fraction done since the first update and the time since then, so that
-    runs limited by steps, epochs or minutes are shown alike, and resumed ones. What comes before does not
-    count, as to compile.
+    The time left is estimated from the fraction done since the first update, and the time since then. So runs
+    limited by steps, epochs or minutes, and resumed ones, are treated alike, and work before the first
+    update, such as compiling, does not count.
     """
 
     def __init__(self, what: str) -> None:
         self.what = what
-        # A job of a sweep does not log to the terminal, where the sweep shows all of its jobs.
+        # Jobs of a sweep do not log to the terminal, where the sweep shows all its jobs.
         self.live = sys.stderr.isatty() and any(
             type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers
         )
@@ -37,8 +38,12 @@ class Progress:
         self._first: tuple[float, float] | None = None  # when something was done first, and what fraction
 
     def update(self, fraction: float | None, *parts: str) -> None:
-        """Show `fraction` (0 to 1) and a status in parts, the most important first, as "loss 3.2" and "step
-        40"; unless just shown. None: how much is done is not known."""
+        """Show how much is done, unless that was just shown.
+
+        Args:
+            fraction: 0 to 1; None: unknown.
+            parts: a status, such as "loss 3.2" and "step 40", the most important first.
+        """
         now = time.monotonic()
         if self._first is None and fraction is not None:
             self._first = now, fraction
@@ -54,7 +59,7 @@ class Progress:
             log.info("%s", _line(self.what, "", share, [*parts], clock))
 
     def _share_and_clock(self, fraction: float | None, now: float) -> tuple[str, str]:
-        """The share done, and the time left; the time taken where nobody can tell yet how much is left."""
+        """The share done, and the time left; or the time taken, if the time left cannot be estimated yet."""
         taken = format_seconds(now - self._started)
         if fraction is None or math.isnan(fraction) or self._first is None:
             return "", taken
@@ -78,8 +83,8 @@ class Progress:
 
 
 def fitted(what: str, bar: str, share: str, parts: list[str], clock: str, width: int) -> str:
-    """A live line of at most `width` characters. Where there is no room it does without the bar, then without
-    the last of the parts and those before it, and with half of the name rather than without the first."""
+    """A live line of at most `width` characters. If there is not enough room, it omits first the bar and then
+    parts, from the last one on; the first part is kept as long as half of the name can be."""
     while (excess := len(line := _line(what, bar, share, parts, clock)) - width) > 0:
         if bar:
             bar = ""
@@ -96,7 +101,7 @@ def _line(what: str, bar: str, share: str, parts: list[str], clock: str) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """Of logs that a terminal may show: they quote names, texts and errors, which may be anybody's."""
+    """Makes log lines safe for a terminal, as they quote untrusted names, texts and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
@@ -114,7 +119,7 @@ def format_figure(value: float | None, form: str, missing: str = "–") -> str:
 
 
 def format_value(value: float) -> str:
-    """A number as an override takes it: `2.5`, `400`, and for a whole one never `1e+06`."""
+    """A number for an override, such as `2.5` or `400`; an int is never written like `1e+06`."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -129,12 +134,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_windows(count: int, total: int) -> str:
-    """Windows of a split, as `all 1,475 windows` or `369 of 1,475 windows`."""
+    """Windows of a split: `all 1,475 windows` or `369 of 1,475 windows`."""
     return f"all {total:,} windows" if count == total else f"{count:,} of {total:,} windows"
 
 
 def format_times(times: float) -> str:
-    """How many times over something is done, as `0.038`, `4.5` or `312`."""
+    """A number of times, such as `0.038`, `4.5` or `312`."""
     if times >= 99.5:
         return format_count(times)
     if 0 < times < 1e-4:  # which `g` would write as a power of ten

@@ -1,7 +1,7 @@
-"""What runs, sweeps and studies have recorded, read as what it is meant to be.
+"""Reading records of runs, sweeps and studies, which may be half written, damaged, or from a stranger.
 
-A record may be half written, damaged, or made by a stranger. So each value is read by its kind: a figure, a
-count, a text. What is of another kind counts as absent. Texts stay as they are: no interpolation is resolved.
+So each value is read as the kind that it should be: a figure, a count, a text. A value of another kind counts
+as absent. Texts stay as they are: no interpolation is resolved.
 """
 
 import os
@@ -13,11 +13,11 @@ import yaml
 
 from llm.files import parse_json, read_content, read_json_lines
 
-RECORD_BYTES = 64_000_000  # of a record in JSON; more is damage
-YAML_BYTES = 200_000  # YAML is read slowly; ours has some thousands
-LARGEST = 1e100  # of figures, in size: sums and squares of them are finite too
+RECORD_BYTES = 64_000_000  # largest JSON record; a larger one is damaged
+YAML_BYTES = 200_000  # YAML is slow to parse; ours has a few thousand bytes
+LARGEST = 1e100  # bound of figures, so that sums and squares of them are finite too
 
-Record = dict[str, Any]  # what is null stays None, for it may be of any kind
+Record = dict[str, Any]  # a null is kept as None, whatever the kind
 
 
 # Kinds: a value, or None if it is of another kind
@@ -30,7 +30,7 @@ def figure(value: Any) -> float | None:
 
 
 def figure_in(value: str) -> float | None:
-    """The figure that a text stands for, if it does."""
+    """The figure that a text spells; None if it spells none."""
     try:
         return figure(float(value))
     except ValueError:
@@ -50,7 +50,7 @@ def flag(value: Any) -> bool | None:
 
 
 def list_of(kind: Callable[[Any], Any]) -> Callable[[Any], list[Any] | None]:
-    """The kind of lists of which every element is of a kind."""
+    """The kind of lists whose elements are all of a kind."""
 
     def read(value: Any) -> list[Any] | None:
         is_whole = isinstance(value, list) and all(kind(each) is not None for each in value)
@@ -72,7 +72,7 @@ def _settings(value: Any) -> Record | None:
 
 
 def _change(value: Any) -> Record | None:
-    """After how many updates a run was resumed, with what changed: keys with what was and what is."""
+    """After how many updates a run was resumed, and what changed: pairs of old and new values, by key."""
     match value:
         case {"steps": int(), "changed": dict(changed)}:
             pairs = all(isinstance(each, list) and len(each) == 2 for each in changed.values())
@@ -80,7 +80,7 @@ def _change(value: Any) -> Record | None:
     return None
 
 
-# By name; whatever else a record holds is a figure, as every metric is.
+# Kinds by name; anything else in a record is a figure, as all metrics are.
 _TEXTS = (
     *(
         "run_dir",
@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 def typed(values: Any) -> Record:
-    """What is of its kind among the values of a summary, or of a line of metrics or samples."""
+    """The values of a summary, or of a line of metrics or samples, without those of a wrong kind."""
     if not isinstance(values, dict):
         return {}
     read = {name: KINDS.get(name, figure)(value) for name, value in values.items()}
@@ -123,17 +123,17 @@ def typed(values: Any) -> Record:
 
 
 def read_record(file: Path) -> Record:
-    """A record in JSON, such as `summary.json`; empty if there is none, or it is damaged."""
+    """A JSON record, such as `summary.json`; empty if it does not exist or is damaged."""
     return typed(parse_json(read_content(file, RECORD_BYTES)))
 
 
 def read_lines(file: Path) -> list[Record]:
-    """The lines of `metrics.jsonl` or `samples.jsonl`, but those that are damaged."""
+    """The lines of `metrics.jsonl` or `samples.jsonl`, without damaged ones."""
     return [typed(line) for line in read_json_lines(file)]
 
 
 def lines_from_end(file: Path, size: int) -> Iterator[Record]:
-    """The whole lines in the last `size` bytes of such a file, the last first; none if it is not there."""
+    """The whole lines in the last `size` bytes of such a file, last first; none if it does not exist."""
     try:
         with file.open("rb") as content:
             start = max(0, content.seek(0, os.SEEK_END) - size)
@@ -152,7 +152,8 @@ def read_samples(file: Path) -> list[Record]:
 
 
 def tokenizer_and_text(fingerprint: str) -> tuple[str, str]:
-    """What tokens were made with and of, from their fingerprint; see llm/data/token_file.py."""
+    """The tokenizer's and the text's part of a fingerprint of tokens; see `fingerprint_of_ids` in
+    llm/data/tokenizer.py."""
     tokenizer, _, text = fingerprint.rpartition("-")
     return tokenizer, text
 
@@ -161,20 +162,20 @@ def tokenizer_and_text(fingerprint: str) -> tuple[str, str]:
 
 
 def read_overrides(run_dir: Path) -> list[str]:
-    """The overrides of the command line, or of the job of a sweep, as they were given."""
+    """The overrides with which a run, or a job of a sweep, was started."""
     found = _yaml(run_dir / ".hydra" / "overrides.yaml")
     return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
 
 def read_config_text(run_dir: Path, key: str) -> str | None:
-    """The text that stands for a dotted key in the config that Hydra recorded; None for null."""
+    """The text of a dotted key in the config that Hydra recorded; None for null."""
     place = _value_of(_yaml(run_dir / ".hydra" / "config.yaml"), key)
     return place if isinstance(place, str) and place != "null" else None
 
 
 def read_choices(run_dir: Path) -> dict[str, str]:
-    """The option that was chosen of each config group, as Hydra recorded it: `model` to `tiny`, `model/part`
-    to `[rotary,rmsnorm]`, and `null` where none was."""
+    """The chosen option of each config group, as Hydra recorded it: `model` to `tiny`, `model/part` to
+    `[rotary,rmsnorm]`, and `null` for none."""
     place = _yaml(run_dir / ".hydra" / "hydra.yaml")
     for name in ("hydra", "runtime", "choices"):
         place = place.get(name) if isinstance(place, dict) else None
@@ -187,9 +188,9 @@ def read_choices(run_dir: Path) -> dict[str, str]:
 
 
 def read_settings(run_dir: Path, keys: Iterable[str]) -> dict[str, str]:
-    """The values of dotted keys in the config that Hydra recorded, as overrides spell them: `null`, a list
-    as `[0.9,0.95]`; without those that have none."""
-    config = _yaml(run_dir / ".hydra" / "config.yaml")  # once: to read it takes 10 ms
+    """The values of dotted keys in the config that Hydra recorded, spelled as in overrides: `null`, or a list
+    as `[0.9,0.95]`. Keys without a value are omitted."""
+    config = _yaml(run_dir / ".hydra" / "config.yaml")  # once, as reading it takes 10 ms
     found = {}
     for key in keys:
         value = _value_of(config, key)
@@ -201,7 +202,7 @@ def read_settings(run_dir: Path, keys: Iterable[str]) -> dict[str, str]:
 
 
 def read_config_texts(run_dir: Path, key: str) -> list[str]:
-    """The same for a key whose value is a list."""
+    """`read_config_text` for a key whose value is a list."""
     return list_of(text)(_value_of(_yaml(run_dir / ".hydra" / "config.yaml"), key)) or []
 
 
@@ -213,8 +214,8 @@ def _value_of(config: Any, key: str) -> Any:
 
 
 def _yaml(file: Path) -> Any:
-    """What a YAML file holds, all of its scalars as texts; None if it cannot be read. No tag means anything
-    here, so that nothing is made but texts, lists and dicts."""
+    """The content of a YAML file, with all scalars as texts; None if it cannot be read. Tags are ignored, so
+    the result is made of texts, lists and dicts only."""
     try:
         return yaml.load(read_content(file, YAML_BYTES), yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError):

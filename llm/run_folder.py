@@ -1,4 +1,4 @@
-"""What lies in a run's folder, and which process holds it."""
+"""The files in a run's folder, and claiming a folder for a process."""
 
 import math
 import os
@@ -21,17 +21,17 @@ SUMMARY = "summary.json"
 LOSS_PLOT = "loss.png"
 RUN_ID = "run-id.txt"
 FINGERPRINT = "fingerprint.json"  # see llm/commands/done.py
-LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, so that the lock holds
+LOCK = ".run.lock"  # locked by the process that trains the run; never replaced, or the lock would be lost
 CHECKPOINTS = "checkpoints"  # see llm/checkpoints/checkpoint.py
-# What there is before the first update, besides a log.
+# What a run writes before its first update, besides a log.
 AT_FIRST = (".hydra", FINGERPRINT, LOCK, CHECKPOINTS, RUN_ID, "wandb")
-LINKS = ("last", "best")  # in it
-# They, and what a kill leaves of one that had not got its name yet.
+LINKS = ("last", "best")  # in the folder of checkpoints
+# These, and temporary ones that a killed process left.
 LINK = re.compile(rf"({'|'.join(LINKS)})|\.({'|'.join(LINKS)})\.[0-9a-f]{{8}}\.tmp")
 SWEEP = "sweep.json"  # of a sweep's folder; see llm/sweeps/jobs.py
-SWEEP_LOCK = ".sweep.lock"  # there too: held by the process that runs the sweep
+SWEEP_LOCK = ".sweep.lock"  # of a sweep's folder; locked by the process that runs the sweep
 CHECKPOINT_NAME = re.compile(r"(abandoned-)?(start|step|best)-\d{8,}")
-GOING_BACK = "going-back-to.txt"  # among checkpoints: those after so many updates are being set aside
+GOING_BACK = "going-back-to.txt"  # in the folder of checkpoints, while those after its number are set aside
 
 
 def holds_run(folder: Path) -> bool:
@@ -42,15 +42,15 @@ def holds_run(folder: Path) -> bool:
 
 @contextmanager
 def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[Path]:
-    """Hold a run's folder for this process. One made for a run that ended before it began is removed.
+    """Claim a run's folder for this process. If the run ends before it has begun, a new folder is removed
+    again.
 
     Args:
-        old: it may hold a run, to be resumed.
-        beside: the name was made up, not asked for: if the folder is taken, it may be one beside, as
-            `12-00-00-2`.
+        old: the folder may hold a run, which is to be resumed.
+        beside: the folder's name was generated, so if it is taken, claim one beside it, such as `12-00-00-2`.
 
     Raises:
-        UserError: another process holds it, it holds a run, or it has links to elsewhere.
+        UserError: another process holds the folder, it holds a run, or it has links to elsewhere.
     """
     for folder in folders_beside(run_dir):
         before = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -73,19 +73,19 @@ def claimed(run_dir: Path, old: bool = False, beside: bool = False) -> Iterator[
 
 
 def folders_beside(folder: Path) -> Iterator[Path]:
-    """A folder, and others to take where that is taken: `12-00-00`, `12-00-00-2`, `12-00-00-3`, …"""
+    """A folder, and alternatives if it is taken: `12-00-00`, `12-00-00-2`, `12-00-00-3`, …"""
     yield folder
     for number in count(2):
         yield folder.with_name(f"{folder.name}-{number}")
 
 
 def _remove_what_is_new(folder: Path, before: set[str]) -> None:
-    """Take back what a run writes before it begins."""
+    """Remove what a run has written before its first update."""
     for path in folder.iterdir():
         if path.name not in before and (path.name in AT_FIRST or path.suffix == ".log"):
             remove(path)
     if not before:
-        with suppress(OSError):  # somebody else writes there too
+        with suppress(OSError):  # something else is in it
             folder.rmdir()
 
 
@@ -100,10 +100,11 @@ def _taken(folder: Path, is_free: bool) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """
+    """Check that a run that is resumed in this folder writes nowhere else.
+
     Raises:
-        UserError: a file or folder in a run's folder is a link, through which the run would write elsewhere,
-            or a pipe, for which it would wait.
+        UserError: an entry is a link, through which the run would write elsewhere, or a pipe, for which it
+            would wait.
     """
     for place in (folder, folder / CHECKPOINTS):
         for entry in place.iterdir() if place.is_dir() else ():
@@ -122,7 +123,7 @@ def is_claimed(run_dir: Path) -> bool:
 
 
 def read_summary(run_dir: Path) -> Record:
-    """A run folder's `summary.json`; empty if there is none yet, or if it is damaged."""
+    """The `summary.json` of a run folder; empty if there is none yet, or it is damaged."""
     return read_record(run_dir / SUMMARY)
 
 
@@ -136,17 +137,17 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
-    """Let a job's summary say why it has no result: a sweep knows its jobs by their summaries."""
+    """Record in a job's summary why it has no result, which is where a sweep looks."""
     write_summary(run_dir, {**read_summary(run_dir), "status": "failed", "error": reason})
 
 
 def steps_of(folder: Path) -> int:
-    """The number of updates behind a checkpoint folder of ours, from its name."""
+    """The number of updates in the name of a checkpoint folder."""
     return int(folder.name.rpartition("-")[2])
 
 
 def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
-    """The step checkpoints of a run, newest first, without those that it goes back from; or its folders of
+    """The step checkpoints of a run, newest first, without those that are being set aside; or its folders of
     another kind, see CHECKPOINT_NAME."""
     mark = run_dir / CHECKPOINTS / GOING_BACK
     steps = read_content(mark).decode("utf-8", "replace").strip()
@@ -160,8 +161,8 @@ def step_folders(run_dir: Path, kind: str = "step") -> list[Path]:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The folder that a path to a checkpoint means. `last` and `best` are links, or where a file system has
-    none, files that hold the folder's name."""
+    """The folder that a path to a checkpoint means. `last` and `best` are links; or, if the file system has
+    no links, files with the folder's name."""
     try:
         name = path.read_text("utf-8") if path.is_file() and path.stat().st_size < 100 else ""
     except (OSError, ValueError):
@@ -170,10 +171,10 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def correct_record(run_dir: Path, values: dict[str, int]) -> None:
-    """Let the config that Hydra recorded, if it did, hold what a run that begins has chosen of it.
+    """Put values that a run has chosen itself into the config that Hydra recorded, if there is one.
 
     Args:
-        values: by keys of groups, as `data.batch_size`.
+        values: by keys such as `data.batch_size`.
     """
     file = run_dir / ".hydra" / "config.yaml"
     if values and file.exists():

@@ -1,9 +1,9 @@
-"""Which runs there are, and which of them a name means.
+"""Finding runs, by path or by the names `latest` and `best`.
 
-`latest` is the run that was begun or resumed last, of those below `outputs/` in the working directory: single
-runs and the jobs of sweeps, also behind links, with a checkpoint or without. A run that `hydra.run.dir` put
-elsewhere is not looked for. `best` is the checkpoint of the latest run with the lowest validation loss along
-the way. Both mean the same wherever a run, a checkpoint or weights are asked for.
+`latest` is the run that was started or resumed last, of those below `outputs/` in the working directory:
+single runs and jobs of sweeps, also behind links, with or without a checkpoint. Runs that `hydra.run.dir` put
+elsewhere are not found. `best` is that run's checkpoint with the lowest validation loss during training. Both
+can be used wherever a run, a checkpoint or weights are asked for.
 """
 
 import os
@@ -26,7 +26,7 @@ from llm.run_folder import (
     step_folders,
 )
 
-LATEST, BEST = "latest", "best"  # as names; folders of these names are given as ./latest and ./best
+LATEST, BEST = "latest", "best"  # for folders of these names, write ./latest and ./best
 OUTPUTS = Path("outputs")
 LISTED = 3  # runs that an error lists
 TITLE_WIDTH = 30  # of a run there
@@ -50,7 +50,7 @@ def find_run(name: str, root: Path = OUTPUTS, with_checkpoint: bool = True) -> P
 
 
 def path_of(name: str, root: Path = OUTPUTS) -> Path:
-    """The path of a run or a checkpoint that a name means; of `latest` and `best`, of that there is now.
+    """The path of the run or checkpoint that a name means; for `latest` and `best`, at this moment.
 
     Raises:
         UserError: the name is empty, or there is no run yet.
@@ -67,7 +67,7 @@ def path_of(name: str, root: Path = OUTPUTS) -> Path:
 
 
 def named_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a path means; None if it is not one in a run, as RUN/checkpoints/best is.
+    """The checkpoint that a path means; None if the path is not one like RUN/checkpoints/best.
 
     Raises:
         UserError: the run has none of this name.
@@ -83,12 +83,12 @@ def named_checkpoint(path: Path) -> Path | None:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether a folder holds a run that can be resumed: it has a checkpoint, or the config to begin with."""
+    """Whether a folder holds a run that can be resumed, from a checkpoint or with its recorded config."""
     return bool(step_folders(run_dir) or step_folders(run_dir, "start"))
 
 
 def begun(run_dir: Path) -> float:
-    """When a run was begun or resumed last, in seconds since the epoch."""
+    """When a run was started or last resumed, in seconds since 1970."""
     return modified(run_dir / RUN_ID) or modified(run_dir)
 
 
@@ -108,7 +108,7 @@ def state_of(run_dir: Path, summary: Record) -> str:
 
 
 def run_title(run_dir: Path, summary: Record) -> str:
-    """What a run was asked for, as `model=tiny lr=4e-4`, with what was changed on resuming it."""
+    """The overrides of a run, such as `model=tiny lr=4e-4`, including those changed when it was resumed."""
     given = dict(split_override(each) for each in read_overrides(run_dir))
     for resumed in summary.get("resumed") or []:
         given |= {
@@ -120,7 +120,7 @@ def run_title(run_dir: Path, summary: Record) -> str:
 
 
 def newest_runs(root: Path = OUTPUTS, saved: bool = False) -> str:
-    """The end of an error that says which runs there are: the newest few, with what they are.
+    """The end of an error message that lists the newest runs.
 
     Args:
         saved: only those with a checkpoint.
@@ -137,7 +137,7 @@ def newest_runs(root: Path = OUTPUTS, saved: bool = False) -> str:
 
 
 def newest(what: str, listed: list[tuple[Path, str]], count: int) -> str:
-    """The end of an error that lists what there is, of that many; nothing where there is nothing."""
+    """The end of an error message that lists the newest of `count` things; empty if there are none."""
     if not listed:
         return ""
     more = "; experiments/runs.py lists more" if count > len(listed) else ""
@@ -147,7 +147,7 @@ def newest(what: str, listed: list[tuple[Path, str]], count: int) -> str:
 
 def folders_with(root: Path, *names: str) -> Iterator[Path]:
     """All folders below `root`, and `root` itself, that hold a file or folder of one of these names, also
-    behind links. What lies below such a folder is not looked at."""
+    behind links. Folders below one that was found are not searched."""
     seen = set()
     for place, folders, files in os.walk(root, followlinks=True):
         if (here := os.path.realpath(place)) in seen:  # a link to a folder above

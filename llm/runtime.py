@@ -1,4 +1,4 @@
-"""Where a process computes, in which precision, and which of the processes of a run it is."""
+"""The runtime of a process: its device, its precision, and its rank among the processes of a run."""
 
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ from llm.launched import launched_processes
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a process computes, in which precision, and which of how many it is."""
+    """Where a process computes, in which precision, and its rank among the processes of a run."""
 
     device: torch.device
     precision: str  # fp32, tf32, bf16, or int8: weights in int8, products in bf16, for inference
@@ -29,7 +29,7 @@ class Runtime:
     processes: int = 1
     compile: bool = False  # see `RuntimeConfig`
     graph: str = "auto"
-    # Pinned buffers by shape and type, each with an event after the newest copy from it; see `share`.
+    # Pinned buffers by shape and type, each with an event that follows the newest copy from it; see `share`.
     pinned: dict[tuple[torch.Size, torch.dtype], deque[tuple[Tensor, torch.cuda.Event]]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -40,8 +40,8 @@ class Runtime:
 
     @property
     def queues(self) -> bool:
-        """Whether the device works through a queue, and this process should only ever wait for what is not
-        the newest in it. (So do Apple's GPUs, but nothing here was tried on them.)"""
+        """Whether the device works through a queue, so that this process should never wait for the newest
+        work in it. (Apple's GPUs do too, but that was not tried.)"""
         return self.device.type == "cuda"
 
     @property
@@ -52,7 +52,7 @@ class Runtime:
         """Matrix products in bf16 over fp32 weights, or nothing at all in fp32 and tf32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        # torch wants no cache of weights in bf16 where a CUDA graph is captured; each is used once anyway.
+        # A cache of bf16 weights must be off when a CUDA graph is captured; each weight is used once anyway.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def share(self, batch: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class Runtime:
         rows = batch[self.rank :: self.processes]
         if self.device.type != "cuda":
             return rows.to(self.device)
-        # A copy from pinned memory does not wait for what the GPU is doing. To pin memory is slow, so buffers
-        # are used in turn: as many as inputs and targets of two batches need.
+        # A copy from pinned memory does not wait for the GPU's current work. Pinning is slow, so buffers are
+        # reused in turn: four, for the inputs and targets of two batches.
         kind = rows.shape, rows.dtype
         if kind not in self.pinned:
             self.pinned[kind] = deque(
@@ -71,7 +71,7 @@ class Runtime:
         buffers = self.pinned[kind]
         buffers.rotate()
         buffer, copied = buffers[0]
-        copied.synchronize()  # where nothing was copied from it yet, there is nothing to wait for
+        copied.synchronize()  # until the last copy from this buffer is done, if there was one
         buffer.copy_(rows)
         shared = buffer.to(self.device, non_blocking=True)
         copied.record()
@@ -88,19 +88,19 @@ class Runtime:
         """The main process's value, in every process."""
         if self.processes == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64)  # on the CPU, where gloo does not wait for the GPU
+        shared = torch.tensor(value, dtype=torch.float64)  # on the CPU, as gloo does not wait for the GPU
         dist.broadcast(shared, src=0)
         return shared.item()
 
     def told(self, value: Any) -> Any:
-        """The main process's value, of any kind, in every process."""
+        """The main process's value, of any type, in every process."""
         values = [value]
         if self.processes > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """One value of each process, in order of rank."""
+        """The values of all processes, in order of rank."""
         if self.processes == 1:
             return [value]
         values: list[Any] = [None] * self.processes
@@ -109,17 +109,17 @@ class Runtime:
 
 
 class Late:
-    """Numbers that the device is still computing, copied to this process behind all that is queued there."""
+    """Numbers that the device may still be computing; their copy to the CPU is queued behind that work."""
 
     def __init__(self, numbers: Tensor) -> None:
-        # From CUDA, torch makes such a copy in memory that it pins.
+        # From CUDA, torch makes a non-blocking copy in pinned memory.
         self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda, copy=True)
         self.copied = torch.cuda.Event() if numbers.is_cuda else None
         if self.copied is not None:
             self.copied.record()
 
     def read(self) -> Any:
-        """Wait for them: nested lists, of the shape of the tensor."""
+        """Wait for the numbers; returns nested lists of the tensor's shape."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.numbers.tolist()
@@ -129,7 +129,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     """Choose the device and the precision.
 
     Raises:
-        UserError: the device asked for is not there, or cannot do the precision or the exactness asked for.
+        UserError: the device does not exist, or does not support what the config asks for.
     """
     local_rank, local_processes = rank, config.processes
     if launched_processes():  # perhaps on several machines
@@ -161,8 +161,8 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
             f"runtime.processes={config.processes}: use runtime.graph=auto or off"
         )
     if kind == "cuda" or config.compile is True:
-        # Before torch's compiler is imported, which else keeps what it makes where a restart of the machine
-        # deletes it. It is code that will run, so it lies with the user's own files, not in data.cache_dir.
+        # Set before torch's compiler is imported, which otherwise keeps compiled code in a temporary folder.
+        # As it is code that will run, it belongs in the user's own cache, not in data.cache_dir.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "compiled"))
     if kind == "cpu":
         _keep_freed_memory()
@@ -170,7 +170,7 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
     if kind == "cuda":
         device = torch.device(kind, local_rank)
         torch.cuda.set_device(device)
-        # cuBLAS reads this once, before the first product, and torch insists on it for deterministic ones.
+        # cuBLAS reads this once, before the first product; torch demands it for deterministic products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         use_deterministic_kernels(config.deterministic)
     precision = config.precision
@@ -188,8 +188,8 @@ def start_runtime(config: RuntimeConfig, rank: int = 0) -> Runtime:
 
 
 def _own_cores(local_processes: int) -> int:
-    """The cores of one of the processes on this machine: those that Slurm bound it to, or its part of those
-    that all of them may use."""
+    """The cores for one of the processes on this machine: those that Slurm bound it to, or its share of all
+    that may be used."""
     there_are = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else there_are
     is_task = launched_processes() is not None and not dist.is_torchelastic_launched()
@@ -197,10 +197,10 @@ def _own_cores(local_processes: int) -> int:
 
 
 def device_kind(config: RuntimeConfig) -> str:
-    """`cpu`, `cuda` or `mps`: what was asked for, or the fastest that there is.
+    """`cpu`, `cuda` or `mps`: what was asked for, or the fastest available.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not available.
     """
     kind = config.device
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -215,27 +215,27 @@ def device_kind(config: RuntimeConfig) -> str:
 
 
 def set_product_precision(precision: str) -> None:
-    """Let CUDA compute products of fp32 as they are, or in tf32: rounded to 10 bits, and added up in fp32.
+    """Let CUDA compute products of fp32 exactly or in tf32 (factors rounded to 10 bits, accumulated in fp32).
 
-    torch has newer names for this, as `torch.backends.cuda.matmul.fp32_precision`. Where those alone are set,
-    asking by the older ones, as its compiler does, is an error; this call sets both.
+    torch has newer settings for this, such as `torch.backends.cuda.matmul.fp32_precision`. If only those are
+    set, reading the older ones, as its compiler does, is an error; this call sets both.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def use_deterministic_kernels(wanted: bool) -> None:
-    """Whether CUDA may use only kernels that give the same numbers each time. What has none is then an error;
-    attention's backward pass has one for this mode alone (a warning in place of the error would not do)."""
+    """Set whether CUDA may use only kernels that always give the same numbers. Operations without one are
+    then an error; a warning would not do, as attention's backward pass is deterministic in this mode only."""
     if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler
         torch.use_deterministic_algorithms(wanted)
-        # We read no memory that is not written, and to fill it takes time.
+        # Filling uninitialised memory takes time, and none is read here.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def any_kernels() -> Iterator[None]:
-    """Kernels of all kinds, whatever `runtime.deterministic` says. Drawing a token adds up probabilities, for
-    which CUDA has no deterministic one; in fp64, the order changes the 16th digit of a sum."""
+    """Allow all kernels, whatever `runtime.deterministic` says. Sampling needs cumulative sums, for which
+    CUDA has no deterministic kernel; in fp64, the order of summation changes the 16th digit only."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     use_deterministic_kernels(False)
     try:
@@ -245,8 +245,8 @@ def any_kernels() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large freed blocks. By default it gives each back to the kernel and asks for it anew
-    at every update; the page faults took a quarter of the time of a small model's update."""
+    """Let glibc reuse large freed blocks. By default it returns each to the kernel and requests it again in
+    every update; the page faults took a quarter of the time of a small model's update."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -257,23 +257,23 @@ def _keep_freed_memory() -> None:
 
 
 def precisions_of(device: torch.device) -> list[str]:
-    """The precisions that the device has arithmetic of its own for, the strictest first."""
+    """The precisions that the device supports natively, the most exact first."""
     has = {"fp32": True, "tf32": computes_in_tf32(device), "bf16": computes_in_bf16(device)}
     return [precision for precision in has if has[precision]]
 
 
 def computes_in_tf32(device: torch.device) -> bool:
-    """Whether the device is an NVIDIA GPU with TF32, as all from Ampere on."""
+    """Whether the device is an NVIDIA GPU with TF32, as all since Ampere are."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 arithmetic of its own, so that it is not emulated and slow."""
+    """Whether the device supports bf16 natively, rather than emulating it slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        # torch may be told to do without, by ATEN_CPU_CAPABILITY=avx2
+        # torch may be told not to use them, by ATEN_CPU_CAPABILITY=avx2
         return has_instructions and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return False

@@ -1,4 +1,4 @@
-"""Tables for a terminal: where one is too wide, a column is wrapped or cut, and others are omitted."""
+"""Tables for a terminal: if one is too wide, a column is wrapped or cut, and others are omitted."""
 
 import shutil
 from collections.abc import Collection, Sequence
@@ -38,10 +38,10 @@ def table_rows(
 
     Args:
         left: columns that are aligned left; the others are aligned right.
-        wrapped: the column whose cells take several lines where the table is wider than `width`.
-        spare: columns to omit where that is not enough, the first ones first.
-        width: None: as wide as the cells are.
-        most_lines: of a cell; of a longer one the end is cut off.
+        wrapped: the column whose cells are wrapped if the table is wider than `width`.
+        spare: columns to omit if that is not enough, first ones first.
+        width: columns of the terminal; None: no limit.
+        most_lines: longest cell; the end of a longer one is cut off.
     """
     cells = [[shown(cell, keep="") for cell in row] for row in cells]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
@@ -86,7 +86,8 @@ def _wrapped(text: str, width: int, most_lines: int | None) -> list[str]:
 
 
 def fitted(text: str, width: int) -> str:
-    """A sentence in lines of at most `width`, but for longer words; all but the first are indented."""
+    """A sentence in lines of at most `width`, except for longer words; all lines but the first are
+    indented."""
     text = shown(text, keep="")
     lines = wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines) if len(text) > width else text

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 class Tracker:
     """Records one run. W&B is imported only if it is enabled, and its run is always finished.
 
-    W&B's own process writes everything to the run folder and uploads it from there, so that neither the
-    training loop nor the record depends on the server. If that process dies, training continues, and W&B gets
-    the run at its end.
+    W&B's own process writes everything to the run folder and uploads it from there, so neither the training
+    loop nor the record depends on the server. If that process dies, training continues, and W&B gets the run
+    at its end.
 
-    W&B's history is always written from its first line, out of `metrics.jsonl`: over the history of the same
-    run that W&B may have. To append to that would show twice what a resumed run does again.
+    W&B's history is always written from the first line of `metrics.jsonl`, over any history that W&B has of
+    the same run. Appending to it would show twice what a resumed run does again.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Tracker:
         job_type: str,
         run_id: str | None = None,
     ) -> None:
-        """Start W&B's run. `replay` tells it, and this, of lines that are there already.
+        """Start W&B's run. If there are lines from before a resume, call `replay`.
 
         Args:
             run_id: if W&B has a run with this id already, it is written anew.
@@ -55,7 +55,7 @@ class Tracker:
             self._begin_wandb()
 
     def replay(self) -> None:
-        """Take over the lines of a run that is being resumed."""
+        """Log the existing lines of a run that is resumed to W&B."""
         self.metrics, self.samples = (LineFile(record.path) for record in (self.metrics, self.samples))
         self._to_wandb(self._replay)
 
@@ -73,15 +73,15 @@ class Tracker:
         self._to_wandb(self._define_axes)
 
     def _define_axes(self, run: Any) -> None:
-        # Runs of different batch sizes compare over tokens seen; `step` can be chosen as the axis too.
-        # W&B's own step counts calls of `log`, which mean nothing here.
+        # Runs with different batch sizes are comparable over tokens seen; `step` can be chosen as the axis
+        # too. W&B's own step counts calls of `log`, which mean nothing here.
         run.define_metric("step")
         run.define_metric("tokens_seen")
         run.define_metric("*", step_metric="tokens_seen")
 
     def _to_wandb(self, act: Callable[[Any], None]) -> None:
-        """Do something with W&B's run, if there is one. Where its process has been killed or has broken, the
-        run continues without: an error of any kind is no reason to end it."""
+        """Do something with W&B's run, if there is one. If W&B's process was killed or is broken, the run
+        continues without it: no error of W&B's is a reason to end training."""
         if self._wandb_run is None:
             return
         try:
@@ -121,7 +121,7 @@ class Tracker:
                 log.warning("%s; its lines stay in memory until it can be written", error)
 
     def flush(self) -> None:
-        """Write the lines still in memory.
+        """Write the lines that are still in memory.
 
         Raises:
             UserError: they still cannot be written.
@@ -169,7 +169,7 @@ class Tracker:
             self._last.append(log_to)
 
     def finish(self, summary: dict[str, Any], failed: bool = False) -> None:
-        """Log the samples and the summary to W&B and finish its run; warn of what was not uploaded."""
+        """Log the samples and the summary to W&B and finish its run; warn if something was not uploaded."""
         if self.mode == "disabled":
             return
         self.log_table("samples", read_samples(self.samples.path))

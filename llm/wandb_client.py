@@ -1,4 +1,5 @@
-"""The client of Weights & Biases: its mode, how its run starts, what became of what it was given."""
+"""The client of Weights & Biases: choosing its mode, starting and finishing its run, and what it failed to
+upload."""
 
 import json
 import logging
@@ -41,10 +42,10 @@ APPENDING = ("WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 
 
 def tracking_mode(config: TrackingConfig) -> str:
-    """`offline`, `online` or `disabled`: as configured, else as `WANDB_MODE` says, else offline.
+    """`offline`, `online` or `disabled`: as configured, else as in `WANDB_MODE`, else offline.
 
     Raises:
-        UserError: `WANDB_MODE` is none that W&B knows, or one that shares a run between machines.
+        UserError: `WANDB_MODE` is unknown to W&B, or shares a run between machines.
     """
     wanted = config.mode or os.environ.get("WANDB_MODE") or "offline"
     if wanted not in MODES:
@@ -69,7 +70,7 @@ def start_run(
     run_config: dict[str, Any],
     run_id: str | None = None,
 ) -> Any:
-    """W&B's run, offline where it is to be online and the server does not answer.
+    """Start W&B's run; offline, if the server does not answer.
 
     Args:
         mode: see `tracking_mode`.
@@ -138,7 +139,7 @@ def start_run(
 
 
 def finish_run(run: Any, failed: bool) -> str | None:
-    """Finish W&B's run; returns what the server did not get in time."""
+    """Finish W&B's run; returns what the server did not receive in time."""
     try:
         with _announced_wait("receive the rest of the run", DELIVER):
             run.finish(exit_code=int(failed))
@@ -148,11 +149,11 @@ def finish_run(run: Any, failed: bool) -> str | None:
 
 
 def sync_command(folder: Path, *patterns: str) -> str:
-    """The command that uploads a run W&B does not have, or has only in part. Without an option, the client
-    skips runs that were online.
+    """The command that uploads a run that W&B does not have completely. Without its option, the client would
+    skip runs that were online.
 
     Args:
-        folder: of one W&B run; with `patterns` for the shell, such as `*/wandb/*run-*`, one that holds many.
+        folder: the folder of a W&B run; or, with `patterns` for the shell such as `*/wandb/*run-*`, of many.
     """
     if patterns:
         paths = [f"{shlex.quote(str(folder))}/{pattern}" for pattern in patterns]
@@ -164,7 +165,7 @@ def sync_command(folder: Path, *patterns: str) -> str:
 
 @contextmanager
 def _announced_wait(what: str, seconds: int) -> Iterator[None]:
-    """Say what the run is waiting for, once it takes long enough to make one wonder."""
+    """Log what the run is waiting for, if it takes long."""
     timer = Timer(3, log.info, [f"waiting up to {seconds} seconds for W&B to {what}"])
     timer.daemon = True
     timer.start()
@@ -186,7 +187,7 @@ def answers() -> bool:
 
 
 def given_up(folder: Path) -> str:
-    """What of the run in a W&B folder the client gave up uploading, and why, according to its own log."""
+    """What the client gave up uploading of the run in a W&B folder, and why, according to its own log."""
     lost: dict[str, str] = {}
     client_log = folder / "logs" / "debug-internal.log"
     lines = client_log.read_text("utf-8", "replace").splitlines() if client_log.exists() else []

@@ -129,6 +129,7 @@ def run_here(
         if not any(map(MAY_SWEEP.search, arguments)):
             stack.enter_context(patch.object(Hydra, "get_mode", lambda *_, **__: None))
         stack.enter_context(patch("llm.checkpoints.staging.Staging.write", _write_here))
+        stack.enter_context(patch("llm.training.lifecycle.forget_peak_memory", lambda: None))
         stack.enter_context(as_in_a_process())
         status = _run(path)
     return Result(command, status, stdout.getvalue(), stderr.getvalue())

@@ -18,10 +18,10 @@ FIRST_SEEDS = 3  # with fewer, no difference is large enough to decide
 
 
 class RaceSweeper(RecordedSweeper):
-    """Settings with ever more seeds, until all but one are ruled out; see llm/sweeps/race.py.
+    """Runs settings with more and more seeds, until all but one are ruled out; see llm/sweeps/race.py.
 
-    What is run next is a function of what came of the jobs so far, which is read from their folders, so that
-    a race that was cut off continues as if it had not been.
+    What runs next is a function of the results so far, which are read from the jobs' folders. So a race that
+    was interrupted continues as if it had not been.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class RaceSweeper(RecordedSweeper):
     ) -> None:
         """
         Args:
-            max_seeds: of each setting, after which the race ends undecided.
-            level: the probability that the truly best setting is ruled out, at most.
+            max_seeds: seeds of each setting, after which the race ends undecided.
+            level: upper bound of the probability that the truly best setting is ruled out.
             n_jobs: jobs launched side by side.
             zip, table: where settings come from, besides the command line, as in a grid.
         """
@@ -103,11 +103,11 @@ class RaceSweeper(RecordedSweeper):
             yield from chunks([*range(begun, len(sweep.jobs))], self.at_once)
 
     def _seeds(self, sweep: Sweep) -> int:
-        """How many seeds those that are left were run with."""
+        """How many seeds the remaining settings have been run with."""
         return 1 + max(map(seed_of, sweep.jobs)) - self.first_seed
 
     def _figures(self, sweep: Sweep) -> list[list[float]]:
-        """The final figures of each setting, by seed, up to the first that is missing."""
+        """The final figures of each setting, in order of seeds, up to the first missing one."""
         jobs = read_jobs([sweep.folder])
         measure = comparisons(jobs)[0].measure
         final = {
@@ -120,7 +120,7 @@ class RaceSweeper(RecordedSweeper):
         return found
 
     def _outcome(self, left: list[int | None], seeds: int, jobs: int) -> dict[str, Any]:
-        """What the race came to so far, in a sentence and as figures; see `read_race`."""
+        """The state of the race, in a sentence and as figures; see `read_race`."""
         titles = [title_of(setting_of(setting, self.varied_keys)) for setting in self.settings]
         racing = [title for title, at in zip(titles, left, strict=True) if at is None]
         out = [f"{title} after {at}" for title, at in zip(titles, left, strict=True) if at is not None]

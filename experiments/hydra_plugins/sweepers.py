@@ -40,22 +40,27 @@ SET_BY_US = ("hydra.sweep.dir=", "hydra.mode=")
 
 
 class RecordedSweeper(Sweeper):
-    """What both sweepers share: a sweep that is recorded, watched, can be resumed, and ends with a report."""
+    """What all our sweepers share: a sweep is recorded, shown as it runs, can be resumed, and ends with a
+    report.
 
-    total = 0  # jobs that there will be, at least
-    at_once: int  # jobs that the launcher is given at once, at most
-    n_jobs = 1  # that run at once in processes of this machine
-    gpus: Sequence[str] = ()  # that they are given in turn
+    A sweeper implements `plan` and `batches`. Its settings are the arguments of `__init__`, see also
+    sweeping/recorded.py.
+    """
+
+    total = 0  # number of jobs, at least
+    at_once: int  # the most jobs that the launcher is given at once
+    n_jobs = 1  # jobs that run at once in processes on this machine
+    gpus: Sequence[str] = ()  # handed out to these in turn
     nodes = 1  # of each job
-    tasks = 1  # on each of them
-    closing = ""  # what is said at the end, besides what every sweep says
-    zip: Any = None  # what sweep.zip was given: keys whose values go together, or several lists of them
+    tasks = 1  # of each job, per node
+    closing = ""  # printed at the end, besides what every sweep prints
+    zip: Any = None  # the value of sweep.zip: keys whose values go together, or several lists of them
     table: str | None = None  # a file of settings
 
     def __init__(self, params: Mapping[str, Any] | None = None, resume: bool = False) -> None:
         """
         Args:
-            params: overrides of all jobs, which the command line's come after.
+            params: overrides for all jobs; the command line takes precedence.
             resume: continue the sweep in `hydra.sweep.dir`.
         """
         self.params = dict(params or {})
@@ -68,11 +73,11 @@ class RecordedSweeper(Sweeper):
 
     @abstractmethod
     def plan(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
-        """Understand what is swept over, before anything is written.
+        """Decide what to sweep over, before anything is written.
 
         Args:
-            overrides: by their keys.
-            record: of the sweep that is continued.
+            overrides: those of the command line, by key.
+            record: that of the sweep that is continued, if one is.
 
         Returns:
             The overrides of each job that is known from the start, and the keys that vary.
@@ -80,13 +85,14 @@ class RecordedSweeper(Sweeper):
 
     @abstractmethod
     def batches(self, sweep: Sweep) -> Iterator[list[int]]:
-        """Lists of jobs, by number, to be launched together. Each list is asked for once the jobs of the last
-        have ended, and may depend on what came of them."""
+        """Yield lists of jobs, by number, to be launched together. Each list is requested after the jobs of
+        the last one have ended, and may depend on their results."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run all jobs that have no result yet, and conclude.
 
-        Exits with status 1 if one failed, and after a signal with that of a shell: 130 after Ctrl-C.
+        Exits with status 1 if a job failed, and after a signal with a shell's status, such as 130 after
+        Ctrl-C.
 
         Raises:
             UserError: the folder is taken, or holds no such sweep.
@@ -112,7 +118,7 @@ class RecordedSweeper(Sweeper):
             self._run_to_end(sweep)
 
     def _prepared(self, overrides: dict[str, Override], record: SweepRecord | None) -> Planned:
-        """The plan, and the machine divided among its jobs; whatever is wrong is found here."""
+        """Plan the sweep and divide the machine among its jobs; whatever is wrong is found here."""
         jobs, varied = self.plan(overrides, record)
         self.total = max(self.total, len(jobs))
         self.traits = traits_of(self.config.hydra.launcher)
@@ -123,7 +129,7 @@ class RecordedSweeper(Sweeper):
         return jobs, varied
 
     def _recorded(self, folder: Path, overrides: dict[str, Override], arguments: list[str]) -> Sweep:
-        """The sweep in a folder, whose jobs get from here on what may be given again."""
+        """The sweep in a folder, with the changes that may be given for jobs that start from now on."""
         record = read_record(folder)
         given_again = check_jobs(record["jobs"], OmegaConf.get_type(self.config), folder)
         record["jobs"], record["varied"] = self._prepared(overrides, record)
@@ -148,13 +154,13 @@ class RecordedSweeper(Sweeper):
             sys.exit(status)
 
     def _parsed(self, arguments: list[str]) -> dict[str, Override]:
-        """The overrides of all jobs by their keys; of two for a key the last counts."""
+        """The overrides for all jobs by key; of two for the same key, the last counts."""
         params = [f"{key}={value}" for key, value in self.params.items()]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         return {each.get_key_element(): each for each in parser.parse_overrides([*params, *arguments])}
 
     def _run(self, sweep: Sweep) -> None:
-        """Run what has no result yet.
+        """Run the jobs that have no result yet.
 
         Raises:
             KeyboardInterrupt: the sweep was stopped.
@@ -171,7 +177,7 @@ class RecordedSweeper(Sweeper):
                 runner.run(numbers)
 
     def planned(self, overrides: dict[str, Override], old: Old | None = None) -> Plan:
-        """What was typed, zipped and tabled, as settings of which no two are equal, after the old ones."""
+        """The distinct settings that were typed, zipped and tabled, after those of the old jobs."""
         schema = OmegaConf.get_type(self.config)
         rows = [] if self.table is None else read_table(Path(self.table), schema)
         folder = Path(self.config.hydra.sweep.dir) if old else None
@@ -187,7 +193,7 @@ class RecordedSweeper(Sweeper):
         return self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
 
     def refused(self, overrides: list[str]) -> Exception | None:
-        """Why Hydra does not take a job's overrides, if it does not."""
+        """The error with which Hydra refuses a job's overrides; None if it accepts them."""
         try:
             config = self.composed(overrides)
             with open_dict(config):
@@ -217,8 +223,8 @@ class GridSweeper(RecordedSweeper):
             max_batch_size: jobs handed to the launcher at once; None: all.
             zip: a list of keys whose values go together, or several such lists.
             table: a file of settings, see sweeping/table.py.
-            order: in which jobs run, one of `ORDERS`.
-            extend: add to the sweep that is continued what is typed.
+            order: the order in which jobs run, one of `ORDERS`.
+            extend: add what is typed to the sweep that is continued.
         """
         super().__init__({} if extend else params, resume)
         self.max_batch_size, self.order, self.extend = max_batch_size, order, extend
@@ -229,8 +235,8 @@ class GridSweeper(RecordedSweeper):
             raise UserError(f"sweep.order={self.order}: must be one of {', '.join(ORDERS)}")
         jobs, varied = self._jobs(overrides, record)
         values = dict.fromkeys(each for job in jobs for each in job)
-        # Composing a config takes a tenth of a second, and there may be a thousand jobs: the first is tried
-        # as a whole, and each value that this did not show to fit is tried once.
+        # Composing a config takes a tenth of a second, and there may be a thousand jobs. So the first job is
+        # tried as a whole, and then each value that is not in it once.
         fitting = set() if self.refused(jobs[0]) else set(jobs[0])
         errors = {value: self.refused([value]) for value in values if value not in fitting}
         self.misfits = {value: error for value, error in errors.items() if error}
@@ -268,8 +274,8 @@ class GridSweeper(RecordedSweeper):
 class OptunaSweeper(RecordedSweeper):
     """A search for the lowest validation loss. Keys with a sweep are searched, all others are fixed.
 
-    What is tried next is a function of the seed and of what came of the jobs so far, which is read from their
-    folders, so that a search that was cut off continues as if it had not been. Hydra's own plugin pins an
+    What is tried next is a function of the seed and the results so far, which are read from the jobs'
+    folders. So a search that was interrupted continues as if it had not been. Hydra's own plugin pins an
     Optuna of 2022, and can neither stop jobs early nor resume.
     """
 
@@ -287,7 +293,7 @@ class OptunaSweeper(RecordedSweeper):
             n_trials: jobs in all.
             n_jobs: jobs launched side by side, chosen together.
             n_startup_trials: jobs drawn at random before the estimator chooses.
-            seed: of the search; that of the runs is the key `seed`.
+            seed: the search's seed; that of the runs is the key `seed`.
         """
         super().__init__(params, resume)
         self.total, self.at_once = n_trials, n_jobs

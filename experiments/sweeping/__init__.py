@@ -1,1 +1,1 @@
-"""Running the jobs of a sweep. What a sweep's folder says afterwards: llm/sweeps."""
+"""Running the jobs of a sweep. llm/sweeps reads the results from the sweep's folder."""

@@ -1,4 +1,4 @@
-"""The folder of a sweep, held by the one process that runs it."""
+"""Claiming the folder of a sweep, for the one process that runs it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from llm.run_folder import SWEEP_LOCK, folders_beside, holds_run, refuse_links
 
 @contextmanager
 def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
-    """Hold the folder that `hydra.sweep.dir` names. Of two sweeps begun in the same second, the second gets a
-    folder beside, and `hydra.sweep.dir` then names that.
+    """Claim the folder that `hydra.sweep.dir` names. Of two sweeps started in the same second, the second
+    gets a folder beside it, which `hydra.sweep.dir` then names.
 
     Raises:
         UserError: the folder that was asked for holds a sweep, or the one to resume is being run.
@@ -31,7 +31,7 @@ def claimed(config: DictConfig, resume: bool) -> Iterator[Path]:
             if ours and (resume or not holds_run(folder)):
                 with read_write(config.hydra), open_dict(config.hydra):
                     config.hydra.sweep.dir = str(folder)
-                write_text(folder / "multirun.yaml", as_yaml(config))  # where Hydra's users look
+                write_text(folder / "multirun.yaml", as_yaml(config))  # where users of Hydra expect it
                 yield folder
                 return
         if was_named:

@@ -1,4 +1,4 @@
-"""What a run knows of the sweep that it is a job of."""
+"""A run's place: its folder, the sweep that it may be a job of, and the process that it runs in."""
 
 import os
 from collections.abc import Iterator
@@ -18,23 +18,24 @@ from sweeping.stopping import asked_to_stop, watched_sweep
 from llm.config import GenerateConfig, PretrainConfig
 from llm.files import as_typed, remove
 from llm.overrides import title_of
-from llm.run_folder import claimed, holds_run, step_folders
+from llm.run_folder import claimed, holds_run
+from llm.runs import has_begun
 from llm.sweeps.jobs import RECORD, read_record, setting_of, settings_of
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands."""
+    """Where a run is executed."""
 
     run_dir: Path
     sweep: Path | None = None  # the folder of the sweep that it is a job of
-    in_worker: bool = False  # in a process beside those of other jobs, which it must not take down
-    is_submitted: bool = False  # by submitit: in a process of its own
-    is_made_up: bool = False  # the folder was named by the clock, not by the user
+    in_worker: bool = False  # in a worker process beside others, which it must not take down
+    is_submitted: bool = False  # by submitit, in a process of its own
+    is_made_up: bool = False  # the folder's name comes from the clock, not from the user
 
     def remove_if_empty(self) -> None:
-        """Delete the folder, and those of the day and so on, if a run that was refused was the first in them,
-        or one that is done already needed none."""
+        """Delete the folder and its parents (of the day, and so on) if they are empty: the run was refused,
+        or reused one that was done already."""
         if self.is_made_up:
             with suppress(OSError):  # not empty
                 for folder in (self.run_dir, *as_typed(self.run_dir).parents[:-1]):
@@ -43,35 +44,35 @@ class Place:
 
 
 def place_of(hydra: HydraConf) -> Place:
-    """Where the run stands that Hydra has composed."""
+    """The place of the run that Hydra has composed."""
     run_dir = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
         return Place(run_dir, is_made_up=names_by_clock(composed_config().hydra.run))
-    # With one job at once, joblib needs no worker.
+    # With one job at a time, joblib uses no worker.
     in_worker = traits_of(hydra.launcher).side_by_side and current_process().name != "MainProcess"
     return Place(run_dir, run_dir.parent, in_worker, traits_of(hydra.launcher).submits)
 
 
 def composed_config() -> DictConfig:
-    """Hydra's own config, with what was typed as `${…}` as it is."""
+    """Hydra's own config, with interpolations unresolved."""
     config: Any = HydraConfig.instance().cfg
     return config
 
 
 def unresolved(config: DictConfig | ListConfig) -> Any:
-    """A part of a config as it was typed: `${…}` stays text."""
+    """A part of a config as it was typed, with interpolations unresolved."""
     return OmegaConf.to_container(config, resolve=False)
 
 
 def names_by_clock(folder: DictConfig) -> bool:
-    """Whether `hydra.run.dir` or `hydra.sweep.dir` was made up from the time, as it is by default."""
+    """Whether `hydra.run.dir` or `hydra.sweep.dir` is named by the time, as it is by default."""
     return "${now:" in unresolved(folder)["dir"]
 
 
 @contextmanager
 def claimed_place(place: Place, resumes: bool) -> Iterator[Place]:
-    """Hold the run's folder, see `claimed`; it may be one beside. A job's folder may hold what it left when
-    it was last begun."""
+    """Claim the run's folder, or one beside it; see `claimed`. A job's folder may hold what an earlier start
+    of the job left."""
     old = resumes or place.sweep is not None
     with claimed(place.run_dir, old, beside=place.is_made_up and not old) as run_dir:
         config = composed_config()
@@ -81,7 +82,7 @@ def claimed_place(place: Place, resumes: bool) -> Iterator[Place]:
 
 
 def is_called_off(place: Place) -> bool:
-    """Whether a job in a worker need not begin, because its sweep was asked to stop."""
+    """Whether a job in a worker should not start, because its sweep was asked to stop."""
     if not place.in_worker:
         return False
     watched_sweep()
@@ -92,24 +93,19 @@ def is_called_off(place: Place) -> bool:
 
 
 def complete(config: Any, place: Place, overrides: list[str]) -> Any:
-    """Fill in what follows from whether this is a job of a sweep, and of which."""
-    if isinstance(config, PretrainConfig) and place.sweep and _can_resume(place.run_dir):
+    """Fill in what depends on whether this is a job of a sweep, and of which."""
+    if isinstance(config, PretrainConfig) and place.sweep and has_begun(place.run_dir):
         config.resume = str(place.run_dir)  # the sweep is being resumed
     if isinstance(config, GenerateConfig) and config.study is None:
         config.study = place.sweep is not None
-    if place.sweep:  # else each of its jobs would be that one run of W&B
+    if place.sweep:  # or all its jobs would be the same W&B run
         os.environ.pop("WANDB_RUN_ID", None)
-    if isinstance(config, PretrainConfig | GenerateConfig):  # W&B's variables stand for keys not set
+    if isinstance(config, PretrainConfig | GenerateConfig):  # W&B's variables set keys that are null
         if config.tracking.name is None and not os.environ.get("WANDB_NAME"):
             config.tracking.name = _title(place.sweep, overrides) or "default"
         if config.tracking.group is None and place.sweep and not os.environ.get("WANDB_RUN_GROUP"):
             config.tracking.group = str(as_typed(place.sweep))
     return config
-
-
-def _can_resume(run_dir: Path) -> bool:
-    """Whether a job left what it can be resumed from; else it begins anew."""
-    return bool(step_folders(run_dir) or step_folders(run_dir, "start"))
 
 
 def _title(sweep: Path | None, overrides: list[str]) -> str:

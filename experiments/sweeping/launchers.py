@@ -1,4 +1,4 @@
-"""What this code needs to know of Hydra's launchers, and what a job of a sweep asks of Slurm."""
+"""Hydra's launchers: what this code needs to know about them, and the defaults of jobs on Slurm."""
 
 import logging
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ GIVE_CORES = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_
 @dataclass(frozen=True)
 class Traits:
     side_by_side: bool = False  # jobs run in worker processes of this machine, `n_jobs` of them at once
-    submits: bool = False  # jobs run in processes of submitit, each with an outcome of its own
-    death: str | None = None  # class of the error that means that a job's process was killed
+    submits: bool = False  # jobs run in processes of submitit, each with its own outcome
+    death: str | None = None  # class of the error for a job whose process was killed
 
 
 BASIC = Traits()  # jobs run one by one in the sweep's own process
@@ -34,16 +34,16 @@ LAUNCHERS = {
 
 
 def traits_of(launcher: DictConfig) -> Traits:
-    """What is known of the launcher that `hydra.launcher` configures; an unknown one counts as basic."""
+    """The traits of the launcher that `hydra.launcher` configures; an unknown one counts as basic."""
     return LAUNCHERS.get(launcher._target_, BASIC)
 
 
 def made_launcher(
     context: HydraContext, task: TaskFunction, config: DictConfig, n_jobs: int, tasks: int
 ) -> Launcher:
-    """Hydra's launcher; joblib is told how many jobs run at once, and not how many share a GPU, and submitit
-    how many tasks a job has on each node. The config of the sweep stays as it was given, which Hydra 1.4
-    wants."""
+    """Hydra's launcher. joblib is told how many jobs run at once, but not how many share a GPU, which it does
+    not know; submitit is told how many tasks a job has on each node. The config of the sweep stays unchanged,
+    as Hydra 1.4 demands."""
     told = config.copy()
     launcher, traits = told.hydra.launcher, traits_of(told.hydra.launcher)
     with read_write(launcher), open_dict(launcher):
@@ -59,16 +59,18 @@ def made_launcher(
 
 @contextmanager
 def deaths_as_results(traits: Traits) -> Iterator[None]:
-    """Let submitit's jobs that died be results: the plugin would stop waiting for the others. A job's result
-    is that of its first task, to which those of the others have lost their processes, if they have."""
+    """Let submitit return errors of jobs that died as their results, where the plugin would stop waiting for
+    the others. A job's result is that of its first task, which reports it if another task's process is
+    lost."""
     if not traits.submits:
         yield
         return
     import submitit
 
-    # Of Slurm without accounting it says every few seconds that it cannot be asked for the state of a job.
+    # Without Slurm's accounting, it warns every few seconds that it cannot query the state of a job.
     logging.getLogger("submitit").setLevel(logging.ERROR)
-    # For 15 s it looks out for the result of a job that has ended, as another machine's file may come late.
+    # By default it waits 15 s for the result of a job that has ended, as another machine's file may come
+    # late.
     submitit.LocalJob._results_timeout_s = 0
     results = submitit.Job.results
 
@@ -86,7 +88,7 @@ def deaths_as_results(traits: Traits) -> Iterator[None]:
 
 
 def configure_launchers() -> None:
-    """Replace what the plugins have by default; a plugin that is not installed has nothing."""
+    """Replace the defaults of the plugins that are installed."""
     Plugins.instance()  # stores the plugins' defaults
     with suppress(ImportError):
         _configure_joblib()
@@ -105,8 +107,8 @@ def _configure_joblib() -> None:
 
 
 def _configure_slurm() -> None:
-    """Let a job ask for one GPU, and requeue it when it is preempted or out of time, for a run continues from
-    its last checkpoint. The plugin's own defaults give up after an hour."""
+    """By default, request one GPU for a job, and requeue it when it is preempted or out of time, as a run
+    continues from its last checkpoint. The plugin's own defaults end a job after an hour."""
     from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 
     @dataclass
@@ -116,7 +118,7 @@ def _configure_slurm() -> None:
         gpus_per_node: int | None = 1
         array_parallelism: int = 16  # jobs at once
         max_num_timeout: int = 10  # times that a job is requeued
-        # What is run before srun, which from Slurm 22.05 on no longer takes this over from sbatch by itself.
+        # Run before srun, which since Slurm 22.05 no longer inherits the cores from sbatch.
         setup: list[str] | None = field(default_factory=lambda: [GIVE_CORES])
 
     store("submitit_slurm", RequeuedSlurmJob, "hydra/launcher")

@@ -10,20 +10,21 @@ from llm.errors import UserError
 
 
 def divide_machine(config: DictConfig, at_once: int) -> tuple[int, list[str]]:
-    """Let joblib run a job per GPU, or per core without one, if `hydra.launcher.n_jobs` does not say how
-    many, but no more than there are. `jobs_per_device` jobs share each GPU. Jobs of several processes each
-    run one by one. Joblib itself divides the cores evenly among the jobs that run at once.
+    """Decide how many jobs joblib runs at once: as `hydra.launcher.n_jobs` says, or one per GPU, or one per
+    core if there is no GPU; but no more than there are. `jobs_per_device` jobs share each GPU. Jobs with
+    several processes run one at a time. joblib itself divides the cores evenly among the jobs that run at
+    once.
 
     Args:
         config: the sweep's, with joblib as its launcher.
-        at_once: jobs that the sweeper has ready at once, at most.
+        at_once: the most jobs that the sweeper has ready at once.
 
     Returns:
-        How many jobs run at once, and the GPUs to hand out, as CUDA_VISIBLE_DEVICES takes them, each as often
+        How many jobs run at once, and the GPUs to hand out, as values of CUDA_VISIBLE_DEVICES, each as often
         as jobs share it.
 
     Raises:
-        UserError: jobs are to share GPUs, which cannot be.
+        UserError: jobs are to share GPUs and cannot.
     """
     from joblib import cpu_count
 
@@ -51,7 +52,7 @@ def _check_sharing(jobs_per_device: int, n_jobs: int, alone: bool, gpus: list[st
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, NVIDIA's by the names that CUDA_VISIBLE_DEVICES takes."""
+    """The GPUs that this process may use; NVIDIA's as values of CUDA_VISIBLE_DEVICES."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
     import torch
@@ -62,8 +63,8 @@ def visible_gpus() -> list[str]:
 
 
 def give_back_memory() -> None:
-    """Free what torch keeps of a GPU for the next tensors of this process. Other jobs that share the GPU may
-    want it before this process has its next job."""
+    """Free the GPU memory that torch caches for this process. Other jobs that share the GPU may need it
+    before this process gets its next job."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         gc.collect()

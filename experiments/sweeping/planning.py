@@ -1,4 +1,5 @@
-"""Which jobs a grid has: what was typed, zipped and tabled, and what there is already, become one list."""
+"""Which jobs a grid has: one list from what was typed, zipped and tabled, and from jobs that exist
+already."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,15 +13,15 @@ from omegaconf import OmegaConf
 from llm.errors import UserError
 from llm.overrides import split_override
 
-Setting = list[str]  # overrides
-Value = Any  # of a key, to be compared
+Setting = list[str]  # overrides of a job
+Value = Any  # the value of a key, for comparison
 
 
 @dataclass(frozen=True)
 class Plan:
-    jobs: list[Setting]  # by their numbers
+    jobs: list[Setting]  # by number
     varied: list[str]  # keys whose values differ, or that were swept over
-    repeated: int  # settings that are not among the jobs because they equal one that is
+    repeated: int  # how many settings were dropped because they equal another job's
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,21 @@ def plan_jobs(
     value: Callable[[str], Value],
     default: Callable[[int, Setting, str], str | None],
 ) -> Plan:
-    """Each row of a table with each combination of the values of the other keys, the last key's changing
-    fastest, as in Hydra's own sweeps; a group of zipped keys counts as one, in the place of its first.
+    """Plan a grid: each row of a table with each combination of the values of the other keys. The last key
+    changes fastest, as in Hydra's own sweeps; a group of zipped keys counts as one key, in the place of its
+    first.
 
-    A sweep is extended by what was typed with each combination that it has of the keys that were not typed.
-    Settings that are equal by value are one job, the first of them, and equal values are spelled alike.
+    A sweep is extended by combining what was typed with each of its combinations of the other keys. Settings
+    with equal values are one job, the first of them, and equal values are spelled alike.
 
     Args:
-        overrides: of the command line, by their keys.
+        overrides: those of the command line, by key.
         zips: groups of keys whose values go together.
-        rows: of a table.
-        value: of an override; equal for equal values, however they are spelled.
-        default: the override that gives a key the value that it has in a job, by its number and its setting,
-            which does not set the key.
+        rows: the settings of a table.
+        old: the jobs of the sweep that is extended.
+        value: the value of an override; equal for equal values, however they are spelled.
+        default: given a job's number, its setting, and a key that the setting lacks: the override for the
+            value that the key has in that job.
 
     Raises:
         UserError: what was typed does not go together.
@@ -86,7 +89,7 @@ def plan_jobs(
 
 
 def said_of(plan: Plan, old: Old | None) -> str:
-    """A line about settings that are not run again, or jobs that are added; empty if there is neither."""
+    """A line about settings that were dropped, or jobs that are added; empty if there is neither."""
     if old:
         there = f"; asked for and there already: {plan.repeated}" if plan.repeated else ""
         return f"jobs: {len(plan.jobs) - len(old.jobs)} new, {len(old.jobs)} from before{there}\n"
@@ -96,8 +99,9 @@ def said_of(plan: Plan, old: Old | None) -> str:
 
 
 def in_order(numbers: Iterable[int], jobs: Sequence[Setting], order: str) -> list[int]:
-    """Jobs in the order in which they are run: as they are numbered, or every setting with its first seed,
-    then with its second and so on, so that a sweep that is cut off says something of each."""
+    """Jobs in the order in which they run: by number (`given`), or every setting with its first seed, then
+    with its second, and so on (`seeds_last`), so that a sweep that is cut off tells something about each
+    setting."""
     if order == "given":
         return sorted(numbers)
     seeds: Counter[frozenset[str]] = Counter()  # of each setting so far
@@ -110,7 +114,7 @@ def in_order(numbers: Iterable[int], jobs: Sequence[Setting], order: str) -> lis
 
 
 def groups_of_keys(zipped: Any) -> list[list[str]]:
-    """What `sweep.zip` was given: a list of keys, or a list of such lists.
+    """The groups of keys in `sweep.zip`, which is a list of keys or a list of such lists.
 
     Raises:
         UserError: it is something else.
@@ -134,7 +138,7 @@ def _refuse_keys_given_twice(overrides: Mapping[str, Override], rows: Sequence[S
 
 
 def _with_others(typed: Sequence[Setting], jobs: Sequence[Setting]) -> list[Setting]:
-    """Settings with each combination that jobs have of the keys that these do not set."""
+    """Typed settings, each with every combination that jobs have of the other keys."""
     keys = {key_of(each) for setting in typed for each in setting}
     others = dict.fromkeys(tuple(each for each in job if key_of(each) not in keys) for job in jobs)
     return [[*other, *setting] for other in others for setting in typed]
@@ -172,10 +176,10 @@ def _check_zips(zips: Sequence[Sequence[str]], values: Mapping[str, list[str]]) 
 
 
 def values_of(override: Override) -> list[str]:
-    """The values of a grid for a key, one or several.
+    """The values that an override gives to a grid.
 
     Raises:
-        UserError: the override gives an interval, which has no values to list.
+        UserError: it gives an interval, whose values cannot be listed.
     """
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]

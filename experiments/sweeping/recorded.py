@@ -1,8 +1,9 @@
 """What a sweep's record may decide when the sweep is resumed.
 
 The folder may come from somebody else, and Hydra's settings can start any program: a launcher, a logger, the
-environment of a job. So of a record only the keys of the script's own config count, and of Hydra's settings
-the few that are named here.
+environment of a job. So only the keys of the script's own config are taken from a record, and those of
+Hydra's settings that are named here. Any other setting has to be given again, so a new option of a sweeper
+belongs in one of these lists.
 """
 
 import re
@@ -17,7 +18,9 @@ from llm.config_values import leaf_keys
 from llm.errors import UserError
 from llm.sweeps.jobs import RECORD
 
-SWEEP_KEYS = tuple(f"sweep.{name}" for name in ("resume", "extend", "zip", "table", "order"))
+# Settings of sweepers that have a short name: sweep.zip is hydra.sweeper.zip.
+SHORT_KEYS = {f"sweep.{name}": f"hydra.sweeper.{name}" for name in ("zip", "table", "order")}
+SWEEP_KEYS = ("sweep.resume", "sweep.extend", *SHORT_KEYS)
 CONF = Path(__file__).parents[2] / "conf"
 ORDERS = ("seeds_last", "given")  # in which jobs run
 CHOICES = {
@@ -33,21 +36,22 @@ NUMBERS = (
     "hydra.launcher.n_jobs",
     "hydra.launcher.jobs_per_device",
 )
-# What a sweep's jobs were made of; the record holds the jobs themselves.
+# What the jobs were made of. It need not be given again, as the record holds the jobs themselves.
 PLANNED = ("hydra.sweeper.zip", "hydra.sweeper.table", "hydra.sweeper.extend", "hydra.sweeper.resume")
-RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # as ${oc.env:KEY}, unless a backslash makes it text
+RESOLVER = re.compile(r"(?<!\\)(\\\\)*\$\{[^}]*:")  # such as ${oc.env:KEY}, unless a backslash makes it text
 OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a config group
 
 
 def harmless(overrides: list[str], schema: Any, folder: Path) -> tuple[list[str], list[str]]:
-    """
+    """Separate recorded overrides that may be used from those that may not.
+
     Args:
-        overrides: recorded in `folder`.
-        schema: of the script's config.
+        overrides: those recorded in `folder`.
+        schema: that of the script's config.
 
     Returns:
-        The overrides that may be given to Hydra, and the keys of others, which have to be given again:
-        Hydra's own, and those whose value is for a resolver to find.
+        The overrides that may be given to Hydra, and the keys of the others, which have to be given again:
+        settings of Hydra's, and keys whose value a resolver would compute.
 
     Raises:
         UserError: an override is neither Hydra's nor the script's.
@@ -88,7 +92,7 @@ def check_jobs(jobs: list[list[str]], schema: Any, folder: Path) -> set[str]:
 
 
 def config_groups() -> set[str]:
-    """The groups of conf/, as `model/part`."""
+    """The groups of conf/, such as `model/part`."""
     return {each.relative_to(CONF).as_posix() for each in CONF.rglob("*") if each.is_dir()}
 
 
@@ -100,7 +104,7 @@ def _parsed(text: str, folder: Path) -> Override:
 
 
 def is_option(value: Any) -> bool:
-    """Whether it names an option of a group, or several, and no file elsewhere."""
+    """Whether a value names an option of a group, or several, and not a file elsewhere."""
     if isinstance(value, ChoiceSweep):
         value = value.list
     values = value if isinstance(value, list) else [value]

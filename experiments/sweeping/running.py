@@ -1,4 +1,5 @@
-"""Running the jobs of a sweep: in batches, again where a launcher broke, marked where they failed."""
+"""Running the jobs of a sweep in batches, running them again if the launcher breaks, and marking those that
+failed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,16 +22,16 @@ from llm.sweeps.jobs import DONE, RECORD, Job, state_since, write_record
 
 @dataclass
 class Sweep:
-    """A sweep that this process runs. What became of a job is read from the job's own files, so any process
-    that has the folder can continue."""
+    """A sweep that this process runs. The outcome of a job is read from the job's own files, so any process
+    that has the folder can continue the sweep."""
 
     folder: Path
-    script: str  # by its name, as `pretrain`
-    arguments: list[str]  # that it was begun with
-    varied: list[str]  # keys
-    jobs: list[list[str]]  # the overrides of each, by its number; a search adds to them
-    changes: list[str] = field(default_factory=list)  # overrides that jobs get from here on
-    since: float = field(init=False)  # when this process began, in seconds since the epoch
+    script: str  # its name, such as `pretrain`
+    arguments: list[str]  # with which it was started
+    varied: list[str]  # keys that vary between jobs
+    jobs: list[list[str]]  # the overrides of each job, by its number; a search adds to them
+    changes: list[str] = field(default_factory=list)  # further overrides for jobs that start from now on
+    since: float = field(init=False)  # when this process started, in seconds since 1970
 
     def __post_init__(self) -> None:
         self.write_record()
@@ -49,7 +50,7 @@ class Sweep:
         return state_since(self.job(number), self.since)
 
     def fail(self, number: int, reason: str) -> None:
-        """Mark a job as failed, which could not do so itself."""
+        """Mark a job as failed that could not do so itself."""
         mark_failed(self.job(number).folder, reason)
 
 
@@ -60,13 +61,13 @@ class Runner:
     sweep: Sweep
     launcher: Launcher
     traits: Traits
-    gpus: Sequence[str]  # to hand out
+    gpus: Sequence[str]  # to be handed out
 
     def run(self, numbers: list[int]) -> None:
         """Launch jobs together.
 
-        A launcher may break, as joblib does when one of its processes is killed. The jobs that had begun are
-        then run again one at a time; the one that breaks it again has failed.
+        A launcher may break, as joblib does when one of its processes is killed. The jobs that had started
+        are then run again one at a time; one that breaks the launcher again has failed.
 
         Raises:
             KeyboardInterrupt: the sweep was asked to stop.
@@ -104,13 +105,17 @@ class Runner:
         return self.sweep.state(number) in ("running", "waiting")
 
     def _overrides(self, number: int, place: int) -> list[str]:
-        """All overrides of a job, which has a place among those that are launched together."""
+        """All overrides of a job.
+
+        Args:
+            place: the job's place among those that are launched together.
+        """
         given = [*self.sweep.jobs[number], *self.sweep.changes]
         last_of_each_key = {split_override(override)[0]: override for override in given}
         folder = [f"hydra.sweep.dir={quoted(str(self.sweep.folder))}", f"hydra.sweep.subdir={number}"]
         gpu = []
         if len(self.gpus) > 1:
-            # A process keeps the GPU of its first job, for CUDA reads this once.
+            # A process keeps the GPU of its first job, as CUDA reads this only once.
             name = quoted(self.gpus[place % len(self.gpus)])
             gpu = [f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES={name}"]
         return [*last_of_each_key.values(), *folder, *gpu]

@@ -1,4 +1,4 @@
-"""What Optuna's search tries next. Imported only where a sweep is a search."""
+"""Optuna's search: which jobs to try next. Imported only if a sweep is a search."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +19,19 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 @dataclass(frozen=True)
 class Search:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). What it tries next is a function of
-    the seed and of the jobs so far."""
+    the seed and the jobs so far."""
 
     distributions: dict[str, BaseDistribution]  # by searched key
     seed: int
     n_startup_trials: int  # drawn at random before the estimator chooses
 
     def example(self) -> list[str]:
-        """Overrides of the searched keys, to try whether their types fit."""
+        """Example overrides of the searched keys, to check whether their types fit."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.seed))
         return self._as_overrides(study.ask(self.distributions).params)
 
     def suggest(self, jobs: list[Job], count: int) -> list[list[str]]:
-        """Overrides of the searched keys for that many more jobs, chosen together.
+        """Overrides of the searched keys for `count` more jobs, chosen together.
 
         Raises:
             UserError: the jobs so far were evaluated on different texts, so that none is the best.
@@ -53,8 +53,8 @@ class Search:
         return [self._as_overrides(trial.params) for trial in trials]
 
     def _as_trial(self, job: Job, measure: Measure) -> optuna.trial.FrozenTrial:
-        """A job as Optuna knows it. One that failed is as bad as one stopped before its first evaluation; one
-        that was interrupted says nothing yet."""
+        """A job as a trial of Optuna's. A failed one counts as if it had been stopped before its first
+        evaluation; an interrupted one says nothing yet."""
         given = dict(split_override(override) for override in job.overrides)
         params = {key: _as_number(given[key], kind) for key, kind in self.distributions.items()}
         if (final := job.final(measure.name)) is not None:
@@ -69,7 +69,7 @@ class Search:
         )
 
     def _as_overrides(self, params: dict[str, Any]) -> list[str]:
-        """Numbers get four digits: more say nothing, and names are to be read."""
+        """Overrides for parameters, with floats rounded to four digits, so that names stay readable."""
         for key, bounds in self.distributions.items():
             if isinstance(bounds, FloatDistribution):
                 params[key] = min(max(float(f"{params[key]:.4g}"), bounds.low), bounds.high)
@@ -77,7 +77,7 @@ class Search:
 
 
 def _best_so_far(job: Job, measure: Measure) -> float | None:
-    """Of the evaluations on its way."""
+    """The best value among a job's evaluations so far."""
     if measure == LOSS:
         return job.summary.get("best_val_loss")
     lines = read_lines(job.folder / "metrics.jsonl")

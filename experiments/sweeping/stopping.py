@@ -1,5 +1,5 @@
-"""How a sweep is stopped: by a signal to its process, of which jobs side by side learn by a file. And how
-Ctrl-C stops a script that is still starting."""
+"""Stopping a sweep: by a signal to its process, which tells jobs that run side by side through a file. And
+stopping a script that is still starting, by Ctrl-C."""
 
 import functools
 import os
@@ -20,9 +20,9 @@ SECONDS_TO_SAVE = 60
 
 @contextmanager
 def stoppable(folder: Path, side_by_side: bool) -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a sweep as Ctrl-C does. Jobs side by side get the signal too, save, and are
-    waited for; a second signal ends all at once, except SIGHUP, which a closed terminal may send twice. Under
-    `nohup` that stays ignored.
+    """Let SIGTERM and SIGHUP end a sweep as Ctrl-C does. Jobs that run side by side get the signal too, and
+    the sweep waits until they have saved. A second signal ends everything at once, except SIGHUP, which a
+    closed terminal may send twice. Under `nohup`, SIGHUP stays ignored.
 
     Raises:
         KeyboardInterrupt: the sweep was asked to stop; its argument is the signal.
@@ -89,8 +89,8 @@ def interrupts_kept() -> Iterator[None]:
 
 
 def exit_status(stopped: BaseException) -> int:
-    """That of a process that a signal ended, as a shell has it: 128 and the signal's number. The exception
-    has it as its argument; Ctrl-C's has none."""
+    """A shell's exit status for a process that a signal ended: 128 plus the signal's number, which is the
+    exception's argument; Ctrl-C's has none."""
     return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
 
 
@@ -99,12 +99,12 @@ def asked_to_stop(folder: Path) -> bool:
     return (folder / STOP).exists()
 
 
-@functools.cache  # once a process, which may run several jobs
+@functools.cache  # once per process, which may run several jobs
 def watched_sweep() -> threading.Event:
-    """Called in a worker process: an event that is set when the sweep's process has been killed.
+    """In a worker process, an event that is set when the sweep's process has been killed.
 
-    Its jobs then save and end. Else they would train on, in folders that `sweep.resume` wants, and then wait
-    for work for ever with a GPU's memory.
+    The worker's job then saves and ends. Otherwise it would train on in a folder that `sweep.resume` needs,
+    and the worker would then wait for work for ever while it holds a GPU's memory.
     """
     sweep, gone = os.getppid(), threading.Event()
 

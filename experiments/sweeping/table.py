@@ -1,7 +1,7 @@
-"""A file of settings as a sweep: each row is a job, or with a grid beside it, several.
+"""A sweep over a file of settings: each row is a job, or several if there is also a grid.
 
-Such a file may come from somebody else. So its cells are data, like the record of a sweep: they set keys of
-the script's config, each to one value, and nothing in them is resolved.
+Such a file may come from somebody else. So its cells are data, like the record of a sweep: each sets a key of
+the script's config to one value, and nothing in it is resolved.
 """
 
 import csv
@@ -25,11 +25,11 @@ OF_ONE_RUN = ("resume", "rerun")  # keys that mean another run
 
 
 def read_table(file: Path, schema: Any) -> list[list[str]]:
-    """The overrides of each row of a CSV file, whose head names the keys, or of each line of JSON. An empty
-    cell, or a key that a line does not have, leaves the key at its default.
+    """The overrides of each row of a CSV file, whose head names the keys, or of each JSON line. An empty
+    cell, or a key that a line lacks, leaves the key at its default.
 
     Args:
-        schema: of the script's config.
+        schema: that of the script's config.
 
     Raises:
         UserError: the file cannot be read, or a cell is no value of its key.
@@ -52,7 +52,7 @@ def read_table(file: Path, schema: Any) -> list[list[str]]:
 
 
 def _csv_rows(file: Path, text: str) -> list[tuple[int, dict[str, str]]]:
-    """The cells of each row by their keys, and the line that each ends on."""
+    """For each row, the line that it ends on, and its cells by key."""
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
@@ -91,9 +91,10 @@ def _check_key(file: Path, key: str, schema: Any) -> None:
 
 
 def _override(place: str, key: str, cell: str, schema: Any) -> str:
-    """
+    """The override that sets a key to a cell.
+
     Raises:
-        UserError: the cell is not one value, or refers to something.
+        UserError: the cell is not a single value, or has an interpolation.
     """
     item = leaf_keys(schema).get(key)
     if item and item.type in (str, str | None) and cell != "null":

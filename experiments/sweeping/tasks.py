@@ -1,5 +1,5 @@
-"""A job of submitit's that is one run on several GPUs, perhaps of several machines: a task for each of its
-processes, which are told what torchrun would tell them."""
+"""Jobs of submitit that are a run on several GPUs, perhaps of several machines: each process of the run is a
+task, whose environment is set as torchrun would set it."""
 
 import os
 
@@ -11,15 +11,15 @@ from llm.errors import UserError
 from llm.launched import PROCESSES
 from llm.overrides import split_override
 
-PORTS = range(10_000, 30_000)  # below those that Linux gives to connections
+PORTS = range(10_000, 30_000)  # below Linux's ephemeral ports
 
 
 def divide_job(config: DictConfig, jobs: list[list[str]]) -> tuple[int, int]:
-    """How many nodes a job has, and how many tasks on each of them: one a GPU, or as many as were asked for.
+    """How many nodes a job has, and how many tasks on each: one per GPU, or as many as were asked for.
 
     Args:
         config: the sweep's, with one of submitit's launchers.
-        jobs: their overrides.
+        jobs: the overrides of each job.
 
     Raises:
         UserError: what was asked for does not go together.
@@ -66,11 +66,11 @@ def _check(config: DictConfig, jobs: list[list[str]], nodes: int, tasks: int) ->
 
 
 def task_of_run(hydra: HydraConf) -> int:
-    """Which of the processes of a run this is. Where it is one of several tasks of a job, it is told what
-    torchrun would tell it.
+    """The rank of this process. If it is one of several tasks of a job, the environment variables of torchrun
+    are set.
 
     Raises:
-        UserError: in the first task, the others have not come.
+        UserError: this is the first task, and the others did not arrive.
     """
     if not traits_of(hydra.launcher).submits:
         return 0
@@ -79,7 +79,7 @@ def task_of_run(hydra: HydraConf) -> int:
     job = submitit.JobEnvironment()
     if job.num_tasks == 1:
         return 0
-    number = int(job.raw_job_id)  # its own also for a job of an array, so that two share no port
+    number = int(job.raw_job_id)  # unique also in a job array, so that no two jobs share a port
     os.environ.update(
         RANK=str(job.global_rank),
         WORLD_SIZE=str(job.num_tasks),
@@ -91,5 +91,5 @@ def task_of_run(hydra: HydraConf) -> int:
     if job.global_rank == 0:
         from llm.processes import meet  # imports torch
 
-        meet()  # before it reads anything: should it end before the run begins, the others notice
+        meet()  # before anything else, so that the others notice if this process ends before the run begins
     return job.global_rank

@@ -1,5 +1,5 @@
-"""What overrides come to: equal values are equal however they are spelled, and a key that a job does not set
-has its default."""
+"""The values of overrides, for comparison: equal however they are spelled; and the values of keys that a job
+does not set."""
 
 import json
 import re
@@ -18,19 +18,19 @@ from llm.config_values import own_defaults
 from llm.overrides import as_override, split_override
 from llm.sweeps.jobs import as_text, recorded_texts
 
-MEANS_ITSELF = re.compile(r"[\w.+-]+|\[[\w.,+ -]*\]", re.ASCII)  # as an override's value
+MEANS_ITSELF = re.compile(r"[\w.+-]+|\[[\w.,+ -]*\]", re.ASCII)  # needs no quotes in an override
 
 
 @dataclass(frozen=True)
 class Values:
-    schema: Any  # of the script's config
-    compose: Callable[[list[str]], DictConfig | None]  # a job's config; None for one that cannot be composed
-    recorded: Path | None = None  # the folder of a sweep that is extended
+    schema: Any  # that of the script's config
+    compose: Callable[[list[str]], DictConfig | None]  # composes a job's config; None if that fails
+    recorded: Path | None = None  # the folder of the sweep that is extended
     _known: dict[str, str] = field(default_factory=dict)  # by override
     _composed: dict[tuple[str, ...], DictConfig | None] = field(default_factory=dict)  # by chosen options
 
     def of(self, override: str) -> str:
-        """A text that is the same for overrides that give a key the same value."""
+        """A text that is equal for overrides that give a key the same value."""
         if override not in self._known:
             self._known[override] = self._value(override)
         return self._known[override]
@@ -41,14 +41,14 @@ class Values:
         try:  # in the type of the key: 1 and 1.0 are the same rate, and 1 and true the same switch
             OmegaConf.update(self._typed, parsed.key_or_group, value)
             value = OmegaConf.select(self._typed, parsed.key_or_group)
-        except OmegaConfBaseException:  # of an option of a group, or of what does not fit
+        except OmegaConfBaseException:  # an option of a group, or a value that does not fit
             pass
         plain = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
         return json.dumps(plain, default=str)
 
     def default(self, number: int, setting: list[str], key: str) -> str | None:
-        """The override that gives a key the value that it has in a job that does not set it: that which a job
-        of the extended sweep was trained with, or else today's default; None if there is none."""
+        """The override for the value that a key has in a job that does not set it: the value with which a job
+        of the extended sweep was trained, or else today's default; None if there is none."""
         trained = recorded_texts(self.recorded / str(number), [key]) if self.recorded else {}
         if key in trained and "${" not in trained[key]:
             return _as_override(key, trained[key])

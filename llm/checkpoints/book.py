@@ -1,7 +1,7 @@
-"""The book's model.pth and model_and_optimizer.pth, in and out.
+"""Reading and writing the book's model.pth and model_and_optimizer.pth.
 
-Nothing here runs code that a file brings along, and no size that a file claims is allocated before the file
-is seen to hold it.
+No code in a file is ever run, and no size that a file claims is allocated before the file is known to hold
+that much.
 """
 
 import json
@@ -43,11 +43,11 @@ _STATE_DICTS = ("model_state_dict", "model", "state_dict")  # of the book, nanoG
 
 
 def read_book(path: Path, n_heads: int | None = None) -> Weights:
-    """The book's model.pth, a state dict, or model_and_optimizer.pth, that and AdamW's. What such a file does
-    not say stands in a .json beside those that `export_book` wrote.
+    """Read the book's model.pth (a state dict) or model_and_optimizer.pth (that and AdamW's). For files
+    written by `export_book`, a .json beside them has what they cannot hold.
 
     Args:
-        n_heads: how many attention heads the model has, where nothing else says.
+        n_heads: number of attention heads, if nothing else tells.
 
     Raises:
         UserError: the file is damaged, could run code, or does not hold such weights; or its number of heads
@@ -82,7 +82,7 @@ def read_book(path: Path, n_heads: int | None = None) -> Weights:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """What torch.save wrote to a file, without running any code of it."""
+    """The content of a file written by torch.save, without running any code in it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
@@ -104,7 +104,7 @@ def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The tensors in a file, under the book's names.
 
     Raises:
-        UserError: they are another model's.
+        UserError: they are those of another model.
     """
     saved = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), dict)), content)
     plain = without_wrappers(saved)
@@ -131,7 +131,7 @@ def _beside(path: Path) -> Path:
 
 
 def _read_beside(path: Path) -> tuple[ModelConfig | None, str | None]:
-    """The model and the tokenizer of a .pth file, as the file beside it says; None if there is none for it.
+    """The model and the tokenizer of a .pth file, from the file beside it; None if that does not exist.
 
     Raises:
         UserError: that file is damaged.
@@ -158,16 +158,17 @@ def _read_beside(path: Path) -> tuple[ModelConfig | None, str | None]:
 
 
 def _is_stored(tensor: Tensor) -> bool:
-    """Whether all of a tensor's numbers were in the file: it is not expanded, sparse, or just a shape."""
+    """Whether all of a tensor's numbers were in the file: it is not expanded, sparse, or only a shape."""
     if tensor.layout != torch.strided or tensor.is_meta:
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _check_archive(path: Path) -> None:
-    """
+    """Refuse files that would take more memory than they hold.
+
     Raises:
-        UserError: a file is no archive of torch.save's, or one that unpacks to more than it holds.
+        UserError: a file is no archive written by torch.save, or unpacks to more than its own size.
     """
     try:
         refuse_stand_in(path)
@@ -199,10 +200,10 @@ def _check_archive(path: Path) -> None:
 
 
 def _sizes(weights: dict[str, Tensor], n_heads: int | None, path: Path) -> ModelConfig:
-    """The model that tensors make, as far as their shapes say.
+    """The config of a model, as far as its tensors' shapes tell.
 
     Raises:
-        UserError: the number of heads is not known, or does not fit.
+        UserError: the number of heads is unknown, or does not fit.
     """
     vocab_size, emb_dim = weights["tok_emb.weight"].shape
     layers = count_layers(weights, "trf_blocks.")
@@ -247,9 +248,10 @@ def _optimizer_state(model: GPTModel, saved: Any, path: Path) -> dict[str, dict[
 
 
 def check_adamw_state(model: GPTModel, state: dict[str, dict[str, Tensor | float]], origin: str) -> None:
-    """
+    """Check optimizer state that came from a file.
+
     Raises:
-        UserError: a state is not that of AdamW over all parameters of a model, or is damaged.
+        UserError: it is not that of AdamW over all parameters of the model, or is damaged.
     """
     begin = f"{origin}: its optimizer state is not AdamW's for this model"
     parameters = dict(model.named_parameters())
@@ -276,15 +278,16 @@ def export_book(
     optimizer_state: dict[str, dict[str, Tensor | float]] | None,
     optimizer: OptimizerConfig,
 ) -> None:
-    """Write the book's `model.pth`, and `model_and_optimizer.pth` if there is AdamW state: in its names and
-    order, with its masks, a head of its own, and one group of parameters. What they cannot hold is written to
-    a .json beside each, for `read_book`.
+    """Write the book's `model.pth`, and `model_and_optimizer.pth` if there is AdamW state: with the book's
+    names, order and masks, an untied head, and a single parameter group. A .json beside each has what they
+    cannot hold, for `read_book`.
 
     Args:
-        tokenizer: as `load_tokenizer` takes it; files that it came in are written beside them.
+        tokenizer: a name or folder for `load_tokenizer`; if it has files, they are written too.
 
     Raises:
-        UserError: it cannot be written, the book's model is another one, or the state is not this model's.
+        UserError: the files cannot be written, the book's model cannot be this one, or the state is not this
+            model's.
     """
     refuse_unless_gpt2(model.config, "format=book")
     if optimizer_state:

@@ -1,7 +1,8 @@
-"""Our own checkpoints: a folder each, written whole, verified by checksums, loaded without running code.
+"""Our own checkpoints: a folder each, written whole or not at all, verified by checksums, read without
+running code.
 
     checkpoints/
-        start-00000000/     until the next checkpoint: the config that the run began or was resumed with
+        start-00000000/     until the next checkpoint: the config with which the run started or was resumed
             config.json, SHA256SUMS
         step-00000400/      all that is needed to continue; the last `checkpoint.keep` of them are kept
             model.safetensors           weights, under the book's names
@@ -19,8 +20,8 @@
         last -> step-00000400       a link; where there are none, a file with this name
         best -> best-00000300
 
-The number counts the updates done. A folder gets its name only when it is complete, on disk and read back;
-only then do the links move, and only after that are older folders deleted.
+The numbers count updates. A folder gets its name only when it is complete, on disk and read back; only then
+are the links changed, and only after that are older folders deleted.
 """
 
 import json
@@ -71,8 +72,8 @@ log = logging.getLogger(__name__)
 
 
 def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
-    """What is wrong with the files of a checkpoint folder by its checksums; None if it is whole. The
-    tokenizer's are always among them."""
+    """What is wrong with files of a checkpoint folder, by its checksums; None if nothing is. The tokenizer's
+    files are always checked too."""
     if not (folder / CHECKSUMS).is_file():
         return f"{CHECKSUMS} is missing"
     try:
@@ -82,7 +83,7 @@ def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
         for name in (*parts, *tokenizer):
             if name not in checksums:
                 return f"{CHECKSUMS} does not list {name}"
-            if not (folder / name).is_file():  # to open a pipe would wait for its other end
+            if not (folder / name).is_file():  # opening a pipe would wait for its other end
                 return f"{name} is missing"
             if sha256(folder / name) != checksums[name]:
                 return f"{name} does not match its checksum"
@@ -94,7 +95,7 @@ def damage(folder: Path, names: tuple[str, ...] = STEP_FILES) -> str | None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint, as it was written; empty if that cannot be read.
+    """The recorded SHA-256 of each file of a checkpoint; empty if the record cannot be read.
 
     Raises:
         UnicodeDecodeError: it is damaged.
@@ -104,11 +105,11 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def newest_whole(run_dir: Path, names: tuple[str, ...], run_id: str | None = None) -> Path:
-    """The newest step checkpoint of a run whose files are whole, and that belongs to `run_id` if it is given.
-    Logs those that are skipped. The run has at least one.
+    """The newest undamaged step checkpoint of a run that has at least one; if `run_id` is given, one that
+    belongs to it. Logs those that are skipped.
 
     Raises:
-        UserError: none is whole.
+        UserError: all are damaged.
     """
     for folder in step_folders(run_dir):
         problem = damage(folder, names)
@@ -121,7 +122,8 @@ def newest_whole(run_dir: Path, names: tuple[str, ...], run_id: str | None = Non
 
 
 def find_checkpoint(name: str) -> Path:
-    """The checkpoint folder that a name means, verified: one itself, or the newest whole one of a run.
+    """The verified checkpoint folder that a name means: the one that it names, or a run's newest undamaged
+    one.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -136,7 +138,7 @@ def find_checkpoint(name: str) -> Path:
 
 
 def read_weights(folder: Path) -> Weights:
-    """The weights of a checkpoint of ours that was verified, see `damage`.
+    """Read the weights of one of our checkpoints, which was verified; see `damage`.
 
     Raises:
         UserError: a file does not fit the model that the config describes, or is of another version.
@@ -153,7 +155,8 @@ def read_weights(folder: Path) -> Weights:
 
 
 def kept_tokenizer(folder: Path, config: PretrainConfig) -> str:
-    """What `load_tokenizer` is to load for a checkpoint: its folder, if that holds a tokenizer's files."""
+    """The tokenizer of a checkpoint, for `load_tokenizer`: its folder, if that has a tokenizer's files; else
+    a name."""
     return str(folder.absolute()) if holds_tokenizer(folder) else config.tokenizer.name
 
 
@@ -180,13 +183,14 @@ def read_config(folder: Path) -> PretrainConfig:
 
 
 def start_config(run_dir: Path, steps: int) -> PretrainConfig | None:
-    """What `write_start` wrote for a start after so many updates, if it did and it is whole."""
+    """The config that `write_start` wrote for a start after `steps` updates; None if it is missing or
+    damaged."""
     folder = run_dir / CHECKPOINTS / name_of("start", steps)
     return None if damage(folder, (CONFIG,)) else read_config(folder)
 
 
 def recorded_config(run_dir: Path) -> PretrainConfig | None:
-    """The config that a run was last begun or saved with, by its checksum; None if that cannot be read."""
+    """The config with which a run was last started or saved; None if it is missing or damaged."""
     for folder in (*step_folders(run_dir, "start"), *step_folders(run_dir)):
         with suppress(UserError):
             if damage(folder, (CONFIG,)) is None:
@@ -214,12 +218,12 @@ def trained_on(folder: Path) -> list[str] | None:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a checkpoint has tensors of this name, WEIGHTS or STATE_TENSORS, in one file or in parts."""
+    """Whether a checkpoint has tensors of this name (WEIGHTS or STATE_TENSORS), in one file or in parts."""
     return (folder / name).exists() or bool(part_names(folder, name))
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The files of these tensors: one, or a part of each process."""
+    """The files with these tensors: one, or a part from each process."""
     return [folder / part for part in part_names(folder, name) or [name]]
 
 
@@ -236,7 +240,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_training_state(folder: Path) -> TrainingState:
-    """What a step checkpoint holds besides weights and config.
+    """Read what a step checkpoint holds besides weights and config.
 
     Raises:
         UserError: it is missing, damaged or of another format.
@@ -245,7 +249,7 @@ def read_training_state(folder: Path) -> TrainingState:
 
 
 def state_of(folder: Path, tensors: dict[str, Tensor]) -> TrainingState:
-    """The training state of which a step checkpoint holds these tensors, or of them those of one process.
+    """The training state of a step checkpoint, with its tensors (or one process's part of them) given.
 
     Raises:
         UserError: it is missing, damaged or of another format.
@@ -280,7 +284,8 @@ def name_of(kind: str, steps: int) -> str:
 
 
 def best_of(folder: Path) -> str | None:
-    """The name of the best checkpoint as of a step checkpoint; None if that has none, or is damaged."""
+    """The name of the checkpoint that was best at a step checkpoint; None if there was none, or it is
+    damaged."""
     try:
         step = read_state(folder)["counters"]["best_step"]
     except (UserError, KeyError):
@@ -294,8 +299,8 @@ def step_of(folder: Path) -> int | None:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id of the run in a folder, which is also its id in W&B: the one that an agent of a W&B sweep gave,
-    or 8 hexadecimal digits made now. If RUN_ID is lost, the newest checkpoint still knows."""
+    """The id of the run in a folder, also used by W&B. A new run gets the one that a W&B sweep's agent
+    assigned, or 8 random hexadecimal digits. If RUN_ID is lost, the newest checkpoint still has it."""
     file = run_dir / RUN_ID
     if _ID.fullmatch(content := read_content(file).decode("utf-8", "replace")):
         return content

@@ -1,8 +1,8 @@
-"""A process that writes files from memory that it shares with the one that trains, which goes on meanwhile.
+"""A process that writes files from memory which it shares with the training process, while that continues.
 
-It is run as a script, and imports nothing that takes time or memory. Each line of its input is a request, in
-JSON: paths, with where their content lies in the memory. Each line of its output is the answer. It ends with
-its input, and so with the process that it writes for, however that ends.
+It runs as a script, and imports nothing that takes time or memory. Each line of its input is a request in
+JSON: paths, and where their contents are in the memory. Each line of its output is an answer. It ends when
+its input does, and so with the training process, however that ends.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ import threading
 from pathlib import Path
 
 PIECE = 1 << 24  # bytes at a time
-NICENESS = 5  # so that updates are hardly slower; at 10, writing takes four times as long on a busy machine
+NICENESS = 5  # so that training is hardly slower; at 10, writing takes four times as long on a busy machine
 
 
 def write(memory: mmap.mmap, path: Path, begin: int, end: int) -> str:
     """Write a part of memory to a new file and read it back; returns its SHA-256.
 
     Raises:
-        OSError: it cannot be written, or is not what was written.
+        OSError: it cannot be written, or is read back differently.
     """
     digest = hashlib.sha256()
     pieces = [(place, min(place + PIECE, end)) for place in range(begin, end, PIECE)]
@@ -42,7 +42,7 @@ def write(memory: mmap.mmap, path: Path, begin: int, end: int) -> str:
 
 
 def answer(descriptor: int, request: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """Checksums by path; or of what went wrong the `error`."""
+    """The checksums by path; or what went wrong, as `error`."""
     try:
         with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as memory:
             return {path: write(memory, Path(path), *place) for path, place in request.items()}

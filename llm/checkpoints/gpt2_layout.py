@@ -32,7 +32,7 @@ _SUPPORTED: dict[str, tuple] = {
     "tie_word_embeddings": (True, False),
     "quantization_config": (None,),
 }  # the values with which GPT-2 is the book's model; the first is what a config means that does not say
-_DROPPED = ("embd", "attn", "resid")  # where dropout is
+_DROPPED = ("embd", "attn", "resid")  # places of dropout
 _OUTSIDE = {
     "wte.weight": "tok_emb.weight",
     "wpe.weight": "pos_emb.weight",
@@ -99,10 +99,10 @@ GPT2 = Layout(
 
 
 def refuse_unless_gpt2(config: ModelConfig, what: str) -> None:
-    """
+    """Refuse a model that a format made for GPT-2 cannot describe.
+
     Raises:
-        UserError: the model has a part that GPT-2 does not have, so that a format made for GPT-2 would write
-            another model.
+        UserError: the model has a part that GPT-2 does not have.
     """
     if other := misfits(GPT2, config):
         raise UserError(

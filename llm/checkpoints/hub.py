@@ -1,4 +1,4 @@
-"""Folders of weights by name, from Hugging Face's hub."""
+"""Downloading folders of weights by name from Hugging Face's hub."""
 
 import re
 from pathlib import Path
@@ -26,8 +26,8 @@ GPT2_ON_HUB = {
 
 
 def download(name: str) -> tuple[Path, str, str | None]:
-    """The folder of a repository on the hub, downloaded or from the hub's cache; where it comes from; and its
-    tokenizer, for `load_tokenizer`, if it is known to have one.
+    """Download a repository from the hub, unless it is in the hub's cache. Returns its folder, where it comes
+    from, and its tokenizer for `load_tokenizer`, if known.
 
     Raises:
         UserError: the hub cannot be reached, has no such repository, or a file is not what it should be.
@@ -49,7 +49,7 @@ def download(name: str) -> tuple[Path, str, str | None]:
         return Path(hf_hub_download(repository, file, revision=revision, local_files_only=cached_only))
 
     def may_have(file: str) -> bool:
-        """Whether a repository has a file, which is then fetched; True if that cannot be found out."""
+        """Whether a repository has a file; True if that cannot be found out."""
         try:
             fetch(file)
         except LocalEntryNotFoundError:
@@ -94,7 +94,7 @@ def download(name: str) -> tuple[Path, str, str | None]:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached: one request, where its library would retry for half a minute."""
+    """Whether the hub can be reached, by a single request; its library would retry for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -1,7 +1,7 @@
-"""Weights in folders of Hugging Face's, in and out.
+"""Reading and writing folders of weights in Hugging Face's layouts.
 
-Nothing here runs code that a file brings along, and no size that a file claims is allocated before the file
-is seen to hold it.
+No code in a file is ever run, and no size that a file claims is allocated before the file is known to hold
+that much.
 """
 
 import json
@@ -34,7 +34,7 @@ from llm.errors import UserError, first_line
 from llm.files import as_json, refuse_stand_in
 from llm.model.gpt import GPTModel
 
-# By a config.json's `model_type`; the first is what one means that does not say.
+# By a config.json's `model_type`; the first is the default.
 LAYOUTS: dict[str, Layout] = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -54,7 +54,7 @@ def read_huggingface(folder: Path, origin: str, tokenizer: str | None = None) ->
     """The weights of a folder in one of Hugging Face's layouts.
 
     Args:
-        tokenizer: where it is not the folder's own files that say.
+        tokenizer: for `load_tokenizer`, if the folder has no tokenizer of its own.
 
     Raises:
         UserError: a file is missing or damaged, or they are those of a model that is not made of our parts.
@@ -93,7 +93,7 @@ def read_huggingface(folder: Path, origin: str, tokenizer: str | None = None) ->
 
 
 def _read_config(file: Path) -> tuple[Layout, Described, ModelConfig]:
-    """What a config.json describes: in which layout, all that stands there, and the model."""
+    """The layout that a config.json is for, its content, and the model that it describes."""
     try:
         refuse_stand_in(file)
         described = dict(json.loads(file.read_text("utf-8")))
@@ -142,7 +142,8 @@ def shards(index: Path) -> list[str]:
 
 
 def _named_plainly(layout: Layout, tensors: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Without the prefix of a layout's names, those of wrappers, and the buffers of old versions."""
+    """Tensors without the prefixes of a layout and of wrappers, and without buffers that old versions
+    saved."""
     plain: dict[str, Any] = {}
     for name, tensor in without_wrappers(tensors).items():
         short = name.removeprefix(layout.prefix)
@@ -177,8 +178,8 @@ def _check_shapes(
 
 
 def export_huggingface(model: GPTModel, tokenizer: str, folder: Path) -> Described:
-    """Write a folder that transformers' `from_pretrained` opens, with the tokenizer's files: those that it
-    came in, if it came in files. Returns its config.json.
+    """Write a folder for transformers' `from_pretrained`, including the tokenizer's files: those that it was
+    read from, if there are any. Returns its config.json.
 
     Raises:
         UserError: it cannot be written, or no layout can describe the model.

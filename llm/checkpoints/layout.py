@@ -1,7 +1,8 @@
-"""A layout of Hugging Face's: which models it can describe, and how it names, orders and turns their tensors.
+"""Hugging Face's layouts: which models each can describe, and how it names, orders and transposes their
+tensors.
 
-Each is data, in a module of its own, and stands in the table of llm/checkpoints/huggingface.py, which reads
-and writes the files.
+A layout is data, in a module of its own, and is listed in llm/checkpoints/huggingface.py, which reads and
+writes the files.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ _BIASES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What Hugging Face's transformers writes of one architecture."""
+    """The form in which transformers stores one architecture."""
 
     name: str  # of the architecture, for messages
     keys: tuple[str, ...]  # of a model's config, which it describes whatever their value
@@ -47,7 +48,7 @@ class Layout:
 
 
 def misfits(layout: Layout, config: ModelConfig) -> list[str]:
-    """The keys of a model, as `norm`, whose values a layout cannot describe."""
+    """The keys of a model's config, such as `norm`, whose values a layout cannot describe."""
     wanted = {item.name: getattr(ModelConfig(), item.name) for item in fields(config)} | layout.parts
     return [
         name
@@ -62,10 +63,10 @@ def spelled(config: ModelConfig, names: list[str]) -> str:
 
 
 def refuse_unsupported(described: Described, supported: dict[str, tuple]) -> None:
-    """
+    """Check the values in a config.json against those supported, of which the first is the default.
+
     Raises:
-        UserError: a value in a config.json is none of those supported. The first is what one means that does
-            not say.
+        UserError: a value is not supported.
     """
     for name, values in supported.items():
         if described.get(name, values[0]) not in values:
@@ -87,8 +88,8 @@ def whole_numbers(described: Described, names: dict[str, str]) -> dict[str, Any]
 
 
 def their_shapes(layout: Layout, described: Described, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's tensors under the names of a layout, without its prefix and the head. Nothing
-    is allocated."""
+    """The shapes of a model's tensors under a layout's names, without its prefix and without the head.
+    Nothing is allocated."""
     outside, inside = _our_shapes(config)
     block: dict[str, tuple[int, ...]] = {}
     for theirs, ours in layout.block(described):
@@ -112,9 +113,9 @@ def _our_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[s
 def to_ours(
     layout: Layout, described: Described, config: ModelConfig, tensors: dict[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Tensors of a layout, of the shapes that `their_shapes` says, under our names, without the head; and
-    the model that they make. Biases that a layout does not have are 0; those that we added to an export are
-    taken off again, unless somebody has trained them."""
+    """A layout's tensors, which have the shapes of `their_shapes`, under our names and without the head; and
+    the config of their model. Biases that the layout lacks become 0; those that an export had added are
+    removed again, unless somebody has trained them."""
     _, block = _our_shapes(config)
     weights = {ours: tensors[theirs] for theirs, ours in layout.outside.items()}
     for there, here in _blocks(layout, config):
@@ -134,7 +135,7 @@ def to_ours(
 
 
 def to_theirs(layout: Layout, described: Described, model: GPTModel) -> dict[str, Tensor]:
-    """A model's tensors under the names of a layout. Biases that it has and the model has not are 0."""
+    """A model's tensors under a layout's names. Biases that the layout has and the model lacks are 0."""
     weights = model.state_dict()
     tensors = {layout.prefix + theirs: weights[ours] for theirs, ours in layout.outside.items()}
     for there, here in _blocks(layout, model.config):
@@ -148,7 +149,7 @@ def to_theirs(layout: Layout, described: Described, model: GPTModel) -> dict[str
 
 
 def _blocks(layout: Layout, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """What names in each block begin with, theirs and ours."""
+    """The prefixes of names in each block, theirs and ours."""
     for layer in range(config.n_layers):
         yield f"{layout.blocks}{layer}.", f"trf_blocks.{layer}."
 

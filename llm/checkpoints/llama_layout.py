@@ -1,5 +1,5 @@
-"""Llama in Hugging Face's layout, and its kin: Qwen 3 (with QK-norm), Qwen 2 and Mistral, as far as they are
-made of our parts. The latter two are read alone: what they can be, Llama can."""
+"""Hugging Face's layouts of Llama and its relatives Qwen 3 (with QK-norm), Qwen 2 and Mistral, as far as our
+parts can build them. The latter two are only read: whatever they can describe, Llama's can too."""
 
 from dataclasses import replace
 from functools import partial
@@ -43,7 +43,7 @@ _QWEN = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
 }
-# What a config.json of each type means that does not say, as the classes of transformers' configs do.
+# Defaults of missing keys in each type of config.json, as in transformers.
 _DEFAULTS: dict[str, Described] = {
     "llama": _LLAMA,
     "qwen3": {**_QWEN, "head_dim": 128},
@@ -66,7 +66,7 @@ _SUPPORTED: dict[str, tuple] = {
     "quantization_config": (None,),
     "per_layer_config": (None,),
     "is_causal": (True,),
-}  # the first is what a config means that does not say
+}  # the first value is the default of a missing key
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUT = "self_attn.o_proj"
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -92,7 +92,7 @@ def _said(described: Described) -> Described:
 
 
 def _with_bias(said: Described) -> tuple[str, ...]:
-    """The linear layers that have one. Qwen 2 and Mistral do not ask."""
+    """The linear layers that have a bias; for Qwen 2 and Mistral they are fixed."""
     match said["model_type"]:
         case "qwen2":
             return _QKV
@@ -117,7 +117,7 @@ def _read(described: Described) -> ModelConfig:
         tie_weights=bool(said.get("tie_word_embeddings", False)),
         norm_eps=said["rms_norm_eps"],
         rotary_base=_rotary_base(said),
-        drop_rate=said["attention_dropout"] or 0.0,  # of no effect but on an export
+        drop_rate=said["attention_dropout"] or 0.0,  # matters only for another export
     )
     validate(config, "model.")
     config = replace(config, norm_eps=float(config.norm_eps), rotary_base=float(config.rotary_base))
@@ -128,7 +128,7 @@ def _read(described: Described) -> ModelConfig:
             f"{config.head_dim}"
         )
     _refuse_windows(said)
-    # Numbers that are our defaults are written as such, so that an export comes back as the model it was.
+    # Values that equal our defaults become null again, so that an exported model is read as the same config.
     if config.n_kv_heads == config.n_heads:
         config = replace(config, n_kv_heads=None)
     plain = replace(config, hidden_dim=None)
@@ -136,8 +136,8 @@ def _read(described: Described) -> ModelConfig:
 
 
 def _rotary_base(said: Described) -> Any:
-    """The base of rotary positions: transformers 5 writes it to rope_parameters, 4 wrote it beside a
-    rope_scaling, which has its old name still."""
+    """The base of rotary positions: transformers 5 writes it to rope_parameters; version 4 wrote it beside
+    rope_scaling."""
     name = "rope_scaling" if said.get("rope_scaling") else "rope_parameters"
     rope = said.get(name) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -153,7 +153,8 @@ def _rotary_base(said: Described) -> Any:
 
 
 def _refuse_windows(said: Described) -> None:
-    """
+    """Refuse sliding windows.
+
     Raises:
         UserError: a layer sees less than the context.
     """
@@ -188,7 +189,7 @@ def _describe(model_type: str, architecture: str, config: ModelConfig) -> Descri
         "attention_dropout": config.drop_rate,
         "tie_word_embeddings": config.tie_weights,
     }
-    if config.qkv_bias != config.bias:  # Llama has both or none; this key is ours, see `to_ours`
+    if config.qkv_bias != config.bias:  # Llama has both or neither; this key is our own, see `to_ours`
         described["zero_biases"] = "bias" if config.qkv_bias else "qkv_bias"
     return described
 

@@ -1,4 +1,4 @@
-"""Weights by name: ours, Hugging Face's, the hub's or the book's. Each is read and verified once."""
+"""Opening weights by name: our own, Hugging Face's (also from the hub), or the book's."""
 
 import re
 from pathlib import Path
@@ -16,16 +16,16 @@ from llm.runs import BEST, LATEST, OUTPUTS, find_run, newest_runs
 
 
 def open_weights(name: str, n_heads: int | None = None) -> Weights:
-    """Weights by name: a run or checkpoint folder of ours, `latest`, `best` (see llm/runs.py), a folder in
-    Hugging Face's GPT-2 or Llama layout, a .pth file of the book's, or a name on its hub, such as gpt2-medium
-    or user/name@revision.
+    """Read and verify weights by name: one of our run or checkpoint folders, `latest`, `best` (see
+    llm/runs.py), a folder in Hugging Face's GPT-2 or Llama layout, a name on its hub, such as gpt2-medium or
+    user/name@revision, or one of the book's .pth files.
 
     Args:
-        n_heads: how many attention heads the model has, for weights that do not say.
+        n_heads: number of attention heads, for weights that do not tell.
 
     Raises:
-        UserError: there are none of that name, they are damaged or not finite, or they are those of a model
-            that is not made of our parts, or has other heads.
+        UserError: there are no such weights, they are damaged or not finite, or they are those of a model
+            that our parts cannot build, or that has another number of heads.
     """
     weights = _open(name, n_heads)
     if n_heads not in (None, weights.model.n_heads):
@@ -54,11 +54,11 @@ def _open(name: str, n_heads: int | None) -> Weights:
 
 
 def tokenizer_of(weights: Weights, given: str | None = None) -> str:
-    """What `load_tokenizer` is to load for given weights: what they bring; else what was asked for by name;
-    else GPT-2's, if they have as many tokens.
+    """The tokenizer of given weights, for `load_tokenizer`: the one that comes with them; else the one that
+    was asked for; else GPT-2's, if the vocabulary has its size.
 
     Raises:
-        UserError: nothing says which it is, or another one was asked for than they bring.
+        UserError: the tokenizer is unknown, or another one was asked for than comes with the weights.
     """
     known, size = weights.tokenizer, weights.model.vocab_size
     if given is None and (known or size == 50257):
@@ -84,14 +84,14 @@ def _same(known: str, given: str, weights: Weights) -> bool:
     try:
         theirs = load_tokenizer(known)
     except UserError:
-        if weights.trained:  # then what is damaged is a checkpoint of ours
+        if weights.trained:  # our own checkpoint is damaged
             raise
-        return True  # it is in files that cannot be read here, and the user has said what gives the same ids
+        return True  # its files are not supported here, and the user has named a tokenizer with the same ids
     return fingerprint(theirs) == fingerprint(load_tokenizer(given))
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name means a run or a checkpoint of this program."""
+    """Whether a name means one of this program's runs or checkpoints."""
     path, place = checkpoint_folder(Path(name)), Path(name).parent
     if name in ("", LATEST, BEST) or (place.name == CHECKPOINTS and place.exists()):
         return True

@@ -1,8 +1,8 @@
-"""Tensors that several processes have written, each its own rows: where they lie, and reading them.
+"""Reading tensors that several processes have written, each its own rows.
 
 They are in the format of torch.distributed.checkpoint's `HuggingFaceStorageWriter`: safetensors files that
-say of each tensor where in the whole one it belongs. (The index of its other format is a pickle, which can
-run code.) Whoever reads them need not be as many processes.
+record for each tensor where in the whole it belongs. (The index of its other format is a pickle, which can
+run code.) They can be read by any number of processes.
 """
 
 import warnings
@@ -20,14 +20,14 @@ Found = dict[str, tuple[torch.Size, torch.dtype]]  # sizes and types of whole te
 
 
 def part_name(name: str, rank: int) -> str:
-    """Under which a process writes its part of what is `name`, as model.safetensors, when it is in one file;
-    torch.distributed.checkpoint gives such names."""
+    """The file to which a process writes its part of `name`, such as model.safetensors; named as
+    torch.distributed.checkpoint does."""
     return f"{name.removesuffix(SUFFIX)}/shard-{rank + 1:05d}-model-00001-of-00001{SUFFIX}"
 
 
 def part_names(folder: Path, name: str, listed: Iterable[str] = ()) -> list[str]:
-    """The names of the parts in a checkpoint's folder of what is `name` when it is in one file: of those that
-    are there, and those that its checksums list. None if it is in one file, or missing."""
+    """The parts of `name` in a checkpoint's folder, both those that exist and those in its list of checksums.
+    Empty if `name` is a single file, or is missing."""
     if (folder / name).exists() or name in listed or not name.endswith(SUFFIX):
         return []
     place = name.removesuffix(SUFFIX)
@@ -36,15 +36,14 @@ def part_names(folder: Path, name: str, listed: Iterable[str] = ()) -> list[str]
 
 
 def read_parts(files: list[Path], targets: Callable[[Found], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Read tensors, or of DTensors the rows that this process keeps, from files in which they lie whole or in
-    parts.
+    """Read tensors from files in which they are whole or in parts; of a DTensor, only this process's rows.
 
     Args:
-        targets: given the sizes and types of all that there is, gives tensors to read into, by name: some of
-            them, of these sizes.
+        targets: given the sizes and types of all stored tensors, returns tensors of these sizes to read into,
+            by name, for those that are wanted.
 
     Raises:
-        ValueError: a part of a tensor is missing, or they do not fit together.
+        ValueError: a part of a tensor is missing, or the parts do not fit together.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
@@ -58,7 +57,7 @@ def read_parts(files: list[Path], targets: Callable[[Found], dict[str, Tensor]])
                 raise ValueError(f"a part of {name} is missing")
         into = targets({name: (each.size, each.properties.dtype) for name, each in chunks.items()})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that each process reads for itself
+            warnings.simplefilter("ignore")  # torch warns that every process reads by itself
             load(into, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         raise ValueError(str(next(iter(error.failures.values()))[0])) from error
@@ -68,7 +67,7 @@ def read_parts(files: list[Path], targets: Callable[[Found], dict[str, Tensor]])
 
 
 def read_whole(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors that lie in parts in given files.
+    """All tensors in the given files, put together from their parts.
 
     Raises:
         ValueError: see `read_parts`.

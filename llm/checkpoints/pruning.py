@@ -1,4 +1,4 @@
-"""The checkpoints of a run's folder: those that are kept, those that are set aside, and the links to them."""
+"""Which checkpoints of a run are deleted, kept or set aside, and the links to them."""
 
 import logging
 import shutil
@@ -18,13 +18,13 @@ def point(link: Path, name: str) -> None:
     with replacing(link) as temporary:
         try:
             temporary.symlink_to(name)
-        except OSError:  # a file system without links, as vfat
+        except OSError:  # a file system without links, such as vfat
             temporary.write_text(name, encoding="utf-8")
 
 
 def prune(run_dir: Path, steps: int, keep: int) -> None:
-    """Delete all step checkpoints but the last `keep`, and all best ones but theirs. Those that were set
-    aside are deleted once the run has come as far again."""
+    """Delete all step checkpoints except the last `keep`, and all best ones except theirs. Those that were
+    set aside are deleted once the run has come as far again."""
     kept = step_folders(run_dir)[:keep]
     names = {folder.name for folder in kept} | {best_of(folder) for folder in kept}
     folders = list((run_dir / CHECKPOINTS).iterdir())
@@ -37,11 +37,12 @@ def prune(run_dir: Path, steps: int, keep: int) -> None:
 
 
 def go_back(run_dir: Path, checkpoint: Path | None) -> Path | None:
-    """Set aside the checkpoints of a run that come after the one it continues from, all of them if there is
-    none; returns that one, which may have been set aside itself.
+    """Set aside a run's checkpoints after the one it continues from, or all of them if there is none. Returns
+    the one it continues from, which may have been set aside itself and is moved back.
 
-    Killed at any point, this leaves a run that continues from the given checkpoint: until the mark is there,
-    nothing has happened; from then on nobody sees the later ones, and the next resume sets aside the rest.
+    If this is killed at any point, the run still continues from the given checkpoint: until the mark is
+    written, nothing has happened; from then on nobody sees the later checkpoints, and the next resume sets
+    aside the rest.
 
     Raises:
         UserError: the folder cannot be written.

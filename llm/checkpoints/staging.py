@@ -1,4 +1,4 @@
-"""Copies of tensors in memory that is shared with a process that writes them to safetensors files."""
+"""Copying tensors to shared memory, from which another process writes them to safetensors files."""
 
 import json
 import mmap
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm.checkpoints import file_writer
 
-ALIGNMENT = mmap.PAGESIZE  # of files in memory
+ALIGNMENT = mmap.PAGESIZE  # of files in the shared memory
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -33,11 +33,11 @@ DTYPES = {
 
 
 class Rows(NamedTuple):
-    """Those rows of a sharded tensor that one process keeps."""
+    """The rows of a sharded tensor that one process keeps."""
 
     own: Tensor  # (rows, …)
-    first: int  # the number of the first of them
-    shape: tuple[int, ...]  # of the whole
+    first: int  # number of the first row
+    shape: tuple[int, ...]  # of the whole tensor
 
 
 Tensors = Mapping[str, Tensor | Rows]
@@ -45,10 +45,10 @@ Place = tuple[int, int]  # begin and end in the shared memory
 
 
 class Staging:
-    """Memory for the content of files, and the process that writes them."""
+    """Shared memory for the contents of files, and the process that writes them."""
 
     def __init__(self) -> None:
-        if hasattr(os, "memfd_create"):  # Linux's; /dev/shm may be small, as in containers
+        if hasattr(os, "memfd_create"):  # on Linux; /dev/shm may be small, as in containers
             self._descriptor = os.memfd_create("checkpoint")
         else:
             with tempfile.TemporaryFile() as file:
@@ -57,8 +57,8 @@ class Staging:
         self._writer: subprocess.Popen[bytes] | None = None
 
     def stage(self, files: Mapping[Path, Tensors]) -> dict[Path, Place]:
-        """Copy tensors, of any device, as the content of safetensors files; returns where each file lies.
-        What was staged before is lost. The memory is kept."""
+        """Copy tensors from any device, as the contents of safetensors files; returns where each file is in
+        the memory. Overwrites what was staged before, and reuses its memory."""
         headers = {name: _header(tensors) for name, tensors in files.items()}
         places: dict[Path, Place] = {}
         end = 0
@@ -81,10 +81,10 @@ class Staging:
         return places
 
     def write(self, files: Mapping[Path, Place]) -> dict[Path, str]:
-        """Write what was staged, to paths that do not exist; waits for it, and returns SHA-256 checksums.
+        """Write staged files to new paths, wait for that, and return their SHA-256 checksums.
 
         Raises:
-            OSError: something cannot be written, or the process that writes has died.
+            OSError: a file cannot be written, or the writing process has died.
         """
         if self._writer is None or self._writer.poll() is not None:
             self._writer = subprocess.Popen(
@@ -116,7 +116,7 @@ class Staging:
         return {path: answer[str(path)] for path in files}
 
     def close(self) -> None:
-        """End the process that writes, and give the memory back."""
+        """End the writing process, and free the memory."""
         if self._writer and self._writer.stdin and self._writer.stdout:
             self._writer.stdin.close()
             self._writer.wait()
@@ -127,7 +127,7 @@ class Staging:
 
 
 def bytes_of(tensors: Tensors) -> int:
-    """The size of tensors; of rows, that of the tensors that they belong to."""
+    """The size of tensors in bytes; rows count as the whole tensors that they belong to."""
     return sum(prod(tensor.shape) * _own(tensor).itemsize for tensor in tensors.values())
 
 
@@ -136,9 +136,9 @@ def _own(tensor: Tensor | Rows) -> Tensor:
 
 
 def _header(tensors: Tensors) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, as its library writes it, and the bytes of tensors in their order
-    there. If some are rows of larger ones, it says which, as torch.distributed.checkpoint does in
-    `HuggingFaceStorageWriter`."""
+    """The header of a safetensors file, as its library writes it, and the size of each tensor in bytes, in
+    the file's order. If some are rows of larger tensors, the header says which, as `HuggingFaceStorageWriter`
+    of torch.distributed.checkpoint does."""
     ordered = sorted(tensors, key=lambda name: (-_own(tensors[name]).itemsize, name))
     header: dict[str, object] = {}
     if any(isinstance(tensor, Rows) for tensor in tensors.values()):

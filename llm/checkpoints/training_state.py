@@ -1,4 +1,4 @@
-"""What a run needs to continue, and the tensors and plain values that a checkpoint holds of it."""
+"""The training state of a run, and its form in a checkpoint: tensors and plain values."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,14 +10,14 @@ from llm.checkpoints.staging import Rows, Tensors
 
 @dataclass
 class TrainingState:
-    """What a run needs to continue exactly, besides its weights and its config."""
+    """Everything that a run needs to continue exactly, besides its weights and config."""
 
     run_id: str
     counters: dict[str, Any]
     batches: dict[str, int]  # position in the data
-    data: list[str]  # fingerprints of the training and of the validation tokens
+    data: list[str]  # fingerprints of the training and the validation tokens
     resumed: list[dict[str, Any]]
-    optimizer: dict[str, dict[str, Any]]  # tensors and numbers, by the parameter's name and their own
+    optimizer: dict[str, dict[str, Any]]  # tensors and numbers, by the parameter's name, then their own
     generators: dict[int, dict[str, Tensor]]  # random states of each process, by rank and kind of device
     epoch_generator: Tensor | None  # the book's order: the CPU's random state when the epoch began
 

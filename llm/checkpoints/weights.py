@@ -1,4 +1,4 @@
-"""Weights in memory, whatever format they came from, and the model that they make."""
+"""Weights in memory, from whatever format, and building a model from them."""
 
 import contextlib
 import re
@@ -21,19 +21,19 @@ from llm.model.gpt import GPTModel
 
 @dataclass
 class Weights:
-    """Weights as `GPTModel(model)` names and shapes them, and what is known of them."""
+    """Weights, named and shaped as in `GPTModel(model)`, and what is known about them."""
 
     model: ModelConfig
     tensors: dict[str, Tensor]
-    tokenizer: str | None  # what load_tokenizer takes: a name or a folder; None: not known
+    tokenizer: str | None  # a name or a folder for `load_tokenizer`; None: unknown
     origin: str  # where they come from, for messages
-    optimizer_state: dict[str, dict[str, Tensor | float]] | None = None  # AdamW's, that came with them
+    optimizer_state: dict[str, dict[str, Tensor | float]] | None = None  # AdamW's, if it came with them
     trained: PretrainConfig | None = None  # the config of their run, if it is one of ours
     folder: Path | None = None  # the checkpoint that they come from, if it is one of ours
 
 
 def build_model(weights: Weights) -> GPTModel:
-    """The model that weights make, in fp32 and in evaluation mode; it takes the tensors as its own.
+    """Build the model of given weights, in fp32 and in evaluation mode. The model takes over the tensors.
 
     Raises:
         UserError: a tensor is missing, has another shape, or does not belong.
@@ -42,7 +42,7 @@ def build_model(weights: Weights) -> GPTModel:
     layers = count_layers(tensors, "trf_blocks.")
     embeddings = tensors.get("tok_emb.weight", torch.empty(0))
     found = {"n_layers": layers, "vocab_size": embeddings.shape[0], "emb_dim": embeddings.shape[-1]}
-    for name, size in found.items():  # before a model of a billion layers is made
+    for name, size in found.items():  # before a model of a billion layers is built
         if getattr(config, name) != size:
             raise UserError(
                 f"{weights.origin} holds another model: {name}={size}, not {getattr(config, name)}"
@@ -55,13 +55,13 @@ def build_model(weights: Weights) -> GPTModel:
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:
-    """How many blocks there are among the names of tensors, as `trf_blocks.0.norm1.scale`."""
+    """How many blocks there are, by the names of their tensors, such as `trf_blocks.0.norm1.scale`."""
     return len({name.split(".")[1] for name in names if name.startswith(prefix)})
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Skip random initialisation, so that memory that is about to be replaced is never touched. Unlike on the
-    meta device, buffers that a checkpoint does not hold are computed as usual."""
+    """Skips random initialisation, so that memory that will be replaced is never touched. Unlike on the meta
+    device, buffers that a checkpoint does not hold are computed as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_):
@@ -70,7 +70,8 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 def check_shapes(model: nn.Module, tensors: dict[str, Tensor], origin: Path | str) -> None:
-    """
+    """Check that tensors are those of a model.
+
     Raises:
         UserError: a tensor is missing, has another shape, or does not belong.
     """
@@ -81,7 +82,8 @@ def check_shapes(model: nn.Module, tensors: dict[str, Tensor], origin: Path | st
 def compare_shapes(
     wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], origin: Path | str
 ) -> None:
-    """
+    """Check that the shapes of tensors are as wanted.
+
     Raises:
         UserError: a tensor is missing, has another shape, or does not belong.
     """
@@ -94,9 +96,10 @@ def compare_shapes(
 
 
 def in_fp32(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """
+    """Foreign weights in fp32.
+
     Raises:
-        UserError: a tensor does not hold floating-point numbers, or one that is not finite.
+        UserError: a tensor holds other than floating-point numbers, or one that is not finite.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():  # quantised weights mean nothing without their scales
@@ -107,9 +110,10 @@ def in_fp32(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
 
 
 def refuse_not_finite(tensors: dict[str, Tensor], origin: str) -> None:
-    """
+    """Refuse NaN and infinity, which come from diverged training or damage.
+
     Raises:
-        UserError: a tensor holds NaN or infinity, which training that diverged leaves, or damage.
+        UserError: a tensor holds one.
     """
     for name, tensor in tensors.items():
         if not is_finite(tensor):
@@ -120,16 +124,16 @@ def refuse_not_finite(tensors: dict[str, Tensor], origin: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite; in one pass, without a tensor of answers."""
+    """Whether all numbers of a tensor are finite; in one pass, without a temporary tensor."""
     return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor.detach()))
 
 
-# What wrappers put into the names of what they hold: torch.compile, FSDP, and activation checkpointing.
+# Prefixes that torch.compile, FSDP and activation checkpointing add to the names of wrapped modules.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def without_wrappers(tensors: dict[str, Any]) -> dict[str, Any]:
-    """With the names that tensors had before their model was compiled, or shared among processes by DDP."""
+    """Tensors under the names that they had before their model was compiled, or wrapped by DDP or FSDP."""
     plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
@@ -138,7 +142,7 @@ def without_wrappers(tensors: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, size: int) -> Iterator[Path]:
-    """`replacing` for a folder of tensors, of `size` bytes in all."""
+    """`replacing`, for a folder with `size` bytes of tensors."""
     with replacing(folder, size) as temporary:
         temporary.mkdir()
         try:
@@ -149,7 +153,7 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, as readable for others as any new file.
+    """Write a safetensors file, with the permissions of any new file.
 
     Raises:
         OSError: it cannot be written.
@@ -160,5 +164,5 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # how this library reports a full disk
         raise OSError(first_line(error)) from error
-    if path.stat().st_mode != mode:  # safetensors lets only the owner read it
+    if path.stat().st_mode != mode:  # safetensors makes it readable for the owner only
         path.chmod(mode)

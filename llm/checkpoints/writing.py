@@ -1,4 +1,4 @@
-"""Writing checkpoints: from a copy in memory, whole and read back, while training continues."""
+"""Writing checkpoints from a copy in memory, each whole or not at all, while training continues."""
 
 import logging
 from collections.abc import Iterator
@@ -39,59 +39,59 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Snapshot:
-    """What a checkpoint is to hold. The tensors are those of the run, and are copied before it continues; in
-    a sharded run each process has its part of them."""
+    """The content of a checkpoint. The tensors are the run's own and are copied before it continues; in a
+    sharded run each process has its part of them."""
 
     steps: int
     config: PretrainConfig
     weights: Tensors
     state: TrainingState
-    record_sizes: dict[str, int]  # bytes of the run's RECORDS that belong to it
-    tokenizer: dict[str, bytes] = field(default_factory=dict)  # its files, if it came in files
+    record_sizes: dict[str, int]  # how many bytes of each of the run's RECORDS belong to it
+    tokenizer: dict[str, bytes] = field(default_factory=dict)  # its files, if its name is not enough
 
 
 class Lost(UserError):
-    """Another process of the run is gone, and with it its part of a checkpoint."""
+    """Another process of the run is gone, and its part of a checkpoint with it."""
 
 
 @dataclass
 class _Begun:
-    """Folders that a writer fills, which get their names when `unfinished` is closed."""
+    """Folders that are being written, and get their final names when `unfinished` is closed."""
 
-    folders: dict[str, Path]  # temporary names of the `step` folder, and of the `best`, if there is one
-    checksums: dict[Path, dict[str, str]]  # of the tensors in each
+    folders: dict[str, Path]  # temporary names of the folder `step`, and of `best` if there is one
+    checksums: dict[Path, dict[str, str]]  # by folder: those of its files of tensors
     unfinished: ExitStack
 
 
 class CheckpointWriter:
-    """Copies one snapshot at a time, and has it written while training continues: tensors by a process of its
-    own (see `Staging`), all else by a thread, which waits for it.
+    """Copies one snapshot at a time, and writes it while training continues: tensors by a separate process
+    (see `Staging`), everything else by a thread that waits for that process.
 
-    In a sharded run each process has a writer for its part. The main one begins and finishes the folder; it
-    alone logs, and knows what is on disk.
+    In a sharded run each process has a writer for its part. The main process's creates and finishes the
+    folder, and is the only one that logs and knows what is on disk.
 
-    An error that the user can fix (a full disk) is logged and returned by `wait`; existing checkpoints stay.
-    Any other error of the thread is raised by the next `wait`.
+    An error that the user can fix, such as a full disk, is logged and returned by `wait`; existing
+    checkpoints are kept. Any other error is raised by the next `wait`.
     """
 
     def __init__(self, run_dir: Path, keep: int, sharing: Runtime | None = None) -> None:
         """
         Args:
-            sharing: the processes of a sharded run, all of which have to make one.
+            sharing: in a sharded run, its runtime; all processes then have to create a writer.
         """
         self.run_dir, self.keep, self.sharing = run_dir, keep, sharing
-        self.saved_steps: int | None = None  # of the newest snapshot on disk
-        # Steps and weights with the lowest validation loss, copied; written with the next snapshot.
+        self.saved_steps: int | None = None  # updates of the newest snapshot on disk
+        # Updates and copied weights at the lowest validation loss; written with the next snapshot.
         self.best: tuple[int, Tensors] | None = None
         self._staging = Staging()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[UserError | None] | None = None
-        # For the threads, beside what the processes exchange as they train.
+        # For the threads, separate from what the processes exchange in training.
         self._group = dist.new_group(backend="gloo", timeout=FOREVER) if sharing else None
 
     def write(self, snapshot: Snapshot | None) -> None:
-        """Copy a snapshot and start writing it; `wait` first. In a sharded run all processes have to call it,
-        and nothing is written if the main one has no snapshot."""
+        """Copy a snapshot and start writing it; call `wait` first. In a sharded run all processes have to
+        call it, and nothing is written if the main one has no snapshot."""
         begun = None
         if snapshot and (self.sharing is None or self.sharing.is_main):
             try:
@@ -104,7 +104,7 @@ class CheckpointWriter:
             folders = self.sharing.told(folders)
         if not snapshot or not folders:
             return
-        if "best" not in folders:  # the main process has saved it
+        if "best" not in folders:  # the best weights are saved already
             self.best = None
         contents = {"step": {WEIGHTS: snapshot.weights, STATE_TENSORS: split(snapshot.state)[0]}}
         if self.best:
@@ -119,7 +119,7 @@ class CheckpointWriter:
         self._writing = self._pool.submit(self._write, snapshot.steps, best_steps, staged, begun)
 
     def has_saved(self, steps: int) -> bool:
-        """Whether the state after `steps` updates is on disk, once a write in progress is done."""
+        """Whether the state after `steps` updates is on disk; waits for a write in progress."""
         self.wait()
         return self.saved_steps == steps
 
@@ -133,10 +133,10 @@ class CheckpointWriter:
         self._staging.close()
 
     def _begin(self, snapshot: Snapshot) -> _Begun:
-        """Make the folders, of what may be written with them.
+        """Create the folders.
 
         Raises:
-            UserError: there is no room for it.
+            UserError: there is not enough room.
         """
         place = self.run_dir / CHECKPOINTS
         records = {self.run_dir / name: size for name, size in snapshot.record_sizes.items()}
@@ -166,16 +166,16 @@ class CheckpointWriter:
     def _write(
         self, steps: int, best_steps: int | None, staged: dict[Path, Place], begun: _Begun | None
     ) -> UserError | None:
-        """What the thread does.
+        """Write what was staged, and finish the folders; runs in the thread.
 
         Args:
-            staged: where the content of files lies.
-            begun: what the main process has to finish.
+            staged: where the contents of files are in the shared memory.
+            begun: the folders, in the main process.
         """
         written: dict[Path, str] | OSError
         try:
             written = self._staging.write(staged)
-            for file in written:  # here: another machine cannot
+            for file in written:  # by the process that wrote it, as another machine cannot
                 flush(file)
         except OSError as error:
             written = error
@@ -193,16 +193,16 @@ class CheckpointWriter:
             prune(self.run_dir, steps, self.keep)
         except Lost as error:
             return error
-        except (UserError, OSError) as error:  # of a disk that is full, read-only, or gone
+        except (UserError, OSError) as error:  # the disk is full, read-only, or gone
             return _not_saved(error)
         self.saved_steps = steps
-        if self.best and self.best[0] == best_steps:  # else training has found better ones meanwhile
+        if self.best and self.best[0] == best_steps:  # unless training has found better ones meanwhile
             self.best = None
         return None
 
     def _of_others(self) -> list[dict[Path, str] | OSError]:
-        """What the others of a sharded run have written, or why they could not: all of them, so that none
-        still writes.
+        """What the other processes of a sharded run have written, or why they could not. Waits for all of
+        them, so that none is still writing.
 
         Raises:
             Lost: one of them is gone.
@@ -224,8 +224,8 @@ def _not_saved(error: UserError | OSError) -> UserError:
 
 
 def write_start(run_dir: Path, steps: int, config: PretrainConfig) -> None:
-    """Write the config that a run begins with, or is resumed with after `steps` updates. A run that is killed
-    before its next checkpoint, whose writing deletes this, is resumed with it.
+    """Write the config with which a run starts, or is resumed after `steps` updates. If the run is killed
+    before its next checkpoint, it is resumed with this config; writing that checkpoint deletes it.
 
     Raises:
         UserError: it cannot be written.
@@ -252,11 +252,15 @@ def _new_folder(
     records: dict[Path, int],
     link: str | None = None,
 ) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Write a checkpoint, whose tensors are written meanwhile: to the folder that this yields. What is
-    yielded besides takes their checksums.
+    """Write a checkpoint, except for its tensors. Yields the temporary folder for these, and a dict for their
+    checksums; when the context ends, everything else is written, and the folder gets its name.
 
     Args:
         size: bytes of the tensors.
+        values: what to write as JSON, by file name.
+        files: other files' contents, by name.
+        records: how many bytes to copy of each growing file.
+        link: name of a link that will point to the folder.
 
     Raises:
         UserError: it cannot be written; existing checkpoints are untouched.
@@ -280,7 +284,7 @@ def _new_folder(
 
 
 def _copy_start(source: Path, size: int, target: Path) -> None:
-    """Copy the first `size` bytes of a file that grows."""
+    """Copy the first `size` bytes of a growing file."""
     with target.open("wb") as file:
         if size:
             with source.open("rb") as content:

@@ -1,1 +1,1 @@
-"""What each script does; the one package that may know all the others."""
+"""The work of each script. This package may import all others."""

@@ -1,4 +1,4 @@
-"""Whether activations stay of one size when a model gets wider, with µP's rule and without it."""
+"""A coordinate check: do activations keep their size as a model gets wider, with µP and without it?"""
 
 import logging
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def benchmark_coordinates(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     `coordinates.png` into `run_dir`.
 
     The learning rate is that of the base width, `model.mup_base_width` or else `model.emb_dim`. Heads keep
-    their size. The tokens are one batch, drawn with the frequencies of words (Zipf 1935): were all as
-    frequent, there would be nothing in common between them that an update could align with.
+    their size. The tokens are a single batch, drawn with word-like frequencies (Zipf 1935): if all were
+    equally frequent, there would be nothing in common with which updates could align.
 
     Raises:
         UserError: a width cannot be divided into heads of the model's size.
@@ -66,7 +66,7 @@ def benchmark_coordinates(config: BenchmarkConfig, run_dir: Path) -> Outcome:
 
 
 def spread(sizes: list[float]) -> float:
-    """How many times as large as the smallest the largest is."""
+    """The ratio of the largest to the smallest."""
     return max(sizes) / min(sizes)
 
 
@@ -89,7 +89,8 @@ def _sizes_after_training(config: BenchmarkConfig, model_config: ModelConfig, ru
 
 @torch.no_grad()
 def activations(model: GPTModel, tokens: Tensor, runtime: Runtime) -> Sizes:
-    """The root mean square of what parts of a model make of tokens (batch, time); of the blocks, the last."""
+    """The root mean square of the outputs of a model's parts for tokens (batch, time); of blocks, the last
+    one's."""
     found: Sizes = {}
 
     def noting(place: str) -> Callable[..., None]:

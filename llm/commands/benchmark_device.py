@@ -1,4 +1,4 @@
-"""Whether a device computes right, and how fast, in under a minute: a table to read, or to send to others."""
+"""Whether a device computes correctly, and how fast, in under a minute: a table to read or to send on."""
 
 import logging
 import math
@@ -43,11 +43,12 @@ COPIED_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 27}  # far more tha
 
 
 def benchmark_device(config: BenchmarkConfig, run_dir: Path) -> Outcome:
-    """Run every check in each precision that the device has, then time it; print both and write
-    `run_dir/benchmark.json`. 124M parameters are timed on GPUs, if they fit; on a CPU they take minutes.
+    """Run all checks in each precision of the device, then time it; print both and write
+    `run_dir/benchmark.json`. 124M parameters are timed on GPUs only, if they fit, as they take minutes on a
+    CPU.
 
     Raises:
-        UserError: a check failed; all is printed and written by then.
+        UserError: a check failed; everything has been printed and written by then.
     """
     validate(config)
     runtime = start_runtime(config.runtime)
@@ -83,7 +84,7 @@ def _number(value: float | None) -> str:
 
 
 def _about(runtime: Runtime) -> dict[str, str]:
-    """What somebody else has to know of the device and the software."""
+    """The device and the software, as somebody else has to know them."""
     where = Circumstances()
     device = [device_name(runtime.device)]
     software = [f"torch {torch.__version__}", f"python {where.versions['python']}"]
@@ -108,7 +109,7 @@ def _about(runtime: Runtime) -> dict[str, str]:
 
 
 def _driver() -> list[str]:
-    """The version of NVIDIA's driver, if its tool is here to say it."""
+    """The version of NVIDIA's driver, if nvidia-smi is installed."""
     if not shutil.which("nvidia-smi"):
         return []
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -116,14 +117,14 @@ def _driver() -> list[str]:
 
 
 def _attention_kernel(runtime: Runtime) -> str:
-    """The kernel that torch takes for causal attention over the heads of a GPT-2."""
+    """The kernel that torch chooses for causal attention with GPT-2's heads."""
     heads = torch.zeros(1, 12, 128, 64, device=runtime.device, dtype=runtime.dtype)
     chosen = SDPBackend(torch._fused_sdp_choice(heads, heads, heads, is_causal=True))
     return chosen.name.lower().removesuffix("_attention").replace("_", " ")
 
 
 def _checked(runtime: Runtime) -> Iterator[dict[str, Any]]:
-    """The outcome of each check that the device can be put to, in each of its precisions."""
+    """The outcome of each check that applies to the device, in each of its precisions."""
     progress = Progress("checking")
     for number, check in enumerate(CHECKS):
         for precision in precisions_of(runtime.device):
@@ -136,7 +137,7 @@ def _checked(runtime: Runtime) -> Iterator[dict[str, Any]]:
 
 
 def _outcome(check: Check, runtime: Runtime) -> dict[str, Any] | None:
-    """A check's outcome; None if the device has no such thing."""
+    """A check's outcome; None if it does not apply to the device."""
     found: float | None = math.inf
     limit, error = check.limits[runtime.precision], ""
     try:
@@ -155,8 +156,8 @@ def _outcome(check: Check, runtime: Runtime) -> dict[str, Any] | None:
 
 
 def _speeds(config: BenchmarkConfig, runtime: Runtime) -> Iterator[list[str]]:
-    """What is timed, how fast it is, and what else there is to say of it. 124M parameters take minutes on a
-    CPU, and are timed on GPUs alone."""
+    """Rows of the table: what is timed, its speed, and remarks. 124M parameters take minutes on a CPU, and
+    are timed on GPUs only."""
     flops = {}
     for precision in precisions_of(runtime.device):
         set_product_precision(precision)
@@ -190,7 +191,7 @@ def _told(seconds: Callable[[], float], in_words: Callable[[float], list[str]]) 
 
 
 def _copied_per_second(runtime: Runtime) -> float:
-    """Bytes that a copy within the device's memory reads and writes in a second."""
+    """Bytes per second that a copy within the device's memory reads and writes."""
     source = torch.ones(COPIED_BYTES[runtime.device.type] // 4, device=runtime.device)
     target = torch.empty_like(source)
     return (

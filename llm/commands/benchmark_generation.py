@@ -43,15 +43,15 @@ def benchmark_generation(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     `run_dir/benchmark.json`.
 
     Our variants do what `generate.py` does, in each precision that the device supports, and with
-    `runtime.compile` compiled too. On CUDA, where a step is captured as a graph, "no graph" starts the same
-    kernels one by one. The book's loop, which has no cache and recomputes the whole text for
-    each token, takes minutes: it is timed once, for one row. Beside a model of GPT-2's parts, `generate` of
-    transformers' GPT-2 of the same size is timed too, if transformers is installed; beside another model,
-    ours.
+    `runtime.compile` also compiled. On CUDA, where a step is captured as a graph, "no graph" launches the
+    same kernels one by one. The book's loop, which has no cache and recomputes the whole text for each token,
+    takes minutes, so it is timed only once, for one row. For a model of GPT-2's parts, transformers'
+    `generate` with its GPT-2 of the same size is timed too, if transformers is installed; for any other
+    model, ours with GPT-2's parts.
 
-    `bound` is, for one row, the share of the speed that reading the weights from memory would allow, as each
-    token has to read them all. Memory bandwidth is measured in each round, since on a shared host other
-    machines take part of it.
+    `bound` is, for one row, the speed as a share of what memory allows, as each token has to read all
+    weights. Memory bandwidth is measured in each round, because other machines on a shared host take part of
+    it.
 
     Raises:
         UserError: a value is out of range, or prompt and new tokens do not fit into the context.

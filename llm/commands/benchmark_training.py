@@ -46,11 +46,11 @@ def benchmark_training(config: BenchmarkConfig, run_dir: Path) -> Outcome:
     table and write `run_dir/benchmark.json`.
 
     The first variant is the book's: fp32, all logits at once. The others vary precision and loss. On CUDA, or
-    with `runtime.compile=true`, one has compiled blocks; on CUDA, some are captured as one graph, with
-    `runtime.deterministic` one takes only kernels that repeat their numbers, as all of a CPU's do, and the
-    memory that each takes is told too. With `runtime.checkpoint_activations`, one computes activations again.
-    Beside a model of GPT-2's parts, transformers' GPT-2 of this size is
-    timed, with AdamW, if transformers is installed; beside another model, ours.
+    with `runtime.compile=true`, one has compiled blocks. On CUDA, some are captured as one graph; with
+    `runtime.deterministic` one uses deterministic kernels only; and memory is shown too. With
+    `runtime.checkpoint_activations`, one recomputes activations. For a model of GPT-2's parts, transformers'
+    GPT-2 of the same size is timed too, with AdamW, if transformers is installed; for any other model, ours
+    with GPT-2's parts.
     """
     validate(config)
     runtime = start_runtime(replace(config.runtime, deterministic=False))
@@ -138,7 +138,7 @@ def _plain_loss(model: GPTModel, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def with_gpt2_parts(config: ModelConfig) -> ModelConfig:
-    """GPT-2 in the size of a model."""
+    """A model of the same size with GPT-2's parts."""
     return ModelConfig(**{name: getattr(config, name) for name in GPT2.keys})
 
 
@@ -175,7 +175,7 @@ def _transformers_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Ten
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Of training, see `training_flops_per_token`."""
+    """Floating-point operations of training per token, see `training_flops_per_token`."""
     return training_flops_per_token(without_weights(config))
 
 
@@ -207,8 +207,8 @@ def updater(
     loss: Callable[..., Tensor],
     captures: bool = False,
 ) -> Callable[[], None]:
-    """A function that does one update on random tokens and waits for the device. On CUDA the gradient is
-    clipped too, and a step that is not finite skipped, as in training."""
+    """A function that makes one update on random tokens and waits for the device. On CUDA it also clips the
+    gradient and skips steps that are not finite, as training does."""
     model.to(runtime.device)
     shape = (config.batch_size, config.model.context_length + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=runtime.device)
@@ -237,7 +237,7 @@ def updater(
 
 
 def deterministically(update: Callable[[], None]) -> Callable[[], None]:
-    """The same update, by kernels that give the same numbers each time."""
+    """The same update, with deterministic kernels."""
 
     def update_so() -> None:
         use_deterministic_kernels(True)

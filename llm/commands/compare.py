@@ -1,4 +1,4 @@
-"""What `experiments/compare.py` does: says whether one setting is better than another, or seeds alone."""
+"""The work of `experiments/compare.py`: is one setting better than another, or is it the noise of seeds?"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,11 +33,11 @@ from llm.sweeps.verdict_picture import draw_difference
 from llm.tables import fitted, format_table, terminal_width
 from llm.wandb_client import sync_command
 
-# What the budget may differ by: two batch sizes seldom divide it evenly.
+# By how much budgets may differ, as two batch sizes seldom divide a budget evenly.
 SAME_TOKENS = 0.01
 RACE = "hydra/sweeper=race"
 MOST_SEEDS = 30  # that a command is offered for
-# Keys that say nothing of how good a setting is.
+# Keys that do not affect how good a setting is.
 BESIDES = (*NEVER_VARIED, "seed", "data.cache_dir", "samples.", "checkpoint.", "early_stopping.", "init_from")
 
 
@@ -59,11 +59,11 @@ class Side:
 
 
 def compare(config: CompareConfig, run_dir: Path) -> Outcome:
-    """Print a verdict on two settings in a sentence, and below it what it rests on; write `verdict.json` and
-    `verdict.png` into `run_dir`. Where the runs were tracked, W&B gets it too, see `tracking_for`.
+    """Print a verdict on two settings in a sentence, followed by the figures behind it; write `verdict.json`
+    and `verdict.png` into `run_dir`. If the runs were tracked, log it to W&B too, see `tracking_for`.
 
     Raises:
-        UserError: they cannot be compared, or there are too few seeds to know their noise.
+        UserError: they cannot be compared, or there are too few seeds to estimate their noise.
     """
     validate(config)
     a, b = sides(config)
@@ -135,10 +135,10 @@ def sides(config: CompareConfig) -> tuple[Side, Side]:
 
 def _jobs_of(given: Any) -> list[Path]:
     """The folders of runs that a or b means: a sweep; a run, which as a job of a sweep stands for its setting
-    with all seeds; or a list of sweeps and runs, where a run is that run alone.
+    with all seeds; or a list of sweeps and runs, in which a run stands for itself.
 
     Raises:
-        UserError: there is none, or none has begun.
+        UserError: there are none, or none has started.
     """
     folders = [find_sweep(str(name), "pretrain") for name in (given if isinstance(given, list) else [given])]
     jobs = [job for folder in folders for job in read_jobs([folder])]
@@ -170,10 +170,10 @@ def _side(name: str, jobs: list[Job]) -> Side:
 
 
 def _measure(a: Side, b: Side) -> Measure:
-    """What they are compared by: bits per byte, or the loss, where runs of before recorded no other.
+    """The measure for the comparison: bits per byte, or the loss if older runs recorded only that.
 
     Raises:
-        UserError: they were evaluated on different texts, or under tokenizers whose losses do not compare.
+        UserError: they were evaluated on different texts, or their tokenizers' losses are not comparable.
     """
     jobs = [*a.jobs, *b.jobs]
     texts = comparisons(jobs)
@@ -193,9 +193,10 @@ def _measure(a: Side, b: Side) -> Measure:
 
 
 def _same_budget(a: Side, b: Side) -> None:
-    """
+    """Check that both sides had the same budget.
+
     Raises:
-        UserError: one trained longer than the other.
+        UserError: one was trained longer than the other.
     """
     tokens = [mean(job.summary.get("tokens_seen", 0) for job in side.jobs) for side in (a, b)]
     if abs(tokens[0] - tokens[1]) <= SAME_TOKENS * max(tokens):
@@ -239,8 +240,8 @@ def sentence(a: Side, b: Side, found: Difference, measure: Measure) -> str:
 
 
 def _more_seeds(a: Side, b: Side, found: Difference) -> str | None:
-    """The command that trains as many more seeds as would settle it. There is none if it is settled, or would
-    take more than `MOST_SEEDS`, or if the two are not all settings of one grid."""
+    """The command that trains enough further seeds to settle the matter. None if it is settled already, if
+    that would take more than `MOST_SEEDS`, or if the two are not all the settings of a grid."""
     folders = {job.folder.parent for side in (a, b) for job in side.jobs}
     more = (found.seeds_needed or found.seeds) - found.seeds
     sweep = min(folders)
@@ -283,7 +284,7 @@ def _table(a: Figures, b: Figures, found: Difference) -> str:
 
 
 def _not_counted(a: Side, b: Side, found: Difference) -> Iterator[str]:
-    """Runs that the verdict does not rest on."""
+    """Lines about runs that do not count for the verdict."""
     for side in (a, b):
         if side.unfinished:
             yield f"{side.name}: {side.unfinished} of {side.unfinished + len(side.jobs)} runs did not finish"
@@ -296,7 +297,7 @@ def _not_counted(a: Side, b: Side, found: Difference) -> Iterator[str]:
 
 
 def differences(a: Side, b: Side) -> Iterator[str]:
-    """What differs between two settings: in config, code and machine, a line each."""
+    """What differs between two settings in config, code and machine, one line each."""
     configs = [recorded_config(side.jobs[0].folder) for side in (a, b)]
     if configs[0] and configs[1]:
         changed = []

@@ -16,7 +16,7 @@ from llm.wandb_client import sync_command
 
 
 def conclude(folder: Path) -> Outcome:
-    """Say what came of a sweep and write its report, which W&B gets too if its jobs were tracked.
+    """Print the results of a sweep and write its report; log it to W&B too, if the jobs were tracked.
 
     Raises:
         UserError: the report cannot be written.

@@ -1,7 +1,7 @@
-"""Whether a device computes right: the list `CHECKS`, which `benchmark.py measure=device` runs.
+"""Checks whether a device computes correctly: the list `CHECKS`, which `benchmark.py measure=device` runs.
 
-Each is a small function that gives how far the device is from a reference, computed on the CPU in fp64 or in
-a plainer way.
+Each is a small function that returns how far the device is from a reference, which is computed on the CPU in
+fp64, or in a plainer way.
 """
 
 import math
@@ -51,7 +51,7 @@ MODELS = {
 UPDATES = 20
 
 
-# Checks: of a device in a precision to its deviation; None where it has no such thing
+# The checks: functions of a runtime that return its deviation, or None if they do not apply to the device
 
 
 def products(runtime: Runtime) -> float:
@@ -62,13 +62,13 @@ def products(runtime: Runtime) -> float:
 
 
 def gradients(parts: str, runtime: Runtime) -> float:
-    """Loss and gradients of a model: the worst of all parameters."""
+    """Loss and gradients of a model; the worst parameter counts."""
     wanted = _reference_gradients(parts)
     return max(map(deviation, _loss_and_gradients(parts, runtime), wanted))
 
 
 def chunked_loss(runtime: Runtime) -> float:
-    """The loss that never holds all logits, and its gradients, beside the plain one."""
+    """The chunked loss, which never holds all logits, and its gradients, compared with the plain loss."""
     hidden, weight = _numbers(3000, WIDTH), _numbers(VOCAB, WIDTH, seed=1) / 10
     targets = torch.arange(len(hidden)) % VOCAB
 
@@ -119,7 +119,7 @@ def newton_schulz(runtime: Runtime) -> float:
 
 
 def training(optimizer: str, runtime: Runtime) -> float:
-    """The losses of a short training, the worst of all updates."""
+    """The losses of a short training; the worst update counts."""
     wanted = _reference_losses(optimizer)
     return max(
         abs(one - other) / other for one, other in zip(_losses(optimizer, runtime), wanted, strict=True)
@@ -137,7 +137,7 @@ def dropout(runtime: Runtime) -> float:
 
 
 def greedy_text(parts: str, runtime: Runtime) -> float:
-    """The share of tokens that differ from those of the book's loop, which keeps no keys and values."""
+    """The share of tokens that differ from those of the book's loop, which has no KV cache."""
     idx = torch.arange(ROWS * 3).view(ROWS, 3)
     model, wanted = _model(parts).eval(), idx
     with torch.no_grad():
@@ -172,7 +172,7 @@ def copies(runtime: Runtime) -> float:
 
 
 def repeated(runtime: Runtime) -> float | None:
-    """Gradients under `runtime.deterministic`, the second time beside the first."""
+    """Gradients with `runtime.deterministic`, computed twice and compared."""
     if runtime.device.type == "mps":
         return None
     before = torch.are_deterministic_algorithms_enabled()
@@ -256,7 +256,7 @@ def _numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _model(parts: str) -> GPTModel:
-    """A model with weights large enough for each of its parts to matter, and no two logits to be close."""
+    """A model whose weights are so large that each part matters, and no two logits are close."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPTModel(MODELS[parts])
@@ -288,7 +288,8 @@ def _reference_gradients(parts: str) -> list[Tensor]:
 
 
 def _losses(optimizer: str, runtime: Runtime, dtype: torch.dtype = torch.float32) -> list[float]:
-    """Of a model that is trained on the same few batches again and again, with weights in a type."""
+    """The losses of a model that is trained on the same few batches repeatedly, with weights of type
+    `dtype`."""
     model, found = _model(GPT2).to(runtime.device, dtype), []
     optimizers = build_optimizers(model, OptimizerConfig(optimizer, lr=3e-3), runtime)
     for update in range(UPDATES):

@@ -1,4 +1,4 @@
-"""Runs that need not be done again: those that were made with the same config, code and data."""
+"""Recognising runs that need not be made again, as they were made with the same config, code and data."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ RECORD_BYTES = 10_000  # more is no such record
 IRRELEVANT = ("if_done", "tracking", "quiet", "resume", "checkpoint", "init_from", "prompt_file", "path")
 OF_WEIGHTS = "model", "model.context_length", "model.n_heads", "tokenizer", "tokenizer.name"
 OF_DATA = ("source", "path", "cache_dir")
-# Of a run's folder, what another does not take: what says where and how it was begun, and what is unfinished.
+# Not copied from a run's folder: what says where and how it was started, and what is unfinished.
 NOT_TAKEN, NOT_TAKEN_SUFFIXES = (LOCK, ".hydra", "wandb"), (".log", ".tmp")
 
 log = logging.getLogger(__name__)
@@ -44,15 +44,16 @@ Repeatable = PretrainConfig | GenerateConfig | EvaluateConfig
 
 
 def fingerprint(config: Repeatable, given: Collection[str] = ()) -> str | None:
-    """What decides the outcome of a run: every key, this package's code, torch's version, the kind of device
-    and the number of processes, and the content of texts and weights. None if that is not known ahead.
+    """A hash of everything that determines the outcome of a run: all keys, this package's code, torch's
+    version, the kind of device, the number of processes, and the content of texts and weights. None if that
+    is not known in advance.
 
     Args:
-        given: see llm/commands/pretrain.py. A value that nobody gave may be left to the device or to given
-            weights, and then decides nothing.
+        given: see llm/commands/pretrain.py. A value that was not given may be left to the device or to given
+            weights, and then does not count.
 
     Raises:
-        UserError: a value is out of range, or a text or a checkpoint is not there.
+        UserError: a value is out of range, or a text or a checkpoint does not exist.
     """
     validate(config)
     about = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
@@ -78,7 +79,7 @@ def fingerprint(config: Repeatable, given: Collection[str] = ()) -> str | None:
 
 
 def _left_open(config: PretrainConfig) -> set[str]:
-    """The keys and groups whose values are not what the config says where nobody gave them."""
+    """The keys and groups whose values in the config do not count unless they were given."""
     by_device = config.data.batch_size == AUTO or device_kind(config.runtime) == "cuda"
     return {*(DEVICE_KEYS if by_device else ()), *(OF_WEIGHTS if config.init_from else ())}
 
@@ -90,8 +91,8 @@ def _code() -> str:
 
 
 def _weights(name: str) -> str:
-    """What tells weights, or a tokenizer, of this name from others. Those of other programs count as the same
-    while their files have the same sizes and times."""
+    """Identifies the weights or the tokenizer of a name. Those of other programs count as unchanged as long
+    as their files have the same sizes and times."""
     if is_ours(name):
         return sha256(find_checkpoint(name) / CHECKSUMS)
     if not (path := Path(name)).exists():
@@ -101,7 +102,7 @@ def _weights(name: str) -> str:
 
 
 def _text(config: PretrainConfig) -> list[str]:
-    """What tells the two splits from others."""
+    """Identifies the content of both splits."""
     if config.data.source != "shards":
         return [split.sha256 for split in find_splits(config.data)]
     tokenizer, _ = find_tokenizer(config.tokenizer, config.data)
@@ -116,7 +117,7 @@ def _content(path: str | None, key: str) -> list[str]:
 
 
 def begin(run_dir: Path, identity: str) -> None:
-    """Record what a run is made with, before it begins."""
+    """Record a run's fingerprint, before it begins."""
     _write(run_dir, identity, is_done=False)
 
 
@@ -127,7 +128,7 @@ def end(run_dir: Path) -> None:
 
 
 def resume(run_dir: Path, is_changed: bool) -> None:
-    """Record that a run goes on: by another config or code, it is no longer what its record says."""
+    """Record that a run is resumed. With another config or code, its fingerprint no longer holds."""
     recorded = _recorded(run_dir)
     if not recorded or is_changed or recorded["code"] != _code():
         remove(run_dir / FINGERPRINT)
@@ -145,7 +146,7 @@ def _recorded(run_dir: Path) -> dict[str, Any]:
 
 
 def find_done(identity: str, root: Path = OUTPUTS) -> Path | None:
-    """The newest run below a folder that is done and has this fingerprint, if there is one."""
+    """The newest finished run below a folder with this fingerprint; None if there is none."""
     found = []
     for folder in folders_with(root, FINGERPRINT):
         recorded = _recorded(folder)
@@ -155,11 +156,11 @@ def find_done(identity: str, root: Path = OUTPUTS) -> Path | None:
 
 
 def copy_run(done: Path, run_dir: Path) -> None:
-    """Make a folder what the folder of a run that is done is, and say so in its summary. Checkpoints, which
-    nobody writes to again, are the same files on disk where the file system can share them.
+    """Copy a finished run into another folder, and record that in its summary. Checkpoints, which are never
+    written again, share their files on disk if the file system supports that.
 
-    They come after what else there is, and the summary last: a job that is killed meanwhile begins anew or is
-    resumed, as any other.
+    They are copied after everything else, and the summary comes last, so that a job which is killed meanwhile
+    starts again or is resumed like any other.
     """
     for entry in sorted(done.iterdir(), key=lambda entry: (entry.is_dir(), entry.name)):
         if entry.name in (*NOT_TAKEN, SUMMARY) or entry.suffix in NOT_TAKEN_SUFFIXES:

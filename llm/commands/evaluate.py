@@ -1,4 +1,4 @@
-"""What `experiments/evaluate.py` does: evaluate a checkpoint on a split, on files, or on a text, token by
+"""The work of `experiments/evaluate.py`: evaluating a checkpoint on a split, on files, or on a text token by
 token."""
 
 import logging
@@ -24,7 +24,7 @@ from llm.device import device_errors_in_one_line
 from llm.errors import NotFinite, UserError
 from llm.files import parse_json, read_content, write_json
 from llm.generation.inference import NOT_FINITE, load_for_inference, splits_of
-from llm.generation.sampling import next_distribution, penalise_repetition
+from llm.generation.sampling import FILTERS, next_distribution, penalise_repetition
 from llm.model.gpt import GPTModel
 from llm.outcome import Outcome
 from llm.progress import Progress, format_count, format_figure, format_windows
@@ -44,12 +44,13 @@ SHOWN_TOKENS = 20  # likeliest next tokens in the picture
 def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False) -> Outcome:
     """Evaluate, print the figures and write them to `run_dir/evaluation.json`.
 
-    A split is cut into the same windows as in training's own evaluation, so that it reproduces a run's
-    figures. In a file or a text, every token but the first is predicted from those before it in its window of
-    `context_length` tokens. A text also gets a table of its tokens and a picture of what may come next.
+    A split is cut into the same windows as in training's own evaluation, which reproduces a run's figures. In
+    a file or a text, every token but the first is predicted from those before it in its window of
+    `context_length` tokens. For a text there is also a table of its tokens, and a picture of likely next
+    tokens.
 
     Args:
-        in_sweep: leave a summary too, which the sweep's table shows.
+        in_sweep: also write a summary, for the sweep's table.
 
     Raises:
         UserError: a value is out of range, the text is not available or too short, or the checkpoint cannot
@@ -115,7 +116,7 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def outcome_of(run_dir: Path) -> Outcome:
-    """What came of the evaluation in a folder; sweeps compare the loss in nats per token."""
+    """The outcome of the evaluation in a folder; sweeps compare the loss in nats per token."""
     read = parse_json(read_content(run_dir / EVALUATION))
     figures = read if isinstance(read, dict) else {}
     files = {"evaluation": run_dir / EVALUATION, "picture": run_dir / NEXT_TOKEN}
@@ -124,7 +125,7 @@ def outcome_of(run_dir: Path) -> Outcome:
 
 
 def show_again(_: EvaluateConfig, run_dir: Path) -> None:
-    """Print what came of the evaluation in a folder."""
+    """Print the results of the evaluation in a folder."""
     _print_metrics(read_record(run_dir / EVALUATION))
     log.info("saved to %s", run_dir / EVALUATION)
 
@@ -202,7 +203,7 @@ def distribution_stages(
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
         stages[f"repetition penalty {sampling.repetition_penalty:g}"] = next_distribution(logits, plain)
     so_far = plain
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in ("temperature", *FILTERS):
         value = getattr(sampling, name)
         if value is not None and value != getattr(plain, name):
             so_far = replace(so_far, **{name: value})

@@ -1,4 +1,4 @@
-"""What `experiments/export.py` does: weights in another program's format."""
+"""The work of `experiments/export.py`: writing weights in another program's format."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def export_checkpoint(config: ExportConfig, run_dir: Path) -> Outcome:
-    """Write a checkpoint of ours, or any weights that can be opened, in another format.
+    """Write a checkpoint, or any weights that can be opened, in another format.
 
     Raises:
         UserError: there are no such weights, the format cannot describe the model, or the target exists.
@@ -58,7 +58,7 @@ def export_checkpoint(config: ExportConfig, run_dir: Path) -> Outcome:
 
 
 def _adamw_state(weights: Weights) -> tuple[State | None, str]:
-    """AdamW's state in a checkpoint of ours; or none, and why it is omitted.
+    """AdamW's state in one of our checkpoints; or None, and why it is omitted.
 
     Raises:
         UserError: it is damaged.

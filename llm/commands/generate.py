@@ -1,5 +1,5 @@
-"""What `experiments/generate.py` does: sample from a checkpoint, print and save the samples, and in a study
-measure them."""
+"""The work of `experiments/generate.py`: sampling from a checkpoint, printing and saving the samples, and
+measuring them in a study."""
 
 import functools
 import logging
@@ -43,10 +43,8 @@ STUDY_SAMPLES = 32
 
 
 def run_generation(config: GenerateConfig, run_dir: Path) -> Outcome:
-    """Generate samples, print them and write them to `run_dir/samples.jsonl`; a study writes `summary.json`
-    too.
-
-    Model and tokenizer are those of the checkpoint.
+    """Generate samples with a checkpoint's model and tokenizer, print them and write them to
+    `run_dir/samples.jsonl`; a study also writes `summary.json`.
 
     Raises:
         UserError: a value is out of range, a prompt is empty or cannot be read, or the checkpoint cannot be
@@ -62,14 +60,14 @@ def run_generation(config: GenerateConfig, run_dir: Path) -> Outcome:
 
 
 def outcome_of(run_dir: Path) -> Outcome:
-    """The samples in a folder, and of a study, what it measured of them."""
+    """The outcome in a folder: its samples, and a study's measures of them."""
     samples = read_samples(run_dir / SAMPLES)
     figures = {**read_summary(run_dir), "samples": samples} if samples else {}
     return Outcome(figures, {"samples": run_dir / SAMPLES})
 
 
 def show_again(config: GenerateConfig, run_dir: Path) -> None:
-    """Print the samples in a folder, as they were when they were generated."""
+    """Print the samples in a folder, as when they were generated."""
     samples = read_samples(run_dir / SAMPLES)
     if config.quiet:
         _keep_log_off_standard_output()
@@ -99,8 +97,8 @@ def _study(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def conclude_study(folder: Path, jobs: list[Job]) -> Path:
-    """Close a sweep of studies: print a table, write a report to its folder, and log it as a W&B run beside
-    those of the jobs. Returns the report's page."""
+    """Conclude a sweep that is a study: print a table, write a report to its folder, and log it as a W&B run
+    beside those of the jobs. Returns the report's page."""
     report = study_report(jobs, [folder], folder)
     unsynced = log_findings(report.findings, folder, jobs, tracking_of(jobs))
     failed = [job for job in jobs if job.error]
@@ -180,8 +178,8 @@ def _generate(config: GenerateConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _prompts(config: GenerateConfig) -> dict[str, str]:
-    """The prompt, or the content of each file without the newline that editors add at its end; by what an
-    error calls it."""
+    """The prompt, or the content of each file without the newline that editors add at its end; by the name to
+    use in errors."""
     if config.prompt_file is None:
         return {"prompt": config.prompt}
     if config.prompt_file == "-":
@@ -205,7 +203,7 @@ def _heading(sample: Sample, prompts: int) -> str:
 
 
 def _keep_log_off_standard_output() -> None:
-    """Show warnings alone, on standard error; the log file gets all."""
+    """Show only warnings, on standard error; the log file gets everything."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
@@ -213,8 +211,8 @@ def _keep_log_off_standard_output() -> None:
 
 
 def _printer(quiet: bool) -> Callable[[str], None]:
-    """Prints pieces of texts, as a terminal can show them. A file or a pipe that wants the text alone gets it
-    to the letter."""
+    """A function that prints pieces of text, made safe for a terminal; or exactly as they are, if only texts
+    are wanted and the output is a file or a pipe."""
     to_the_letter = quiet and not sys.stdout.isatty()
     return lambda piece: print(piece if to_the_letter else shown(piece), end="", flush=True)
 

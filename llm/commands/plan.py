@@ -1,4 +1,4 @@
-"""What `experiments/plan.py` does: says what a run would take, before it is begun."""
+"""The work of `experiments/plan.py`: estimating what a run takes before it starts."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,7 +36,7 @@ from llm.training.start import find_start
 from llm.training.update_size import refuse_uneven
 from llm.training.validation import FORWARD_SHARE
 
-MOST_ROWS = 4096  # windows of a micro-batch, up to where a larger one is looked for
+MOST_ROWS = 4096  # windows in the largest micro-batch that is considered
 SHARDED_OVER = 2, 4, 8  # processes
 REPEATED = 4.0  # epochs up to which repeated text is nearly as good as new (Muennighoff et al. 2023)
 
@@ -45,7 +45,7 @@ Rows = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is not begun, and what it would take."""
+    """A run that has not started, and what it would take."""
 
     run: Run  # with shapes, and no data
     device: Device
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Windows of a micro-batch of a process."""
+        """Windows in a micro-batch of one process."""
         return self.run.config.data.batch_size // self.processes
 
     @property
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def evaluations(self) -> int:
-        """Those along the way, after the last update too."""
+        """How many evaluations there are during training, including that after the last update."""
         frequency, updates = self.run.config.training.eval_freq, max(1, round(self.updates))
         if frequency is None:
             return 1
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Training, evaluations and the validation at the end."""
+        """Seconds of training, evaluations and the validation at the end."""
         along_the_way = self.evaluations * self.evaluation_seconds
         return self.budget.seconds_left + along_the_way + self.budget.validation_seconds
 
@@ -102,18 +102,18 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of training."""
+        """Floating-point operations of training."""
         return self.budget.tokens_left * training_flops_per_token(self.run.model)
 
 
 def plan(config: PlanConfig, run_dir: Path, given: Collection[str] = ()) -> Outcome:
-    """Print what a run of this config would take, and write `plan.json` into `run_dir`.
+    """Print what a run with this config would take, and write `plan.json` into `run_dir`.
 
     Args:
         given: see llm/commands/pretrain.py.
 
     Raises:
-        UserError: what pretrain.py would refuse, too; or a run that is not new.
+        UserError: pretrain.py would refuse the config too, or the run would not be a new one.
     """
     validate(config)
     for name in ("resume", "rerun"):
@@ -167,10 +167,12 @@ def _planned(config: PlanConfig, run_dir: Path, given: Collection[str]) -> Plan:
 
 
 def _largest(run: Run, device: Device) -> int:
-    """The largest micro-batch of a process that the device has memory for, of powers of two; 0: none.
+    """The largest power of two of windows in a micro-batch of one process that fits the device's memory; 0 if
+    none does.
 
-    What a window takes is told by two micro-batches, and is more in larger ones, if anything: so the count
-    goes down from there."""
+    The memory per window is estimated from two micro-batches, and is no less in larger ones, so the search
+    goes down from there.
+    """
     config, precision = run.config, run.runtime.precision
     one, two = (memory_of(config, rows, precision, device) for rows in (8, 16))
     if not fits(memory_of(config, 1, precision, device), device):
@@ -295,7 +297,7 @@ def _compute_optimal(config: PlanConfig, plan: Plan) -> Rows:
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    """What `plan.json` holds: bytes, seconds, tokens."""
+    """The content of `plan.json`: bytes, seconds, tokens."""
     memory = {**asdict(plan.memory), "peak": plan.memory.peak, "fits": fits(plan.memory, plan.device)}
     return {
         "parameters": parameter_count(plan.run.model),

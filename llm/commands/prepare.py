@@ -1,4 +1,4 @@
-"""What `experiments/prepare.py` does: tokenise a run's data in advance, so that no GPU has to wait for it."""
+"""The work of `experiments/prepare.py`: tokenising a run's text in advance, so that no GPU has to wait."""
 
 import logging
 import time
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: PrepareConfig) -> Outcome:
-    """Tokenise the texts of a run into the cache, where the run will find them, or into a folder of shards,
-    and log their sizes.
+    """Tokenise a run's text into the cache, where the run will find it, or into a folder of shards; and log
+    its size.
 
     Raises:
         UserError: a value is out of range, or the run could not use the text; see `cut_windows`.

@@ -1,4 +1,4 @@
-"""What `experiments/pretrain.py` does, and `from llm import pretrain` in Python."""
+"""The work of `experiments/pretrain.py`; in Python, `from llm import pretrain`."""
 
 import logging
 import sys
@@ -37,18 +37,18 @@ log = logging.getLogger(__name__)
 def pretrain(
     config: PretrainConfig, run_dir: str | Path | None = None, given: Collection[str] | None = None
 ) -> Summary:
-    """Pretrain a GPT and leave all there is to know of it in a folder.
+    """Pretrain a GPT, and write everything about the run into a folder.
 
     Args:
-        run_dir: a folder that holds no run; without one, a new folder `outputs/pretrain/DATE/TIME`. With
+        run_dir: a folder that holds no run; None: a new folder `outputs/pretrain/DATE/TIME`. With
             `config.resume`, that run's folder is used.
-        given: keys such as `model.n_layers` and groups such as `model` that were asked for by name. With
-            `config.resume`, they replace what the run recorded, and with `config.init_from`, the weights must
-            have them; the record or the weights decide everything else. None: the keys whose values are not
-            the defaults.
+        given: keys such as `model.n_layers`, and groups such as `model`, that were asked for by name. With
+            `config.resume` they replace what the run recorded, and with `config.init_from` the weights must
+            agree with them; the record or the weights decide everything else. None: the keys whose values are
+            not the defaults.
 
     Raises:
-        UserError: a config value, the text, the disk or a loss that is not finite stopped the run. If it had
+        UserError: a config value, the text, the disk, or a loss that is not finite stopped the run. If it had
             begun, its summary says `failed`, and why; if not, the folder is as it was.
     """
     if given is None:
@@ -63,7 +63,7 @@ def pretrain(
 
 
 def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -> Summary:
-    """What `pretrain` does, in a folder that this process has claimed."""
+    """`pretrain`, in a folder that this process has claimed."""
     launched = launched_processes()
     if launched and PROCESSES in given and config.runtime.processes != launched:
         raise UserError(
@@ -110,7 +110,7 @@ def pretrain_in(run_dir: Path, config: PretrainConfig, given: Collection[str]) -
 
 
 def outcome_of(run_dir: Path) -> Outcome:
-    """What came of the run in a folder."""
+    """The outcome of the run in a folder."""
     summary = read_summary(run_dir)
     names = {
         "loss plot": LOSS_PLOT,
@@ -130,7 +130,7 @@ def outcome_of(run_dir: Path) -> Outcome:
 
 
 def show_again(config: PretrainConfig, run_dir: Path) -> None:
-    """Print what came of the run in a folder."""
+    """Print the results of the run in a folder."""
     if launched := launched_processes():
         with processes(replace(config.runtime, processes=launched), None):
             pass  # the others wait to be told that there is nothing to do
@@ -143,9 +143,9 @@ def show_again(config: PretrainConfig, run_dir: Path) -> None:
 
 
 def take_part() -> None:
-    """Take part in the run that `pretrain` starts in the first of the processes that were launched.
+    """Take part in the run that `pretrain` starts in the first of the launched processes.
 
     Raises:
-        UserError: what the first process has, such as the text, is not available here.
+        UserError: something that the run needs, such as the text, is not available to this process.
     """
     follow(execute)

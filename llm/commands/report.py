@@ -1,4 +1,4 @@
-"""What `experiments/report.py` does: a page, a table and a picture of a sweep, a study or a run."""
+"""The work of `experiments/report.py`: a page, a table and a picture of a sweep, a study or a run."""
 
 import shlex
 from collections.abc import Callable
@@ -19,14 +19,14 @@ Train = Callable[[list[str]], None]  # runs pretrain.py with such arguments
 
 
 def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None) -> Outcome:
-    """Write `report.html`, which needs nothing but itself, `report.csv` and `report.png`: into the folder of
-    the sweep or run, for several into `run_dir`, or where `config.to` says. Of a ladder, `scaling.json` and
-    `scaling.png` too, and what a larger run would come to, which `train` trains if `config.run` asks for it.
-    Where the runs were tracked, W&B gets the findings, see `tracking_for`.
+    """Write `report.html` (a self-contained page), `report.csv` and `report.png`: into `config.to`, else into
+    the folder of the sweep or run, or for several into `run_dir`. For a ladder, also write `scaling.json` and
+    `scaling.png`, and predict a larger run, which `train` trains if `config.run` is set. If the runs were
+    tracked, log the findings to W&B, see `tracking_for`.
 
     Raises:
         UserError: there is no such sweep or run, it has no jobs, or the files cannot be written; a prediction
-            is asked for that cannot be made, or its run did not finish.
+            was asked for that cannot be made, or its run did not finish.
     """
     validate(config)
     if config.run and config.predict is None:
@@ -60,6 +60,6 @@ def write_report(config: ReportConfig, run_dir: Path, train: Train | None = None
 
 
 def _is_study(folders: list[Path], jobs: list[Job]) -> bool:
-    """Whether the jobs measured samples, or will."""
+    """Whether the jobs measure samples, or will do so."""
     scripts = {read_record(folder)["script"] for folder in folders if (folder / RECORD).exists()}
     return is_study(jobs) or scripts == {"generate"}

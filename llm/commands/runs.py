@@ -1,4 +1,4 @@
-"""What `experiments/runs.py` does: list runs. It reads small files alone, and does without torch."""
+"""The work of `experiments/runs.py`: listing runs. It reads only small files, and does not import torch."""
 
 import sys
 import time
@@ -52,8 +52,8 @@ class Listed:
 
 
 def list_runs(config: RunsConfig) -> Outcome:
-    """Print a table of the training runs below a folder, the newest first; on a terminal, runs of one folder
-    together, and no line longer than it is wide.
+    """Print a table of the training runs below a folder, newest first; on a terminal, grouped by folder, with
+    no line longer than the terminal's width.
 
     Raises:
         UserError: there is no such folder.
@@ -89,12 +89,12 @@ def list_runs(config: RunsConfig) -> Outcome:
 
 
 def _silent_seconds(run: Path, summary: Record) -> float:
-    """How long ago a run last said that it lives, or began."""
+    """Seconds since a run's last heartbeat, or its start."""
     return time.time() - max(summary.get("heartbeat") or 0.0, begun(run))
 
 
 class _Sweeps:
-    """What the sweeps say of their jobs; each is read once."""
+    """The records of sweeps, each read once."""
 
     def __init__(self) -> None:
         self.records: dict[Path, SweepRecord | None] = {}
@@ -107,7 +107,7 @@ class _Sweeps:
         return self.records[folder]
 
     def title(self, job: Path) -> str:
-        """What sets a job apart from the others; empty if the folder is no job of a sweep."""
+        """What distinguishes a job from the others; empty if the folder is no job of a sweep."""
         record, number = self.record(job.parent), int(job.name) if job.name.isdecimal() else -1
         if not record or not 0 <= number < len(record["jobs"]):
             return ""
@@ -115,7 +115,7 @@ class _Sweeps:
 
 
 def training_runs(root: Path, sweeps: _Sweeps) -> Iterator[Path]:
-    """The folders of runs of pretrain.py, also of jobs that failed before they began."""
+    """The folders of runs of pretrain.py, including jobs that failed before they began."""
     for folder in folders_with(root, CHECKPOINTS, METRICS, SUMMARY):
         record = sweeps.record(folder.parent)
         is_job = (folder / SUMMARY).exists() and record and record["script"] == "pretrain"
@@ -124,8 +124,8 @@ def training_runs(root: Path, sweeps: _Sweeps) -> Iterator[Path]:
 
 
 def _figures(run: Path, summary: Record, state: str) -> tuple[int | None, float | None, bool, float | None]:
-    """Updates, bits per byte, whether those are of the way, and seconds of training. Of a run that has not
-    ended well they are those of its last lines of metrics."""
+    """Updates, bits per byte, whether these are from an evaluation during training, and seconds of training.
+    For a run that has not finished, from its last lines of metrics."""
     updates, seconds = summary.get("steps"), summary.get("seconds")
     bits, along_the_way = summary.get("val_bits_per_byte"), False
     if state != "finished":
@@ -139,7 +139,7 @@ def _figures(run: Path, summary: Record, state: str) -> tuple[int | None, float 
 
 
 def _flat(listed: list[Listed]) -> str:
-    """For pipes: a line a run, with its whole path and all that was asked for."""
+    """For pipes: one line per run, with its whole path and all its overrides."""
     return format_table([HEADING, *(run.cells(str(run.folder)) for run in listed)], left={0, 4, 5})
 
 

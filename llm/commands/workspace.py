@@ -1,4 +1,4 @@
-"""A saved W&B workspace: the views of a project's runs that one would otherwise click together by hand."""
+"""Saving a W&B workspace: views of a project's runs that would otherwise have to be assembled by hand."""
 
 import os
 from typing import Any

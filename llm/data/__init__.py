@@ -1,1 +1,1 @@
-"""Chapter 2: text to tokens to windows to batches."""
+"""Chapter 2: from text to tokens to windows to batches."""

@@ -1,6 +1,7 @@
-"""Texts to token ids by gigatoken, many times as fast as tiktoken, where it is installed and gives the same.
+"""Tokenisation by gigatoken, if it is installed: many times as fast as tiktoken.
 
-It is young, so its ids are compared with tiktoken's as it is used, and it is abandoned where they differ.
+It is young, so some of its ids are compared with tiktoken's while it is used, and it is abandoned if they
+differ.
 """
 
 import json
@@ -15,32 +16,32 @@ from llm.data.byte_level import END_OF_TEXT, as_huggingface
 from llm.data.pieces import PIECE_CHARACTERS, encode_pieces
 from llm.data.tokenizer import encode_to_numpy, special_in_texts
 
-CHECKED_CHARACTERS = 1 << 15  # of a text, at its beginning
-CHECKED_SHARE = 1 / 256  # of the characters after that
+CHECKED_CHARACTERS = 1 << 15  # at the beginning of a text
+CHECKED_SHARE = 1 / 256  # of the characters after these
 
 Encode = Callable[[str], np.ndarray]
 
 
 class DifferentIds(Exception):
-    """gigatoken's ids of a text are not tiktoken's, or it has none."""
+    """gigatoken failed, or its ids for a text are not tiktoken's."""
 
 
 def accelerated(tokenizer: tiktoken.Encoding) -> Encode | None:
-    """What gives the token ids (tokens,), uint32, of `encode` for a text; None where gigatoken is not
-    installed or does not know the tokenizer."""
+    """A function from a text to the token ids (tokens,), uint32, of tiktoken's `encode`; None if gigatoken is
+    not installed or does not support the tokenizer."""
     if special_in_texts(tokenizer) != {END_OF_TEXT} or {*tokenizer._special_tokens} != {END_OF_TEXT}:
-        return None  # it takes every special token for one wherever it stands
+        return None  # it recognises all special tokens in texts
     try:
         from gigatoken import Tokenizer
 
         described = as_huggingface(tokenizer)
-        if tokenizer._pat_str == r50k_pat_str:  # it knows this pattern by another spelling
+        if tokenizer._pat_str == r50k_pat_str:  # gigatoken knows this pattern by another name
             described["pre_tokenizer"] = described["decoder"] | {"use_regex": True}
         as_json = json.dumps(described)
         Tokenizer.from_json(as_json)
     except (ImportError, RuntimeError, ValueError, TypeError):
         return None
-    of_thread = threading.local()  # one of them refuses two threads at once
+    of_thread = threading.local()  # a gigatoken tokenizer refuses two threads at once
 
     def encode(text: str) -> np.ndarray:
         if not hasattr(of_thread, "tokenizer"):
@@ -51,22 +52,22 @@ def accelerated(tokenizer: tiktoken.Encoding) -> Encode | None:
 
 
 class Checked:
-    """`encode` of a text that comes in many documents, by gigatoken; compared with tiktoken's ids at the
-    beginning, and then of some documents, evenly spread."""
+    """Encodes a text that comes as many documents, by gigatoken. The ids of the first documents, and then of
+    some evenly spread ones, are compared with tiktoken's."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, fast: Encode | None) -> None:
         self.tokenizer, self.fast = tokenizer, fast
         self.begin()
 
     def begin(self) -> None:
-        """Another text begins."""
+        """Start another text."""
         self._encoded = self._compared = 0  # characters
 
     def __call__(self, text: str) -> np.ndarray:
         """The token ids (tokens,), uint32.
 
         Raises:
-            DifferentIds: gigatoken's are others.
+            DifferentIds: gigatoken's are not tiktoken's.
         """
         if not self.fast:
             return self._by_tiktoken(text)

@@ -1,7 +1,7 @@
 """A tokenizer learnt from the text: byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2).
 
-The library `tokenizers` counts words and chooses the merges. What comes of it is an encoding of tiktoken's
-like any other, read from the files that transformers reads too.
+The library `tokenizers` counts words and chooses the merges. The result is a tiktoken encoding like any
+other, stored in files that transformers can read too.
 """
 
 import hashlib
@@ -30,31 +30,31 @@ from llm.progress import Progress, format_count, format_seconds
 
 log = logging.getLogger(__name__)
 
-METHOD = 1  # to change with whatever changes the tokenizer that is learnt from the same text
+METHOD = 1  # increase it whenever the same text would give another tokenizer
 
-# Of a longer text, pieces of so many characters in all are learnt from, evenly spread. Memory grows with the
-# number of different words, and those of 32 MB of random words take 3 GB.
+# A longer text is sampled: evenly spread pieces of this many characters in all are learnt from. Memory grows
+# with the number of different words; 32 MB of random words take 3 GB.
 SAMPLED_CHARACTERS = 1 << 25
-BLOCK_CHARACTERS = 1 << 16  # of the text at a time, however its files are read
+BLOCK_CHARACTERS = 1 << 16  # so that a text is cut into the same pieces however its files are read
 
 LEAST_COUNT = 2  # a pair that occurs once is no pattern
-SPARE = 64  # merges to ask for beyond those needed, as some may not be usable
+SPARE = 64  # extra merges to ask for, as some may not be usable
 
-GPT2 = Rules(regex.compile(r50k_pat_str), regex.compile(regex.escape(END_OF_TEXT)))  # of its tokenizer
+GPT2 = Rules(regex.compile(r50k_pat_str), regex.compile(regex.escape(END_OF_TEXT)))  # GPT-2's tokenizer
 
-# GPT-2's pattern, but for words of more than 256 characters, which are cut there: for each merge, a learner
-# walks through all of every word that has it, and a word may be as long as the text.
+# GPT-2's pattern, except that words are cut after 256 characters: for each merge, the learner goes through
+# all of every word that has it, and a word may be as long as the text.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}|\s{1,256}(?!\S)|\s"
 
 
 def find_tokenizer(
     config: TokenizerConfig, data: DataConfig, splits: tuple[Split, Split] | None = None
 ) -> tuple[tiktoken.Encoding, tuple[Split, Split] | None]:
-    """The tokenizer of a run, loaded by its name or learnt from the training split; and the splits, which
-    shards do not have.
+    """The tokenizer of a run, loaded by its name or learnt from the training split; and the splits of the
+    text, or None for shards, which hold tokens only.
 
     Args:
-        splits: of the text, if they have been found already.
+        splits: the splits of the text, if they have been found already.
 
     Raises:
         UserError: see `load_tokenizer`, `find_splits` and `learn`.
@@ -68,7 +68,7 @@ def find_tokenizer(
 
 
 def learnt_tokenizer(training: Split, vocab_size: int, cache: Path) -> FileEncoding:
-    """The tokenizer of so many tokens for a training split, from the cache; learnt at the first call.
+    """The tokenizer learnt from a training split, with at most `vocab_size` tokens; cached.
 
     Raises:
         UserError: see `learn`.
@@ -90,9 +90,9 @@ def learnt_tokenizer(training: Split, vocab_size: int, cache: Path) -> FileEncod
 
 
 def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
-    """Byte-level BPE with GPT-2's pattern: the 256 bytes, the pairs most frequent in a text, merged one after
-    the other, and as last id the end of text. Of a small text they may be fewer than `vocab_size`. The same
-    text gives the same tokens, however it is read.
+    """Learn byte-level BPE with GPT-2's pattern: ids for the 256 bytes, then for the most frequent pairs,
+    merged one after the other, and last for the end of text. A small text may give fewer than `vocab_size`
+    ids. The same text gives the same tokens, however it is read.
 
     Raises:
         UserError: the text cannot be read.
@@ -120,11 +120,11 @@ def learn(training: Split, vocab_size: int) -> tiktoken.Encoding:
 
 
 def usable(tokens: Iterable[bytes], most: int) -> dict[bytes, int]:
-    """The ranks of the 256 bytes and of learnt tokens, until there are `most`.
+    """Ranks for the 256 bytes and the learnt tokens, at most `most` of them.
 
-    A token is omitted if it is there already, or if the merges before it leave more than two pieces of it, so
-    that tiktoken would merge it otherwise than `tokenizers`. A learner finds such now and then in runs of a
-    letter.
+    A token is omitted if it is there already, or if the merges before it leave more than two pieces of it,
+    because tiktoken would then merge it differently than `tokenizers`. Such tokens are sometimes learnt from
+    runs of one letter.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in tokens:
@@ -142,9 +142,9 @@ def _encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def sample(training: Split) -> Iterator[tuple[int, list[str]]]:
-    """What is learnt from: the text, or evenly spread pieces of a longer one. They end where GPT-2's pattern
-    divides the text anyway. Each comes with the characters up to its end, and as a list of the texts between
-    ends of text."""
+    """The text to learn from: all of it, or evenly spread pieces if it is long. Pieces end where GPT-2's
+    pattern divides the text anyway. Yields the number of characters up to a piece's end, and the piece, split
+    at ends of text; an empty list for pieces that are skipped."""
     length, done = max(1, training.end - training.start), 0
     taken = min(length, SAMPLED_CHARACTERS)
     for number, piece in enumerate(cut(_blocks(training.pieces()), GPT2)):
@@ -153,7 +153,7 @@ def sample(training: Split) -> Iterator[tuple[int, list[str]]]:
 
 
 def _blocks(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in blocks of one size, so that it is cut alike however it is read."""
+    """The same text in blocks of equal size, so that it is cut in the same way however it is read."""
     text = ""
     for piece in pieces:
         text += piece
@@ -165,10 +165,11 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _merged(training: Split, vocab_size: int) -> list[bytes]:
-    """What the library merges, in order, until bytes and merges are `vocab_size` tokens, or no pair is left.
+    """The tokens that the library merges, in order, until bytes and merges are `vocab_size` tokens, or no
+    pair is left.
 
-    It works in a thread, which takes its texts from this one: here errors are raised and signals are heard,
-    while the library does not listen.
+    The library runs in a thread of its own and takes texts from this one, which can meanwhile handle signals
+    and raise errors.
     """
     texts: Queue[list[str] | None] = Queue(maxsize=64)
     done: Queue[list[bytes] | Exception] = Queue()
@@ -224,5 +225,5 @@ def _learner(
         done.put([bytes(BYTE_OF[letter] for letter in "".join(pair)) for pair in merges])
     except Exception as error:
         done.put(error)
-        for _ in source:  # or the other thread would wait for room
+        for _ in source:  # or the other thread would wait for room in the queue
             pass

@@ -1,4 +1,4 @@
-"""Byte-level BPE, GPT-2's method, as tiktoken holds it, and as Hugging Face's files spell it."""
+"""Byte-level BPE, GPT-2's method, converted from tiktoken's form to that of Hugging Face's files."""
 
 from itertools import pairwise
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-PLAIN_CLASS = "PreTrainedTokenizerFast"  # of transformers: what tokenizer.json says, and no more
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # transformers' class that adds nothing to tokenizer.json
 
 
 def _byte_characters() -> list[str]:
-    """A visible character for each byte, as in GPT-2's vocabulary file: bytes that are not a visible Latin-1
-    character are given the code points from 256 on."""
+    """A visible character for each byte, as in GPT-2's vocabulary file: bytes that are no visible Latin-1
+    character get the code points from 256 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
@@ -22,8 +22,8 @@ BYTE_OF = {character: byte for byte, character in enumerate(CHARACTERS)}
 
 
 def merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two pieces that a token is merged from: those left after all merges of lower rank. More are left of
-    what is no token of BPE."""
+    """The two pieces that a token is merged from: those left after all merges of lower rank. If BPE cannot
+    produce the token, more than two are left."""
     pieces = [bytes([byte]) for byte in token]
     while len(pieces) > 2:
         pairs = [ranks.get(one + other, rank) for one, other in pairwise(pieces)]
@@ -35,7 +35,7 @@ def merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def as_files(encoding: tiktoken.Encoding) -> dict[str, dict[str, Any]]:
-    """What transformers opens as the same tokenizer: the content of each file, by its name."""
+    """Files from which transformers loads the same tokenizer: their contents, by name."""
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     about = {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False, **ends}
     return {"tokenizer.json": as_huggingface(encoding), "tokenizer_config.json": about}
@@ -48,7 +48,7 @@ def as_huggingface(encoding: tiktoken.Encoding) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {
         "type": "Split",
-        # As nothing follows this count, it need not be possessive, which Hugging Face would read otherwise.
+        # Hugging Face reads a possessive count differently. Nothing follows this one, so it need not be one.
         "pattern": {"Regex": encoding._pat_str.replace("{1,3}+", "{1,3}")},
         "behavior": "Isolated",
         "invert": False,

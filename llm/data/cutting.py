@@ -1,4 +1,4 @@
-"""Tokens cut into windows: anywhere, or within documents."""
+"""Windows of tokens, cut anywhere or only within documents."""
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, both (batch, time), int64
 
 
 class Windows(Dataset[Batch]):
-    """Windows of `context_length` tokens, each `stride` after the one before; the book's GPTDatasetV1.
+    """Windows of `context_length` tokens, each `stride` after the one before: the book's GPTDatasetV1.
 
-    Item i is (inputs, targets), both (context_length,), the targets one token later. With an offset, all
-    windows begin so many tokens later, and the last ones begin at the front again.
+    Item i is (inputs, targets), both (context_length,), with targets one token later. With an offset, all
+    windows start that many tokens later, and those that would start past the end wrap around.
     """
 
     def __init__(
@@ -34,14 +34,15 @@ class Windows(Dataset[Batch]):
         return window[:-1], window[1:]
 
     def batch(self, indices: Tensor) -> Batch:
-        """Windows by index (batch,) as one batch: two tensors (batch, context_length)."""
+        """The windows with these indices (batch,): two tensors (batch, context_length)."""
         starts = (self.offset + indices.numpy() * self.stride) % (len(self.tokens) - self.context_length)
         return batch_at(self.tokens, starts, self.context_length)
 
 
 class DocumentWindows(Dataset[Batch]):
-    """Windows that lie within documents of shards, each `stride` after the one before; the last of a document
-    ends with it. Documents of fewer than context_length + 1 tokens have none. Takes 24 bytes a document.
+    """Windows within documents of shards, each `stride` after the one before; a document's last window ends
+    where the document does. Documents of fewer than context_length + 1 tokens have none. Takes 24 bytes per
+    document.
     """
 
     def __init__(self, tokens: ShardedTokens, context_length: int, stride: int) -> None:
@@ -77,7 +78,7 @@ AnyWindows = Windows | DocumentWindows
 
 
 def batch_at(tokens: np.ndarray | ShardedTokens, starts: np.ndarray, context_length: int) -> Batch:
-    """The windows from each start (batch,): two tensors (batch, context_length)."""
+    """The windows that start at `starts` (batch,): two tensors (batch, context_length)."""
     if isinstance(tokens, ShardedTokens):
         windows = torch.from_numpy(tokens.rows(starts, context_length + 1))
     else:
@@ -86,7 +87,8 @@ def batch_at(tokens: np.ndarray | ShardedTokens, starts: np.ndarray, context_len
 
 
 def shifted(windows: AnyWindows, stream: tuple[int, ...]) -> AnyWindows:
-    """Windows cut elsewhere, if they are not bound to documents; the numbers of `stream` decide where."""
+    """The windows with a random offset, drawn from a random stream; unchanged if they are bound to
+    documents."""
     if isinstance(windows, DocumentWindows):
         return windows
     offset = int(np.random.default_rng(stream).integers(windows.stride))

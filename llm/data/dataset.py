@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face's library, and other libraries that only some texts need."""
+"""Datasets of Hugging Face's library `datasets`, and other libraries that only some text formats need."""
 
 import functools
 import importlib
@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset of Hugging Face's, by name on their hub, by a local folder of its files, or as one was saved
-    by `save_to_disk`."""
+    """A Hugging Face dataset: a name on the hub, a local folder with its files, or one saved by
+    `save_to_disk`."""
 
     path: str
     config: str | None
@@ -23,7 +23,7 @@ class Dataset:
 
 
 def optional(module: str, purpose: str) -> Any:
-    """A module that only some texts need.
+    """Import a module that only some text formats need.
 
     Raises:
         UserError: it is not installed.
@@ -39,13 +39,14 @@ def optional(module: str, purpose: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def load_dataset(dataset: Dataset) -> Any:
-    """
+    """Load a dataset from disk or from the hub.
+
     Raises:
-        UserError: it is not there, has several configurations or several splits, or cannot be downloaded.
+        UserError: it does not exist, has several configurations or splits, or cannot be downloaded.
     """
     library = optional("datasets", "data=huggingface")
     library.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt without a network
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns of each attempt
     if dataset.path.startswith((".", "/")) and not Path(dataset.path).exists():
         raise UserError(f"data.path={dataset.path}: no such folder")
     try:
@@ -71,6 +72,6 @@ def load_dataset(dataset: Dataset) -> Any:
     except KeyError as error:
         there = ", ".join(found)
         raise UserError(f"shards.dataset_split={dataset.split}: {dataset.path} has {there}") from error
-    except Exception as error:  # of many libraries, for a name, a network or a file
+    except Exception as error:  # many libraries are involved, with many types of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"data.path={dataset.path}: cannot load this dataset: {reason}") from error

@@ -1,4 +1,4 @@
-"""The bytes of files to text: UTF-8, and JSON lines. They are read piece by piece."""
+"""Files decoded to text, piece by piece: UTF-8 and JSON lines."""
 
 import codecs
 import hashlib
@@ -16,7 +16,7 @@ from llm.data.tokenizer import END_OF_TEXT
 from llm.errors import UserError
 
 PIECE_BYTES = 1 << 20  # read at a time
-DECODING = 1  # to change with whatever changes the text that files of the same bytes are read as
+DECODING = 1  # increase it whenever the same bytes would be read as another text
 
 BYTE_ORDER_MARK = "\ufeff"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the bytes that such files begin with
@@ -32,7 +32,7 @@ def read_text(file: Path) -> str:
 
 
 def text_of(content: bytes, name: str) -> str:
-    """Like `read_text`, for content that came otherwise."""
+    """Like `read_text`, for content that is in memory already."""
     return "".join(decoded(name, [content]))
 
 
@@ -41,7 +41,7 @@ def is_jsonl(file: Path) -> bool:
 
 
 def digests_of(files: list[Path]) -> tuple[str, ...]:
-    """A hash of each file's bytes, as `blocks_of` computes it too."""
+    """A hash of each file's bytes, as `blocks_of` compares it."""
     with reading("the text"):
         return tuple(map(_digest, block_hashes(files, PIECE_BYTES)))
 
@@ -52,9 +52,10 @@ def _digest(block_hashes: list[str]) -> str:
 
 @contextmanager
 def reading(name: object) -> Iterator[None]:
-    """
+    """Turn errors of reading a file into one line.
+
     Raises:
-        UserError: a file cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         yield
@@ -66,7 +67,7 @@ def blocks_of(file: Path, digest: str | None = None) -> Iterator[bytes]:
     """A file's content in blocks.
 
     Raises:
-        UserError: it cannot be read, or is not the content of this digest.
+        UserError: it cannot be read, or does not have this digest.
     """
     hashes = []
     with reading(file), file.open("rb") as content:
@@ -81,13 +82,13 @@ def decoded(name: object, blocks: Iterable[bytes], offset: int = 0) -> Iterator[
     """The text of UTF-8 content, with newlines as Python's `open` reads them.
 
     Args:
-        offset: of these bytes in the file.
+        offset: where these bytes start in the file.
 
     Raises:
         UserError: it is not UTF-8, or holds a zero byte, which text does not; the message names `name`.
     """
     utf8, newlines = codecs.getincrementaldecoder("utf-8")(), io.IncrementalNewlineDecoder(None, True)
-    known = offset  # bytes of the blocks before are `offset`; of these, so many are decoded
+    known = offset  # bytes decoded so far, whereas `offset` counts all bytes of the blocks before
     is_start = not offset
     for block in chain(blocks, [b""]):
         try:
@@ -130,8 +131,8 @@ def _not_utf8(name: object, error: UnicodeDecodeError, known: int) -> str:
 
 
 def documents_of(file: Path, blocks: Iterable[bytes]) -> Iterator[str]:
-    """The `text` of each line of a file of JSON objects, with the end-of-text token between documents. Blank
-    lines are skipped."""
+    """The `text` of each line of a JSON-lines file, with the end-of-text token between documents. Blank lines
+    are skipped."""
     between = ""
     for number, line in enumerate(_lines(blocks), 1):
         if not line.strip():
@@ -150,12 +151,12 @@ def parse_document(line: bytes, key: str = "text") -> str:
     """The text of a JSON object.
 
     Raises:
-        ValueError: it is no such object, or has no text under this key.
+        ValueError: it is no JSON object, or has no text under this key.
     """
     try:
         try:
             text = orjson.loads(line)[key]
-        except orjson.JSONDecodeError:  # json knows what it does not: NaN, and whole numbers of any length
+        except orjson.JSONDecodeError:  # json reads what orjson does not: NaN, and integers of any length
             text = json.loads(line)[key]
             text.encode()  # raises for a lone surrogate, which JSON can spell but UTF-8 cannot
         return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")

@@ -1,5 +1,5 @@
-"""Documents of texts in many formats, in parts that can be read by themselves: plain text, JSON lines and
-both compressed, Parquet, and Hugging Face's datasets."""
+"""Documents in many formats, divided into parts that can be read independently: plain text and JSON lines,
+also compressed, Parquet, and Hugging Face datasets."""
 
 import codecs
 import gzip
@@ -16,9 +16,9 @@ from llm.data.decoding import BYTE_ORDER_MARK, PIECE_BYTES, decoded, parse_docum
 from llm.data.tokenizer import END_OF_TEXT
 from llm.errors import UserError
 
-PASSAGE_CHARACTERS = 1 << 16  # of a plain text without ends of text, at most, that count as a document
+PASSAGE_CHARACTERS = 1 << 16  # longest document in a plain text without ends of text
 ROWS = 256  # of a table, read at a time
-SEARCHED_BYTES = 1 << 20  # for the end of a line, where a file is divided
+SEARCHED_BYTES = 1 << 20  # within which a line has to end where a file is divided
 
 COMPRESSED = (".gz", ".zst")
 TEXTS, TABLES = (".txt", ".md"), (".jsonl", ".parquet")
@@ -32,18 +32,18 @@ class Part:
     path: str
     start: int
     end: int
-    bytes: int  # of memory or disk: about how much work it is
+    bytes: int  # its size in memory or on disk, as a measure of work
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells a file's format, such as `.jsonl.gz`; of a file without a known one, `.txt`."""
+    """The suffix that determines a file's format, such as `.jsonl.gz`; `.txt` if it is unknown."""
     found = "".join(path.suffixes[-2:]).lower(), path.suffix.lower()
     return next((suffix for suffix in found if suffix in SUFFIXES), ".txt")
 
 
 def divided(files: Iterable[Path], size: int) -> Iterator[list[Part]]:
-    """The units of work that files are read in, each of about so many bytes: a part of a large file, or many
-    small ones. They depend on the files alone. A compressed file is one part, as it is read from its start.
+    """Divide files into units of work of about `size` bytes: part of a large file, or many small files. The
+    units depend on the files alone. A compressed file is a single part, as it has to be read from its start.
 
     Raises:
         UserError: a file cannot be read.
@@ -74,7 +74,7 @@ def _parts(file: Path, size: int) -> Iterator[Part]:
 
 
 def _line_start(file: Path, place: int) -> int:
-    """Where a document begins near a place in a file; or else a line, or else a character."""
+    """The first start of a document at or after a place in a file; else of a line, else of a character."""
     if not place:
         return 0
     with file.open("rb") as content:
@@ -112,13 +112,16 @@ def divided_rows(dataset: Dataset, size: int) -> Iterator[list[Part]]:
 
 
 def read_documents(part: Part, column: str, dataset: Dataset | None = None) -> Iterator[str]:
-    """The documents of a part, in order. Line ends are newlines, and byte-order marks are no text; blank ones
-    are skipped.
+    """The documents of a part, in order, with line ends as newlines and without byte-order marks. Blank
+    documents are skipped.
 
-    A plain text is divided at `<|endoftext|>`, and where that is far, at the end of a line.
+    A plain text is divided at `<|endoftext|>`, and where these are far apart, at the end of a line.
+
+    Args:
+        column: the key of the text in JSON lines, or its column in tables.
 
     Raises:
-        UserError: it cannot be read, or a document has no such column.
+        UserError: the part cannot be read, or has no such column.
     """
     if dataset:
         documents = _rows(dataset, part, column)
@@ -135,7 +138,7 @@ def _read_text(part: Part, column: str) -> Iterator[str]:
 
 
 def _limited(content: IO[bytes], part: Part) -> Iterator[bytes]:
-    """The bytes of a part; of a compressed file, all that it holds."""
+    """The bytes of a part; of a compressed file, everything."""
     left = part.end - part.start
     is_compressed = kind_of(Path(part.path)).endswith(COMPRESSED)
     while block := content.read(PIECE_BYTES if is_compressed else min(PIECE_BYTES, left)):
@@ -144,15 +147,16 @@ def _limited(content: IO[bytes], part: Part) -> Iterator[bytes]:
 
 
 def passages(pieces: Iterable[str]) -> Iterator[str]:
-    """Documents of a text in pieces that may end anywhere: what is between ends of text, and of a longer one,
-    passages of PASSAGE_CHARACTERS at most, up to the end of a line or else of a word."""
+    """Documents of a text that comes in pieces, which may end anywhere. A document is the text between two
+    ends of text; longer ones are divided into passages of at most PASSAGE_CHARACTERS, at the end of a line or
+    else of a word."""
     text = ""
     for piece in pieces:
         text += piece
         *whole, text = text.split(END_OF_TEXT)
         for document in whole:
             yield from _cut(document, 0)
-        *cut, text = _cut(text, len(END_OF_TEXT))  # of which some may be read already
+        *cut, text = _cut(text, len(END_OF_TEXT))  # the piece may end within an end of text
         yield from cut
     yield from _cut(text, 0)
 
@@ -172,7 +176,7 @@ def _read_json_lines(part: Part, column: str) -> Iterator[str]:
     is_compressed = kind_of(Path(part.path)).endswith(COMPRESSED)
     with _opened(part) as content:
         place = part.start
-        if place:  # the line that is read here began in the part before, or ends just there
+        if place:  # skip to the first line that starts in this part
             content.seek(place - 1)
             place += len(content.readline()) - 1
         for line in content:
@@ -205,7 +209,7 @@ def _read_parquet(part: Part, column: str) -> Iterator[str]:
         if column not in file.schema_arrow.names:
             _refuse_column(part.path, column, file.schema_arrow.names)
         groups = range(part.start, part.end)
-        # A column is read as it is needed: a row group may be larger than memory.
+        # Read in batches, as a row group may be larger than memory.
         for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column]):
             yield from _texts(batch.column(0).to_pylist(), part.path, column)
 
@@ -232,7 +236,7 @@ def _refuse_column(path: str, column: str, there: list[str]) -> None:
 
 
 def _texts(values: list[Any], path: str, column: str) -> Iterator[str]:
-    """The texts of a column; where there is none, as tables may have it, that is a blank one."""
+    """The texts of a column; a missing value, as tables may have, is a blank text."""
     for value in values:
         if not isinstance(value, str | None):
             raise UserError(f"{path}: the column {column!r} holds no texts: name another with shards.column=")
@@ -259,16 +263,17 @@ def _opened(part: Part) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """
+    """Turn errors of reading a file, by any library, into one line.
+
     Raises:
-        UserError: a file cannot be read, or is damaged.
+        UserError: the file cannot be read, or is damaged.
     """
     try:
         yield
     except UserError:
         raise
     except OSError as error:
-        if error.errno is None:  # of gzip's and pyarrow's, about the content
+        if error.errno is None:  # raised by gzip or pyarrow, about the content
             raise _damaged(file, error) from error
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (EOFError, UnicodeDecodeError) as error:

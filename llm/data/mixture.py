@@ -1,4 +1,4 @@
-"""Windows of shards in a random order computed as it is needed, of several sources by their weights."""
+"""Windows of shards in a random order that is computed as needed, mixed from several sources by weight."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from llm.data.cutting import AnyWindows, Batch, shifted
 from llm.data.permutation import Permutation
 from llm.data.tokens import ShardedTokens
 
-MIXED = 1024  # places in a row in which each source of a mixture has its share
+MIXED = 1024  # consecutive places, among which each source of a mixture has its share
 
 
 class Mixture(Dataset[Batch]):
-    """Windows of one or several sources of shards, each in a random order of its own, drawn by their weights.
+    """Windows of one or more sources of shards, mixed in proportion to weights, each source in random order.
 
-    They are an endless sequence, of which each place is computed by itself: no order is in memory, and a run
-    starts anywhere as fast as at the beginning. MIXED places in a row hold as many windows of each source as
-    its weight says, but for fractions, which are carried on; in which order, a permutation decides. A source
-    whose windows are used up begins again, in another order.
+    The windows form an endless sequence in which each place is computed independently: no order is kept in
+    memory, and a run can start anywhere as fast as at the beginning. Every MIXED consecutive places hold
+    windows of each source in proportion to its weight (fractions carry over), in an order that a permutation
+    decides. A source whose windows are used up starts again, in another order.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Mixture(Dataset[Batch]):
     ) -> None:
         """
         Args:
-            tokens: of all sources.
+            tokens: those of all sources.
             shift: see `DataConfig.shift_windows`.
         """
         self.tokens = tokens
@@ -46,12 +46,12 @@ class Mixture(Dataset[Batch]):
         return sum(map(len, self.sources))
 
     def batches(self, epoch: int, position: int, batch_size: int) -> Iterator[Batch]:
-        """The batches of an epoch, which has as many windows as all sources, from `position` on."""
+        """The batches of an epoch, from batch `position` on. An epoch has as many windows as all sources."""
         for start in range(position * batch_size, len(self) // batch_size * batch_size, batch_size):
             yield self.batch(torch.arange(start, start + batch_size) + epoch * len(self))
 
     def batch(self, places: Tensor) -> Batch:
-        """The windows at some places of the sequence (batch,): two tensors (batch, context_length)."""
+        """The windows at some places (batch,) of the sequence: two tensors (batch, context_length)."""
         sources, numbers = self.drawn(places.numpy())
         rows: list[Batch] = [(places, places)] * len(places)
         epochs = numbers // np.array([*map(len, self.sources)])[sources]
@@ -64,7 +64,7 @@ class Mixture(Dataset[Batch]):
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def drawn(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each place (places,), and how many windows of it are before."""
+        """For each place (places,), its source, and the number of this source's windows before it."""
         if len(self.sources) == 1:
             return np.zeros_like(places), places
         sources, numbers = np.empty_like(places), np.empty_like(places)
@@ -72,7 +72,7 @@ class Mixture(Dataset[Batch]):
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
             mixed = Permutation(MIXED, (self.seed, block, 0, 0))[places[chosen] % MIXED]
-            # Of the first so many blocks, each source has what is between two of these bounds.
+            # Each source's windows within the first `count` blocks lie between two of these bounds.
             before, after = (
                 np.round(count * MIXED * self._shares).astype(np.int64) for count in (block, block + 1)
             )

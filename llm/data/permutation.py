@@ -1,4 +1,4 @@
-"""A random order of any number of things, computed where it is asked for."""
+"""Pseudo-random permutations of any length that take no memory."""
 
 import math
 
@@ -8,16 +8,19 @@ ROUNDS = 8
 
 
 class Permutation:
-    """A pseudo-random permutation of 0 … length - 1 that takes no memory: each place is computed by itself.
+    """A pseudo-random permutation of 0 … length - 1, whose places are computed independently.
 
-    A keyed Feistel network on two numbers of mixed radix, l < a and r < b with a · b barely more than length,
-    whose rounds add a hash of one to the other in turn; what falls beyond length goes through it again until
-    it does not (cycle walking). Both are from Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains".
-    The hash is the finaliser of splitmix64 (Steele, Lea & Flood 2014).
+    It is a keyed Feistel network on two digits of mixed radix, l < a and r < b with a · b barely more than
+    length, whose rounds add a hash of one digit to the other in turn. Results beyond length go through the
+    network again until they are not (cycle walking). Both are from Black & Rogaway 2002, "Ciphers with
+    Arbitrary Finite Domains"; the hash is the finaliser of splitmix64 (Steele, Lea & Flood 2014).
     """
 
     def __init__(self, length: int, stream: tuple[int, ...]) -> None:
-        """The numbers of `stream` decide the order."""
+        """
+        Args:
+            stream: seeds the permutation.
+        """
         self.length = length
         self._left = math.isqrt(max(0, length - 1)) + 1
         self._right = -(-length // self._left) or 1
@@ -27,7 +30,7 @@ class Permutation:
         return self.length
 
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
-        """What is at some places: (places,), int64."""
+        """The elements at some places: (places,), int64."""
         if isinstance(places, slice):
             places = np.arange(*places.indices(self.length))
         found = self._once(places.astype(np.uint64))
@@ -49,4 +52,4 @@ class Permutation:
 def _hash(numbers: np.ndarray) -> np.ndarray:
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (numbers ^ (numbers >> np.uint64(31))) >> np.uint64(1)  # room for a sum
+    return (numbers ^ (numbers >> np.uint64(31))) >> np.uint64(1)  # so that a sum cannot overflow

@@ -1,9 +1,9 @@
-"""A text of any size to token ids, piece by piece on all cores: exactly the ids of the whole.
+"""Tokenisation of a text of any size, piece by piece on all cores, with exactly the ids of the whole.
 
-A byte-level BPE divides a text into pre-tokens, by a regular expression, and merges the bytes of each by
-themselves. So a text may be cut between two pre-tokens, where the text beyond the cut has no say in those
+Byte-level BPE divides a text into pre-tokens by a regular expression, and merges the bytes within each. So a
+text may be cut between two pre-tokens, at a place where the text after it does not affect the pre-tokens
 before it. A pre-token longer than a piece (a chromosome, a megabyte of spaces) is cut anywhere, and its
-tokens are mended where the parts meet.
+tokens are repaired where the parts meet.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,22 +19,22 @@ import torch
 from llm.data.tokenizer import encode_to_numpy, special_in_texts
 
 PIECE_CHARACTERS = 1 << 18  # encoded at a time by a thread
-SEARCHED_CHARACTERS = 1_000  # for a place to cut, before a whole piece is divided into pre-tokens
+SEARCHED_CHARACTERS = 1_000  # for a place to cut, before the whole piece is divided into pre-tokens
 
-# Characters on either side that decide whether a text may be cut, white space apart: more than any known
-# pattern looks ahead.
+# Characters on either side of a place that decide whether a text may be cut there, except in white space:
+# more than any known pattern looks ahead.
 CONTEXT = 32
 
-KEPT_TOKENS = 4_096  # at the end of a part: the next part changes only a few
+KEPT_TOKENS = 4_096  # held back at the end of a part, as the next part may change some of them
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What divides a text, for one tokenizer."""
+    """How a tokenizer divides a text."""
 
-    pattern: "regex.Pattern | None"  # of pre-tokens; None: tokens are bytes, whatever the pattern
-    special: "regex.Pattern"  # of special tokens, such as the end of text, beyond which no pattern sees
-    context: int = CONTEXT  # or the characters of the longest special token
+    pattern: "regex.Pattern | None"  # of pre-tokens; None if every token is a byte
+    special: "regex.Pattern"  # of special tokens, such as the end of text, which always divide a text
+    context: int = CONTEXT  # at least the length of the longest special token
 
     @classmethod
     def of(cls, tokenizer: tiktoken.Encoding) -> "Rules":
@@ -49,19 +49,20 @@ class Rules:
 @dataclass(frozen=True)
 class Piece:
     text: str
-    is_part: bool = False  # of a single pre-token
-    continues: bool = False  # the pre-token that the piece before is a part of
+    is_part: bool = False  # whether it is part of a single pre-token
+    continues: bool = False  # whether it continues the pre-token of the piece before
 
 
 def encode_pieces(
     texts: Iterable[str], tokenizer: tiktoken.Encoding, whole: Callable[[str], np.ndarray] | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """What `llm.data.tokenizer.encode` makes of the whole text: how many characters are done, and the next
-    token ids (tokens,), uint32. As many threads encode as torch has; tiktoken lets go of Python's lock.
+    """Encode a text as `llm.data.tokenizer.encode` would. Yields the number of characters done so far, and
+    the next token ids (tokens,), uint32. Encodes in as many threads as torch has, as tiktoken releases the
+    GIL.
 
     Args:
         texts: the text, in pieces that may end anywhere.
-        whole: encodes pieces of whole words, instead of tiktoken.
+        whole: encodes pieces of whole pre-tokens, in place of tiktoken.
     """
 
     def encode(piece: Piece) -> np.ndarray:
@@ -70,7 +71,7 @@ def encode_pieces(
         return whole(piece.text) if whole else encode_to_numpy(piece.text, tokenizer)
 
     pieces, threads, done = cut(texts, Rules.of(tokenizer)), torch.get_num_threads(), 0
-    # The end of a part, which the next part may change, but for a first token if that is yielded already.
+    # The end of a part, which the next part may change, except its first token if that was yielded already.
     end_of_part, yielded = np.empty(0, dtype=np.uint32), 0
     with ThreadPoolExecutor(threads) as pool:
         while batch := list(islice(pieces, threads)):
@@ -89,12 +90,12 @@ def encode_pieces(
 
 
 def join(left: np.ndarray, right: np.ndarray, tokenizer: tiktoken.Encoding, keep: int = 0) -> np.ndarray:
-    """The tokens of a pre-token (tokens,) from those of its two parts. The first `keep` are left as they are.
+    """The tokens (tokens,) of a pre-token, from those of its two parts. The first `keep` must not change.
 
-    Tokens are the BPE of their bytes if and only if each two neighbours are the BPE of theirs: merges go by
-    rank and then from left to right, so that the first merge across the border of two tokens in the whole
-    would be one in these two alone. So the tokens around the seam are encoded anew, as many as it takes until
-    they fit to their neighbours on both sides.
+    Tokens are the BPE of their bytes if and only if every two neighbours are the BPE of theirs: merges go by
+    rank and then from left to right, so the first merge across the border of two tokens in the whole would
+    also happen in these two alone. So the tokens around the seam are encoded again, as many as it takes until
+    they fit their neighbours on both sides.
     """
 
     def bpe(token_ids: list[int]) -> list[int]:
@@ -116,10 +117,10 @@ def join(left: np.ndarray, right: np.ndarray, tokenizer: tiktoken.Encoding, keep
 
 
 def cut(texts: Iterable[str], rules: Rules) -> Iterator[Piece]:
-    """The same text in pieces of about PIECE_CHARACTERS that encode to the tokens of the whole, once parts of
+    """Cut a text into pieces of about PIECE_CHARACTERS that encode to the tokens of the whole, once parts of
     a pre-token are joined.
 
-    A piece is longer only where a pattern looks for the end of white space that is longer: cl100k's, but not
+    A piece is longer only in longer white space whose end matters to the pattern, as with cl100k's but not
     GPT-2's.
     """
     least = PIECE_CHARACTERS + 2 * rules.context
@@ -129,7 +130,7 @@ def cut(texts: Iterable[str], rules: Rules) -> Iterator[Piece]:
         while len(text) >= enough or (more is None and text):
             end, goes_on = _piece_end(text, rules, inside, is_all=more is None)
             if not end:
-                enough = 2 * len(text)  # else a text without a place to cut would be searched over and over
+                enough = 2 * len(text)  # or a text without a place to cut would be searched over and over
                 break
             yield Piece(text[:end], is_part=inside or goes_on, continues=inside)
             text, inside, enough = text[end:], goes_on, least
@@ -142,10 +143,10 @@ def _slices(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _piece_end(text: str, rules: Rules, inside: bool, is_all: bool) -> tuple[int, bool]:
-    """Where the next piece ends, and whether within a pre-token; 0 if only more text can tell.
+    """Where the next piece ends (0 if more text is needed to tell), and whether that is within a pre-token.
 
     Args:
-        text: what follows the piece before.
+        text: the text after the piece before.
         inside: whether the piece before ended within a pre-token.
         is_all: whether the text ends here.
     """
@@ -158,7 +159,7 @@ def _piece_end(text: str, rules: Rules, inside: bool, is_all: bool) -> tuple[int
         text, is_all = text[: special.start()], True
     if pattern is None:
         return min(PIECE_CHARACTERS, len(text)), False
-    # White space may be divided otherwise, depending on what ends it.
+    # How white space is divided may depend on what follows it.
     endings = [text] if is_all else [text, text + "x", text + "\n"]
     first = min(_match_end(pattern, each, 0, len(each)) for each in endings)
     if first >= PIECE_CHARACTERS + context:
@@ -179,7 +180,7 @@ def _piece_end(text: str, rules: Rules, inside: bool, is_all: bool) -> tuple[int
             _match_end(pattern, text, start, place) == end
             for start, end in pre_tokens[max(0, last - CONTEXT) : last + 1]
         ):
-            # With pieces far shorter than what is searched for each, the time would grow with its square.
+            # Pieces far shorter than the text searched for each would make the time quadratic.
             if place >= PIECE_CHARACTERS // 2 or last == len(pre_tokens) - 1:
                 return place, False
             break
@@ -187,14 +188,14 @@ def _piece_end(text: str, rules: Rules, inside: bool, is_all: bool) -> tuple[int
 
 
 def _may_be_cut(text: str, place: int, pattern: "regex.Pattern") -> bool:
-    """Whether the pre-tokens before a place are the same if the text ends there, wherever the last of them
-    begins.
+    """Whether the pre-tokens before a place are the same if the text ends there, wherever the last one
+    starts.
 
-    Only its last CONTEXT characters are tried: a longer one that reaches beyond the place does so from there
-    too, as pre-tokens of that length are runs of one kind of character.
+    Only the last CONTEXT characters are tried as starts: a longer pre-token that reaches beyond the place
+    does so from there too, as pre-tokens of that length are runs of one kind of character.
     """
     if text[place - 1].isspace() and text[place].isspace():
-        return False  # a pattern may look for the end of white space, however far that is
+        return False  # a pattern may look for the end of white space, however far away
     return all(
         _match_end(pattern, text, start, place) == _match_end(pattern, text, start, place + CONTEXT)
         for start in range(place - 1, max(0, place - CONTEXT) - 1, -1)
@@ -202,13 +203,13 @@ def _may_be_cut(text: str, place: int, pattern: "regex.Pattern") -> bool:
 
 
 def _is_decided(text: str, end: int, context: int) -> bool:
-    """Whether a pre-token that ends here does so whatever follows the text."""
+    """Whether a pre-token that ends here does so whatever follows."""
     is_open = text[end - 1].isspace() and text[end:].isspace()
     return end <= len(text) - context and not is_open
 
 
 def _match_end(pattern: "regex.Pattern", text: str, start: int, end: int) -> int:
-    """Where the pre-token ends that begins at `start`, in a text that ends at `end`. What no pre-token begins
-    with is none of any, and no token stands for it."""
+    """Where the pre-token that starts at `start` ends, in a text that ends at `end`. A character that starts
+    no pre-token counts as one, though no token stands for it."""
     match = pattern.match(text, start, end)
     return match.end() if match else start + 1

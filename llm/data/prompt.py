@@ -7,14 +7,13 @@ from llm.data.tokenizer import bytes_of, end_of_text_id
 from llm.data.tokens import ShardedTokens
 
 SEARCHED_TOKENS = 4096  # at the beginning of the split
-PROMPT_CHARACTERS = 32  # at most
+PROMPT_CHARACTERS = 32  # longest prompt
 
 
 def first_line(tokens: np.ndarray | ShardedTokens, tokenizer: tiktoken.Encoding) -> str:
-    """The beginning of the first line, or document, that begins within a split (tokens,) and says something.
-
-    The split itself mostly begins within a line. Of a text that is a single line it is the first whole word
-    and what follows.
+    """The beginning of the first line, or document, that starts within a split (tokens,) and has a letter or
+    digit. Not that of the split itself, which mostly starts within a line; unless the text is a single line,
+    where it is the first whole word and what follows.
     """
     end = end_of_text_id(tokenizer)
     pieces = (
@@ -29,7 +28,7 @@ def first_line(tokens: np.ndarray | ShardedTokens, tokenizer: tiktoken.Encoding)
 
 
 def _beginning(line: str) -> str:
-    """At most PROMPT_CHARACTERS of a line, whole words if it has any that are so short."""
+    """At most PROMPT_CHARACTERS of a line, ending after a whole word if possible."""
     if len(line) <= PROMPT_CHARACTERS:
         return line
     words, _, _ = line[: PROMPT_CHARACTERS + 1].rpartition(" ")

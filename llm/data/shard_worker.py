@@ -1,4 +1,4 @@
-"""What a process does that tokenises: the shards of one unit of a text after the other, and their records."""
+"""A process that tokenises: it writes the shards of one unit of a text after the other, and their records."""
 
 import hashlib
 import logging
@@ -25,16 +25,16 @@ from llm.processes import end_with_parent
 log = logging.getLogger(__name__)
 
 RECORDS = "records"
-BY_TIKTOKEN = "by_tiktoken"  # a mark in RECORDS: gigatoken's ids were others
-COUNTED_BYTES = 1 << 22  # of text, before the progress is told of it
+BY_TIKTOKEN = "by_tiktoken"  # a mark in RECORDS: gigatoken's ids differed
+COUNTED_BYTES = 1 << 22  # of text, from one report of progress to the next
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes are told."""
+    """What to tokenise, and how; the same for all processes."""
 
     folder: Path
-    tokenizer: str  # its name, or bpe where it is in the folder
+    tokenizer: str  # its name; bpe: it is in the folder
     column: str
     validation: float
     shard_bytes: int
@@ -42,7 +42,7 @@ class Job:
     units: list[list[Part]] = field(repr=False)
 
     def fingerprint(self, tokenizer: tiktoken.Encoding) -> str:
-        """Of all that decides the shards. Files are told by name, size and time."""
+        """A hash of everything that determines the shards. Files are identified by name, size and time."""
         times = {
             part.path: Path(part.path).stat().st_mtime_ns if self.dataset is None else ""
             for part in chain.from_iterable(self.units)
@@ -53,7 +53,7 @@ class Job:
 
 
 class _Worker:
-    """What a process that tokenises has loaded."""
+    """Globals of a process that tokenises, set by `begin`."""
 
     job: Job
     tokenizer: tiktoken.Encoding
@@ -63,6 +63,12 @@ class _Worker:
 
 
 def begin(job: Job, counted: Any, alone: bool = False) -> None:
+    """Prepare this process to tokenise.
+
+    Args:
+        counted: a shared array, to which bytes of text and tokens are added.
+        alone: whether it is the main process, which does all the work.
+    """
     if not alone:
         end_with_parent()
     torch.set_num_threads(1)
@@ -75,7 +81,10 @@ def begin(job: Job, counted: Any, alone: bool = False) -> None:
 
 
 def write_unit(number: int, show: Any = None) -> list[Record]:
-    """Write the shards of a unit that are not there yet; returns the records of all.
+    """Write the shards of a unit that do not exist yet, and return the records of all.
+
+    Args:
+        show: called now and then, to show progress.
 
     Raises:
         UserError: see `write_shards`.
@@ -98,13 +107,13 @@ def write_unit(number: int, show: Any = None) -> list[Record]:
 
 
 def is_held_out(document: bytes, share: float) -> bool:
-    """Whether a document is of the validation split: a share of all hashes are. So equal documents are of the
-    same split, wherever they stand."""
+    """Whether a document belongs to the validation split, by its hash; so equal documents are always in the
+    same split."""
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < share * 2**64
 
 
 def integers(tokenizer: tiktoken.Encoding) -> str:
-    """The type of a tokenizer's ids in shards, as numpy spells it."""
+    """The numpy type of a tokenizer's ids in shards."""
     return "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
 
 
@@ -113,7 +122,7 @@ def shard_name(number: int, shard: int) -> str:
 
 
 def _finished(number: int, shard: int) -> Record | None:
-    """The record of a shard that is there, and whole."""
+    """The record of a shard; None unless the shard exists and is undamaged."""
     folder, name = _Worker.job.folder, shard_name(number, shard)
     record = read_record(folder / RECORDS / f"{name}.json", name)
     for split in SPLITS if record else ():
@@ -131,7 +140,7 @@ def _finished(number: int, shard: int) -> Record | None:
 
 
 class _File:
-    """A file of a shard while it is written."""
+    """A file of a shard that is being written, and its hash so far."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -142,7 +151,7 @@ class _File:
 
 
 def _write_shard(documents: Iterator[str], number: int, shard: int, show: Any) -> Record:
-    """Write the next documents of a unit, until there is as much text as a shard holds."""
+    """Write the next documents of a unit, up to the size of a shard."""
     job, tokenizer, name = _Worker.job, _Worker.tokenizer, shard_name(number, shard)
     dtype = np.dtype(integers(tokenizer))
     end = np.array([end_of_text_id(tokenizer)], dtype)

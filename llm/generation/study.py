@@ -1,4 +1,4 @@
-"""Figures over many samples, by which sampling settings can be compared."""
+"""Metrics over many samples, by which sampling settings can be compared."""
 
 import math
 from collections import Counter
@@ -17,11 +17,11 @@ REPEATED_NGRAM = 4  # tokens, as in the repetition rate of Welleck et al. 2020 (
 
 
 def sample_metrics(samples: list[Sample]) -> dict[str, float | None]:
-    """Figures over all new tokens of the samples; a figure is None if no sample is long enough for it.
+    """Metrics over all new tokens of the samples; a metric is None if no sample is long enough for it.
 
     Log probabilities and entropies are in nats per token. `distinct_n` is the share of distinct n-grams
-    among all (Li et al. 2016). It falls as samples grow in number and length: compare settings only with
-    equal numbers of samples of equal length.
+    among all (Li et al. 2016). It falls as samples grow in number and length, so compare it only between
+    settings with equally many samples of equal length.
     """
     log_probability = _mean(list(chain.from_iterable(sample.log_probabilities for sample in samples)))
     token_ids = [sample.token_ids for sample in samples]
@@ -49,7 +49,7 @@ def repeated_share(samples: list[list[int]], n: int) -> float | None:
 
 
 def copying_of(sample: Sample, index: NgramIndex, tokenizer: tiktoken.Encoding) -> dict[str, Any]:
-    """What a sample copied word for word from the training text.
+    """How much of a sample is copied word for word from the training text.
 
     `copied` is the share of its new tokens that lie in copied runs of at least the index's n tokens;
     `longest_copy` is the length of the longest run, found in the training split at `longest_copy_token`.
@@ -69,7 +69,7 @@ def copying_of(sample: Sample, index: NgramIndex, tokenizer: tiktoken.Encoding) 
 
 
 def copying_metrics(samples: list[Sample], copying: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same over all samples, from the figures of `copying_of` for each."""
+    """The figures of `copying_of` over all samples, given those of each."""
     lengths = [len(sample.token_ids) for sample in samples]
     copied = sum(each["copied"] * length for each, length in zip(copying, lengths, strict=True))
     longest = max(copying, key=lambda each: each["longest_copy"])

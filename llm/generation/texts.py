@@ -1,4 +1,4 @@
-"""Prompts to texts: many rows side by side, each with its own random stream and its own reason to stop."""
+"""From prompts to texts: many samples side by side, each with its own random stream and end."""
 
 import codecs
 import math
@@ -30,7 +30,7 @@ class Sample:
     index: int  # among the samples of this prompt
     seed: int
     continuation: str = ""  # without the stop text
-    # New tokens only; those of a stop text are included, the end-of-text token is not.
+    # New tokens only, including those of a stop text but not the end-of-text token.
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)  # of each under the model itself, nats
     entropies: list[float] = field(default_factory=list)  # of the distribution each was drawn from, nats
@@ -69,23 +69,23 @@ def generate_texts(
     show: Callable[[str], None] | None = None,
     names: list[str] | None = None,
 ) -> Iterator[Sample]:
-    """Generate `num_samples` continuations of each prompt, all of the first prompt's first.
+    """Generate `num_samples` continuations of each prompt, in the order of the prompts.
 
     Sample i of prompt p draws from the random stream (seed, p, i), so it does not depend on what else is
     generated; torch's global random stream is not touched.
 
     Args:
-        max_new_tokens: for all prompts, or a number for each.
+        max_new_tokens: one limit for all prompts, or one for each.
         stop: texts that end a sample when they appear, and are not part of it.
         eos: whether the end-of-text token ends a sample.
         past_context: see `llm.generation.decoding.Decoding`.
-        show: called with each piece of text as it is generated, prompts included; for a batch size of 1.
-        names: of the prompts, for errors.
+        show: called with each piece of text as it is generated, including prompts; for a batch size of 1.
+        names: names of the prompts, for errors.
 
     Raises:
         UserError: a prompt is empty, or contains a token id outside the model's vocabulary; or the model
-            cannot do `past_context`.
-        NotFinite: the model's logits are not.
+            does not support `past_context`.
+        NotFinite: the model's logits are not finite.
     """
     names = names or ["prompt"] * len(prompts)
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -119,7 +119,7 @@ def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int, name:
     """The token ids of a prompt.
 
     Args:
-        name: of the key or file that gave it, for errors.
+        name: the key or file that it came from, for errors.
 
     Raises:
         UserError: it is empty, or contains a token id outside the vocabulary.
@@ -137,7 +137,7 @@ def prompt_ids(prompt: str, tokenizer: tiktoken.Encoding, vocab_size: int, name:
 def _generate_batch(
     model: GPTModel, rows: list["_Row"], sampling: SamplingConfig, past_context: str
 ) -> Iterator[tuple[float, str]]:
-    """Generate the samples of `rows`. Yields after each step: the share of the longest row's token limit that
+    """Generate the samples of `rows`. After each step, yields the share of the longest row's token limit that
     is spent, and the new text."""
     longest = max(row.limit for row in rows)
     streams = [
@@ -177,14 +177,14 @@ class _Row:
         self._tokenizer = tokenizer
         self._stop = stop
         self._eos_id = end_of_text_id(tokenizer) if eos else None
-        # A token may end inside a UTF-8 character: its bytes are held back until it is complete, and dropped
-        # if it never is.
+        # A token may end inside a UTF-8 character. Its bytes are held back until the character is complete,
+        # and dropped if it never is.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown = 0
 
     def add(self, token: int, log_probability: float, entropy: float) -> str:
-        """Add a token and decide whether it is the last. Returns the new text that can no longer turn out
-        to be part of a stop text."""
+        """Add a token and decide whether it is the last. Returns the new text that can be shown, as it cannot
+        be the beginning of a stop text."""
         sample = self.sample
         if token == self._eos_id:
             sample.stop_reason = "eos"

@@ -1,4 +1,4 @@
-"""Causal self-attention: the book's, and with the parts that newer models add to it."""
+"""Causal self-attention: the book's, with the parts that newer models add to it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ from llm.model.cpu import SHORT, CausalAttention, ProjectedTogether, trains_in_b
 from llm.model.kv_cache import Attended
 from llm.model.parts import RMSNorm, Turns, turned
 
-# What generation gives the model to keep keys and values of new tokens, see llm/model/kv_cache.py: a function
-# of (layer, keys, values), and the same for one layer.
+# Given by generation to store the keys and values of new tokens in a cache, see llm/model/kv_cache.py: a
+# function of (layer, keys, values) that returns what to attend to; and the same for a single layer.
 Remember = Callable[[int, Tensor, Tensor], Attended]
 RememberLayer = Callable[[Tensor, Tensor], Attended]
 
 
 def projected_together(x: Tensor, layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What several linear layers make of x (…, inputs), by one product: (…, outputs) of each. A GPU computes
-    it faster than several smaller ones."""
+    """The outputs of several linear layers for x (…, inputs), by a single product, which a GPU computes
+    faster than several smaller ones: (…, outputs) of each layer."""
     weight = torch.cat([layer.weight.to(dtype) for layer in layers])
     biases = [layer.bias.to(dtype) for layer in layers if layer.bias is not None]
     together = F.linear(x.to(dtype), weight, torch.cat(biases) if biases else None)
@@ -30,9 +30,9 @@ def projected_together(x: Tensor, layers: Sequence[nn.Linear], dtype: torch.dtyp
 class MultiHeadAttention(nn.Module):
     """Causal self-attention: (batch, time, emb_dim) to the same shape.
 
-    With fewer heads of keys and values than of queries, each serves a group of these (grouped-query
-    attention, Ainslie et al. 2023), and the KV cache is as much smaller. Queries and keys may be normalised
-    in each head (Henry et al. 2020; with RMSNorm, as Qwen 3), which bounds their products.
+    With fewer key/value heads than query heads, each serves a group of query heads (grouped-query attention,
+    Ainslie et al. 2023), and the KV cache shrinks accordingly. Queries and keys may be normalised in each
+    head (QK-norm, Henry et al. 2020; with RMSNorm, as in Qwen 3), which bounds their products.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,12 +42,12 @@ class MultiHeadAttention(nn.Module):
         self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
         self.W_key = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
         self.W_value = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
-        self.W_together: nn.Module | None = None  # for inference: these three, one below the other
+        self.W_together: nn.Module | None = None  # for inference: these three stacked
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=config.bias)
         self.dropout = nn.Dropout(config.drop_rate)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.groups = config.n_heads // config.kv_heads  # query heads for each head of keys
+        self.groups = config.n_heads // config.kv_heads  # query heads per key/value head
 
     def forward(
         self,
@@ -58,8 +58,9 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            turns: of queries and keys, by the positions of x, if these are rotary.
-            remember: keeps keys and values.
+            x: (batch, time, emb_dim).
+            turns: with rotary positions, the rotations of queries and keys.
+            remember: stores keys and values in a cache, and returns what to attend to.
             value_embedding: added to the values, (batch, time, kv_dim).
         """
         batch, time, emb_dim = x.shape
@@ -71,8 +72,8 @@ class MultiHeadAttention(nn.Module):
             projected.view(batch, time, -1, self.head_dim).transpose(1, 2)
             for projected in (queries, keys, values)
         )
-        # Norms and angles want fp32, as bf16 cannot tell large positions apart; attention, the values'
-        # precision.
+        # Norms and rotations are computed in fp32, as bf16 cannot tell large positions apart; attention in
+        # the precision of the values.
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries.float()), self.key_norm(keys.float())
         if turns is not None:
@@ -110,7 +111,8 @@ class MultiHeadAttention(nn.Module):
         return tuple(layer(x) for layer in layers)
 
     def _attend_as_in_the_book(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The same attention, step by step: fused kernels draw dropout in an order of their own."""
+        """The same attention step by step, so that dropout is drawn in the book's order, unlike in fused
+        kernels."""
         if self.groups > 1:
             keys, values = (heads.repeat_interleave(self.groups, dim=1) for heads in (keys, values))
         scores = queries @ keys.transpose(2, 3)  # (batch, heads, time, time)

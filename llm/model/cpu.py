@@ -1,6 +1,6 @@
-"""What training on a CPU does in place of torch's own kernels, where these are slow there.
+"""Replacements for torch's operations that are slow in training on a CPU.
 
-tests/model/test_cpu.py holds each of them beside its plain formula. The figures are of a Zen 5 core and torch
+tests/model/test_cpu.py compares each with its plain formula. Speeds were measured on a Zen 5 core with torch
 2.13.
 """
 
@@ -15,19 +15,20 @@ from torch.autograd.function import once_differentiable
 from llm.device import gpu_stood_for
 from llm.runtime import computes_in_bf16
 
-SHORT = 512  # tokens up to which attention keeps all its weights, (time, time) in bf16 for each head
+SHORT = 512  # tokens up to which `CausalAttention`, which keeps all attention weights, is used
 
-IN_CACHE = 1 << 18  # numbers that a core's cache holds while several steps are taken over them
+IN_CACHE = 1 << 18  # numbers that stay in a core's cache through several elementwise operations
 
 
 def trains_on_cpu(x: Tensor) -> bool:
-    """Whether x is on a CPU and a gradient is wanted of it. What torch compiles, it makes fast itself."""
+    """Whether x is on a CPU and needs a gradient. False while torch compiles, as its compiler fuses
+    operations itself."""
     trains = x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
     return trains and gpu_stood_for() is None
 
 
 def trains_in_bf16_on_cpu(x: Tensor) -> bool:
-    """The same, and x is in bf16, which this CPU has instructions for."""
+    """Whether `trains_on_cpu`, and x is in bf16, for which this CPU has instructions."""
     return x.dtype == torch.bfloat16 and trains_on_cpu(x) and _computes_in_bf16()
 
 
@@ -37,17 +38,18 @@ def _computes_in_bf16() -> bool:
 
 
 class CausalAttention(torch.autograd.Function):
-    """Causal attention: queries (batch, heads, time, head_dim), keys and values with as many heads or a
+    """Causal attention: queries (batch, heads, time, head_dim), and keys and values with as many heads or a
     divisor of that, to (batch, heads, time, head_dim).
 
-    As batched matrix products that keep the weights (time, time). torch's fused attention does not, but in
-    bf16 it takes six times as long forward and backward over 128 tokens, and three times over 256.
+    Computed by batched matrix products, keeping the attention weights (time, time) for the backward pass.
+    torch's fused attention does not keep them, but in bf16 forward and backward take six times as long for
+    128 tokens, and three times as long for 256.
     """
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, drop_rate: float) -> Tensor:
         batch, heads, time, head_dim = queries.shape
-        # Queries that share a head of keys stand below each other, one group after the other.
+        # Query heads that share a key head are stacked along time, so that one product serves the group.
         together = batch * keys.shape[1], -1, head_dim
         queries = queries.reshape(together) * head_dim**-0.5
         keys, values = keys.reshape(together), values.reshape(together)
@@ -78,7 +80,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 class ProjectedTogether(torch.autograd.Function):
-    """x (…, size) times several weights (outputs, size) as one product in bf16: (…, outputs) of each."""
+    """x (…, size) times several weights (outputs, size), by one product in bf16: (…, outputs) of each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +102,7 @@ class ProjectedTogether(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout; in training in bf16 on a CPU, with masks that are cheaper to draw."""
+    """Dropout; when training in bf16 on a CPU, with masks that are cheaper to draw than torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.p > 0 and trains_in_bf16_on_cpu(x):
@@ -123,20 +125,21 @@ class _Dropped(torch.autograd.Function):
 
 
 def dropout_factors(shape: torch.Size, drop_rate: float) -> Tensor:
-    """What dropout multiplies by, bf16: 0 with probability `drop_rate`, to 16 bits, else 1 / (1 - drop_rate).
-    The generator is asked once for four numbers; `bernoulli_` asks it for each, and takes four times as
-    long."""
+    """The factors that dropout multiplies by, in bf16: 0 with probability `drop_rate` (rounded to 16 bits),
+    else 1 / (1 - drop_rate). Each draw of the generator serves four numbers; `bernoulli_` draws for each, and
+    takes four times as long."""
     numbers = math.prod(shape)
     draws = torch.empty(-(-numbers // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = draws.view(torch.int16)[:numbers].view(shape)
-    # As integers in place, of which a processor takes most at once: 1 where kept, times the factor's bits.
+    # In place on 16-bit integers, which vectorise best: 1 where kept, times the bits of the bf16 factor.
     factor = torch.tensor(1 / (1 - drop_rate), dtype=torch.bfloat16).view(torch.int16).item()
     return torch.ge(bits, round(drop_rate * 2**16) - 2**15, out=bits).mul_(factor).view(torch.bfloat16)
 
 
 class TanhGELU(nn.GELU):
-    """GELU's tanh form, GPT-2's; in training in bf16 on a CPU, written with a sigmoid: forward and backward
-    together take 60 % of the time, as torch's tanh is slow and backward computes it once more."""
+    """GELU's tanh approximation, as in GPT-2; when training in bf16 on a CPU, written with a sigmoid. Forward
+    and backward together then take 60 % of the time, as torch's tanh is slow, and backward computes it again.
+    """
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
@@ -153,7 +156,7 @@ class _SigmoidGELU(torch.autograd.Function):
         linear = 2 * math.sqrt(2 / math.pi)  # 2u = x · (linear + cubic · x²)
         cubic = 0.044715 * linear
         result, derivative = torch.empty_like(x), torch.empty_like(x)
-        # Some numbers at a time, in fp32, so that they stay in the cache from step to step.
+        # Some numbers at a time, in fp32, so that they stay in the core's cache from operation to operation.
         parts = (each.view(-1).split(IN_CACHE) for each in (x, result, derivative))
         for some, its_result, its_derivative in zip(*parts, strict=True):
             numbers = some.float()
@@ -175,8 +178,8 @@ class _SigmoidGELU(torch.autograd.Function):
 
 
 class RMSNormalised(torch.autograd.Function):
-    """x / √(mean(x²) + eps) · scale over the last dimension of x (…, size), in fp32; scale (size,). Going
-    backward, torch takes twice as long, in many small steps."""
+    """x / √(mean(x²) + eps) · scale over the last dimension of x (…, size), in fp32; scale is (size,).
+    torch's backward pass takes twice as long, as it makes many small steps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -193,13 +196,13 @@ class RMSNormalised(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, inverse, scale = ctx.saved_tensors
         product = gradient * normal
-        along = (product * scale).mean(dim=-1, keepdim=True)  # how much of it only makes x longer
+        along = (product * scale).mean(dim=-1, keepdim=True)  # the component along x, which only scales x
         of_x = torch.addcmul(gradient * scale, normal, along, value=-1).mul_(inverse)
         return of_x.to(ctx.x_dtype), product.flatten(0, -2).sum(0), None
 
 
 class Turned(torch.autograd.Function):
-    """Heads (batch, heads, time, head_dim) with their pairs turned, in fp32; cos and sin as in `Turns`."""
+    """Heads (batch, heads, time, head_dim) with their pairs rotated, in fp32; cos and sin as in `Turns`."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -223,7 +226,7 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SquaredReLU(torch.autograd.Function):
-    """max(x, 0)², which keeps one tensor for its gradient and goes over it once."""
+    """max(x, 0)², with one tensor kept for the backward pass, and one pass over it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

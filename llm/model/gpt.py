@@ -1,7 +1,7 @@
 """The GPT of the book's chapter 4 (GPT-2's architecture), assembled from parts; its size and its FLOPs.
 
-Modules are made, named and drawn from in the book's order, so that one seed gives the book's weights,
-and in fp32 the book's dropout.
+Modules are created and named as in the book, and draw random numbers in the same order, so that a seed gives
+the book's weights and, in fp32, the book's dropout.
 """
 
 import math
@@ -23,13 +23,13 @@ from llm.model.cpu import Dropout
 from llm.model.loss import SCORED_PARTS, capped, chunk_tokens, linear_cross_entropy
 from llm.model.parts import NORMS, POSITIONS, FeedForward, Turns, turns_of
 
-# Logits (tokens, vocab_size) and the tokens that came (tokens,) to a number for each (tokens,).
+# A function of logits (tokens, vocab_size) and targets (tokens,) that gives each target a number, (tokens,).
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: attention and feed-forward, each added to the residual stream; one after the other, or
-    both at once (as in GPT-J, Wang & Komatsuzaki 2021)."""
+    """Pre-norm block: attention and feed-forward network, each added to the residual stream; one after the
+    other, or in parallel (as in GPT-J, Wang & Komatsuzaki 2021)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TransformerBlock(nn.Module):
         self.drop_shortcut = Dropout(config.drop_rate)
         self.parallel = config.parallel_blocks
         self.checkpoints_activations = False  # see `GPTModel.checkpoint_activations`
-        # Of the residual stream, and of the embeddings that it began as.
+        # Weights of the residual stream, and of the embeddings before the first block.
         self.residual_scalars = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
     def forward(
@@ -53,7 +53,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: (batch, time, emb_dim); embedded: what it was before the first block.
+            x: the residual stream, (batch, time, emb_dim).
+            embedded: the embeddings before the first block, of the same shape.
             turns, remember, value_embedding: see `MultiHeadAttention`.
         """
         arguments = x, embedded, turns, remember, value_embedding
@@ -79,7 +80,7 @@ class GPTModel(nn.Module):
     """Token ids (batch, time) to next-token logits (batch, time, vocab_size).
 
     Besides the book's parts it has those that `ModelConfig` turns on. Value embeddings and residual scalars
-    are those of Jordan et al. 2024 (modded-nanogpt), bounded logits those of Gemma 2 (2024).
+    are from Jordan et al. 2024 (modded-nanogpt), softcapped logits from Gemma 2 (2024).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,15 +93,15 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = NORMS[config.norm](config.emb_dim, config.norm_eps)
-        # How generation runs the model, see llm/generation/inference.py.
-        self.cache_dtype = torch.float32  # of keys and values that are kept
-        self.captures_steps = True  # on CUDA, a step is captured as a graph
+        # How generation runs the model, set by llm/generation/inference.py.
+        self.cache_dtype = torch.float32  # of the KV cache
+        self.captures_steps = True  # whether a step on CUDA is captured as a graph
         self.compiles_steps = False
-        # With tied weights there is no second tensor, so none is saved, counted or stepped twice.
+        # With tied weights there is no second tensor, so nothing is saved, counted or updated twice.
         self.out_head = (
             None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         )
-        # Every other block has one, the last among them.
+        # Every other block has value embeddings, including the last.
         with_values = range((config.n_layers - 1) % 2, config.n_layers, 2) if config.value_embeddings else ()
         kv_dim = config.kv_heads * config.head_dim
         self.value_embs = nn.ModuleDict(
@@ -112,9 +113,10 @@ class GPTModel(nn.Module):
             self._init_for_width()
 
     def _init_as_gpt2(self) -> None:
-        """Radford et al. 2019, section 2.3: normal weights, those that end a residual branch scaled down
-        by the root of the number of branches. Or these are 0, and so is a head of its own: each block then
-        begins as the identity (Zhang et al. 2019, Fixup), and all tokens as equally likely."""
+        """Radford et al. 2019, section 2.3: normally distributed weights, with those at the end of a residual
+        branch scaled down by the root of the number of branches. With init=zero_projections the latter are 0,
+        and so is an untied head: each block starts as the identity (Zhang et al. 2019, Fixup), and all tokens
+        as equally likely."""
         for name, parameter in self.named_parameters():
             ends_branch = name.endswith(("out_proj.weight", "ff.layers.2.weight"))
             zero = self.config.init == "zero_projections" and (ends_branch or name == "out_head.weight")
@@ -126,11 +128,11 @@ class GPTModel(nn.Module):
 
     @torch.no_grad()
     def _init_for_width(self) -> None:
-        """Initial weights by the width (Yang et al. 2022, Tensor Programs V, table 8), as they are at the
-        base: those of the blocks' matrices shrink with the root of the width, as torch's own do anyway; and
-        logits with the width. The latter is in the last norm, whose weights begin smaller and are stepped as
-        much less (llm/training/optimizers.py): to AdamW the same as to divide logits, and no other code has
-        to know of it."""
+        """Scale the initial weights by the width, relative to the base width (µP; Yang et al. 2022, Tensor
+        Programs V, table 8). The blocks' matrices shrink with the root of the width, as torch's defaults do
+        anyway, and the logits with the width. The latter is done in the last norm: its weights start smaller,
+        and its learning rate is divided by as much (llm/training/optimizers.py). To AdamW that is the same as
+        dividing the logits, and no other code has to know about it."""
         if self.config.init != "torch":
             for matrix in block_matrices(self):
                 matrix.mul_(self.config.width_ratio**-0.5)
@@ -145,14 +147,19 @@ class GPTModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head: (vocab_size, emb_dim)."""
+        """The output head's weight, (vocab_size, emb_dim)."""
         return self.tok_emb.weight if self.out_head is None else self.out_head.weight
 
     def features(
         self, idx: Tensor, positions: Tensor | None = None, remember: Remember | None = None
     ) -> Tensor:
-        """Token ids (batch, time), time at most context_length, to what the output head reads:
-        (batch, time, emb_dim). Positions are 0, 1, … unless given, (time,) or (batch, time)."""
+        """The final hidden states, which the output head reads, (batch, time, emb_dim).
+
+        Args:
+            idx: token ids (batch, time), time at most context_length.
+            positions: (time,) or (batch, time); 0, 1, … by default.
+            remember: stores keys and values in a cache, see `Remember`.
+        """
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.tok_emb(idx)
@@ -167,7 +174,7 @@ class GPTModel(nn.Module):
         return self.final_norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Through the output head: (…, emb_dim) to (…, vocab_size)."""
+        """The output head: features (…, emb_dim) to logits (…, vocab_size)."""
         return self._capped(self._products(features))
 
     def _products(self, features: Tensor) -> Tensor:
@@ -179,8 +186,8 @@ class GPTModel(nn.Module):
         return logits if cap is None else capped(logits.float(), cap)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (batch, time, vocab_size); or, given targets (batch, time), their mean cross-entropy in
-        nats, without ever holding all logits at once."""
+        """Logits (batch, time, vocab_size) for token ids (batch, time); or, given targets (batch, time),
+        their mean cross-entropy in nats, without ever holding all logits at once."""
         features = self.features(idx)
         return self.logits(features) if targets is None else self.loss_of(features, targets)
 
@@ -192,8 +199,8 @@ class GPTModel(nn.Module):
 
     @torch.no_grad()
     def score_tokens(self, idx: Tensor, targets: Tensor, *scores: Score) -> list[Tensor]:
-        """What each of `scores` makes of the logits at each target (batch, time): as many tensors (batch,
-        time), fp32. The logits are computed a chunk at a time, as they take vocab_size numbers a token."""
+        """Score each target (batch, time) by each of `scores`: one fp32 tensor (batch, time) per score.
+        Logits are computed a chunk of tokens at a time, as they take vocab_size numbers per token."""
         tokens = chunk_tokens(idx.device, self.config.vocab_size, torch.float32)
         few = tokens // SCORED_PARTS
         wanted_of_parts = iter(targets.flatten().split(few))
@@ -206,12 +213,12 @@ class GPTModel(nn.Module):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
+    """Number of parameters of a model; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the matrix products within the blocks."""
+    """The matrices within the blocks, in the order of the model's parameters."""
     return [
         parameter
         for name, parameter in model.named_parameters()
@@ -220,7 +227,7 @@ def block_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def description(config: ModelConfig) -> str:
-    """A model's size, and its parts where they are not GPT-2's: "4 layers, width 128, …, rotary, rmsnorm"."""
+    """A model's size, and which parts are not GPT-2's: "4 layers, width 128, …, rotary, rmsnorm"."""
     default = ModelConfig()
     chosen = {name: getattr(config, name) for name in ("position", "norm", "activation")}
     words = [
@@ -242,8 +249,8 @@ def description(config: ModelConfig) -> str:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Skips what draws initial weights. On the device "meta" that would draw nothing, yet import torch's
-    compiler: half a second."""
+    """Skips weight initialisation. On the meta device it would do nothing, but import torch's compiler, which
+    takes half a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -252,25 +259,25 @@ class _Undrawn(TorchFunctionMode):
 
 
 def without_weights(config: ModelConfig) -> GPTModel:
-    """A model that is just shapes: nothing is allocated."""
+    """A model on the meta device: it has shapes, but no memory is allocated."""
     with torch.device("meta"), _Undrawn():
         return GPTModel(config)
 
 
 def parameters_of(config: ModelConfig) -> int:
-    """Parameters of a model that is not made: every second block is alike."""
+    """Number of parameters of a model, without building it in full."""
+    # Blocks of even and of odd number may differ, so the depth is extrapolated in steps of two.
     few = 2 - config.n_layers % 2
     less, more = (parameter_count(without_weights(replace(config, n_layers=n))) for n in (few, few + 2))
     return less + (config.n_layers - few) // 2 * (more - less)
 
 
 def at_width(config: ModelConfig, width: int) -> ModelConfig:
-    """The same model at another width. Heads keep their size, so that their number grows with the width.
+    """The same model at another width. Heads keep their size, so their number grows with the width.
 
     Raises:
-        UserError: it cannot be divided into whole heads.
+        UserError: the width cannot be divided into whole heads.
     """
-
     kept = {name: getattr(config, name) for name in ("n_heads", "n_kv_heads", "hidden_dim")}
     scaled = {name: size * width // config.emb_dim for name, size in kept.items() if size is not None}
     wider = replace(config, emb_dim=width, **scaled)
@@ -284,17 +291,17 @@ def at_width(config: ModelConfig, width: int) -> ModelConfig:
 
 
 def matrix_parameters(model: GPTModel) -> int:
-    """Weights of all matrix products of a token's way through the model: those of the blocks' linear layers
-    and of the output head. Look-ups in an embedding are no products."""
+    """Number of weights that a token is multiplied by in a forward pass: those of the blocks' linear layers
+    and of the output head. Embedding look-ups are no multiplications."""
     layers = [module.weight for module in model.trf_blocks.modules() if isinstance(module, nn.Linear)]
     return sum(weight.numel() for weight in [*layers, model.head_weight])
 
 
 def training_flops_per_token(model: GPTModel) -> int:
-    """Floating-point operations of a forward and a backward pass per token.
+    """Floating-point operations of a forward and backward pass per token.
 
-    6 for each weight of a matrix product, and 12 · layers · width · context for attention; PaLM
-    (Chowdhery et al. 2022), appendix B, with the output head counted and look-ups not.
+    6 for each weight of a matrix product, and 12 · layers · width · context for attention: PaLM (Chowdhery et
+    al. 2022), appendix B, counting the output head but not embedding look-ups.
     """
     config = model.config
     attention = 12 * config.n_layers * config.emb_dim * config.context_length

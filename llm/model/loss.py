@@ -1,9 +1,9 @@
 """Cross-entropy of a linear output head, without holding the logits of all tokens at once.
 
 With GPT-2's 50,257 tokens the output head is most of a small model's work, and its logits most of the memory.
-So the softmax is taken over one chunk of tokens at a time and turned into its own gradient in place, from
-which the gradients of hidden states and weights follow at once. The chunk's logits are then no longer needed,
-and the backward pass only scales the gradients.
+So the softmax is taken over one chunk of tokens at a time and turned into the gradient of the logits in
+place, from which the gradients of hidden states and weights are computed right away. The chunk's logits are
+then no longer needed, and the backward pass only scales these gradients.
 """
 
 import math
@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 from llm.device import gpu_memory_bytes, gpu_stood_for
 from llm.model.cpu import IN_CACHE
 
-CHUNK_TOKENS = 1024  # whose logits are held at once: 206 MB in fp32 with GPT-2's vocabulary
-# On CUDA more, as far as they take this share of its memory: a GPU is fastest at large products, and each
-# chunk adds to the gradient of all of the head's weights.
+CHUNK_TOKENS = 1024  # their logits take 206 MB in fp32 with GPT-2's vocabulary
+# On CUDA chunks are larger, up to this share of its memory: a GPU is fastest at large products, and every
+# chunk adds to the whole gradient of the head's weights.
 CUDA_CHUNK_TOKENS, CUDA_CHUNK_SHARE = 16_384, 1 / 32
-SCORED_PARTS = 16  # of a chunk, each scored by itself: scores take several numbers in fp32 for each logit
-ALIGNED = 64  # matrix products are fastest when their sides are multiples of this; GPT-2's 50,257 is odd
+SCORED_PARTS = 16  # into which a chunk is split for scoring, which takes several fp32 numbers per logit
+ALIGNED = 64  # matrix products are fastest if their sides are multiples of this; GPT-2's 50,257 is odd
 
 
 def chunk_tokens(device: torch.device, vocab_size: int, dtype: torch.dtype) -> int:
-    """How many tokens' logits are held at once. It depends on the whole memory of a GPU, not on what is free:
-    chunks decide in which order a gradient is added up, and a rerun is to add up the same."""
+    """How many tokens' logits are held at once. It depends on a GPU's total memory, not on what is free:
+    chunks determine the order in which gradients are summed, which has to be the same in a rerun."""
     memory = gpu_memory_bytes(device) if device.type == "cuda" else gpu_stood_for()
     if memory is None:
         return CHUNK_TOKENS
@@ -37,13 +37,13 @@ def chunk_tokens(device: torch.device, vocab_size: int, dtype: torch.dtype) -> i
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each target: logits (tokens, vocab) and targets (tokens,) to nats (tokens,)."""
+    """Cross-entropy of each target: logits (tokens, vocab) and targets (tokens,) to nats (tokens,)."""
     return F.cross_entropy(logits, targets, reduction="none")
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
-    """Logits bounded smoothly to (-cap, cap): cap · tanh(logits / cap). Gemma 2 (2024), section 2."""
-    # tanh(x) = 2 · sigmoid(2x) - 1: on a CPU, torch's tanh takes ten times as long as its sigmoid.
+    """Logits smoothly bounded to (-cap, cap): cap · tanh(logits / cap). Gemma 2 (2024), section 2."""
+    # tanh(x) = 2 · sigmoid(2x) - 1. On a CPU, torch's tanh takes ten times as long as its sigmoid.
     return torch.sigmoid(logits * (2 / cap)) * (2 * cap) - cap
 
 
@@ -52,11 +52,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean of `F.cross_entropy(hidden @ weight.T, targets)`, a scalar in nats, for training.
 
-    Under autocast the products are computed in its type, and the loss is summed in fp32.
+    Under autocast the products are computed in autocast's type; the loss is always summed in fp32.
 
     Args:
-        hidden: (tokens, emb_dim). weight: (vocab, emb_dim). targets: (tokens,), int64.
-        softcap: the logits are `capped` by it.
+        hidden: (tokens, emb_dim).
+        weight: (vocab, emb_dim).
+        targets: (tokens,), int64.
+        softcap: cap of the logits, see `capped`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -106,9 +108,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product of matrices in `dtype`, added to the total in place if there is one."""
+    """total + left @ right in `dtype`, computed in place; just the product if there is no total yet."""
     if left.dtype != dtype and sums_products(left.device, left.dtype, dtype):
-        # cuBLAS adds up in fp32 itself: no product in bf16, of up to 77 MB, is written and read again.
+        # cuBLAS adds to an fp32 total directly, without writing and reading a bf16 product of up to 77 MB.
         if total is None:
             return torch.mm(left, right, out_dtype=dtype)
         return torch.addmm(total, left, right, out_dtype=dtype, out=total)
@@ -118,8 +120,8 @@ def plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch
 
 @cache
 def sums_products(device: torch.device, dtype: torch.dtype, total: torch.dtype) -> bool:
-    """Whether torch adds products of one type to a total of another. It does on CUDA; but some versions want
-    the total, too, to be of the products' type."""
+    """Whether torch can add a product of `dtype` matrices to a total of another type. It can on CUDA, except
+    for some versions, which is why it is tried."""
     if device.type != "cuda":
         return False
     ones, threes = torch.ones(16, 16, dtype=dtype, device=device), torch.full((16, 16), 3.0, device=device)
@@ -132,7 +134,7 @@ def sums_products(device: torch.device, dtype: torch.dtype, total: torch.dtype) 
 
 def _softmax_minus_one_hot(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Turn logits (tokens, vocab_size and padding) in place into the gradient of their summed cross-entropy:
-    the softmax, less 1 at the target. Returns that sum, in nats. Probabilities are clamped to fp32's smallest
+    softmax, minus 1 at the target. Returns that sum, in nats. Probabilities are clamped to fp32's smallest
     normal number, so a token's loss is at most 87 nats."""
     logits[:, vocab_size:] = -torch.inf  # the padding gets probability 0
     probabilities = torch.softmax(logits, dim=-1, out=logits)
@@ -143,9 +145,9 @@ def _softmax_minus_one_hot(logits: Tensor, targets: Tensor, vocab_size: int) -> 
 
 
 def _capped_softmax_minus_one_hot(logits: Tensor, targets: Tensor, cap: float, vocab_size: int) -> Tensor:
-    """`_softmax_minus_one_hot` of `capped` logits, and turned into the gradient of those before the cap."""
+    """`_softmax_minus_one_hot` for `capped` logits, with the gradient of the logits before the cap."""
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()  # see `capped`
-    gradient = sigmoid * (2 * cap)  # cap less than that is the same to a softmax
+    gradient = sigmoid * (2 * cap)  # capped logits + cap, whose softmax is the same
     nats = _softmax_minus_one_hot(gradient, targets, vocab_size)
     torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1, out=sigmoid)  # a quarter of the derivative of tanh
     torch.mul(gradient, sigmoid.mul_(4), out=logits)

@@ -1,8 +1,8 @@
 """The parts that a GPT is assembled from, and the tables that `model.norm`, `model.position` and
 `model.activation` choose from.
 
-A new part is a class here and its line in a table. It is then trained, resumed, swept and reported like any
-other; an export to a format that cannot describe it refuses.
+To add a part, write a class here and add it to its table. It can then be trained, resumed, swept and reported
+like any other; exports to formats that cannot describe it are refused.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019): no mean is taken off, and there is no shift."""
+    """Root-mean-square normalisation (Zhang & Sennrich 2019): no mean is subtracted, and there is no
+    shift."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -45,16 +46,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
 
 
-# By `model.norm`: made from the size of what it normalises and the epsilon; (…, size) to the same shape.
+# By `model.norm`: made from (size, epsilon); a module from (…, size) to the same shape.
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 class Rotary(nn.Module):
-    """Rotary position codes (Su et al. 2021): queries and keys are turned by angles that grow with the
-    position, so that their products depend on how far apart they are, and on nothing else.
+    """Rotary position embeddings (RoPE, Su et al. 2021): positions to the angles by which queries and keys
+    are rotated. Angles grow with the position, so attention scores depend only on how far apart two tokens
+    are.
 
-    The first half of a head's numbers are paired with the second, as in Llama. Pair i turns by
-    base^(-2i / head_dim) a token.
+    The first half of a head's dimensions is paired with the second, as in Llama. Pair i rotates by
+    base^(-2i / head_dim) per token.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -65,7 +67,8 @@ class Rotary(nn.Module):
                 f"model.position=rotary turns pairs of numbers: model.emb_dim={config.emb_dim} among "
                 f"model.n_heads={config.n_heads} heads gives each {head_dim}, which has to be even"
             )
-        # Divided last, as in transformers: at position 500, the last bit of a frequency is 1e-4 of a logit.
+        # The division comes last, as in transformers: a frequency's last bit is 1e-4 of a logit at position
+        # 500.
         frequencies = 1 / config.rotary_base ** (torch.arange(0, head_dim, 2) / head_dim)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -73,18 +76,18 @@ class Rotary(nn.Module):
         return positions[..., None] * self.get_buffer("frequencies")
 
 
-# Of the angles of a rotation, each (…, 1, time, head_dim): the cosines twice, the sines with - and with +.
+# Rotations of heads: cosines [cos, cos] and sines [-sin, sin] of their angles, each (…, 1, time, head_dim).
 Turns = tuple[Tensor, Tensor]
 
 
 def turns_of(angles: Tensor) -> Turns:
-    """Angles (…, time, head_dim / 2) made ready to turn heads by, once for all blocks."""
+    """The rotations by angles (…, time, head_dim / 2); computed once and used by all blocks."""
     cos, sin = angles.cos()[..., None, :, :], angles.sin()[..., None, :, :]
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def turned(heads: Tensor, turns: Turns) -> Tensor:
-    """Queries or keys (batch, heads, time, head_dim) with their pairs turned, in fp32."""
+    """Queries or keys (batch, heads, time, head_dim) with their pairs rotated, in fp32."""
     cos, sin = turns
     if trains_on_cpu(heads):
         return cpu.Turned.apply(heads, cos, sin)
@@ -94,17 +97,18 @@ def turned(heads: Tensor, turns: Turns) -> Tensor:
 
 @dataclass(frozen=True)
 class Position:
-    """How a model tells positions apart: by what is added to the embeddings, or within attention."""
+    """How a model encodes positions: in the embeddings, or by rotating queries and keys."""
 
-    # Positions (time,) or (batch, time) to what is added to the token embeddings: (…, time, emb_dim).
+    # Makes a module from positions (time,) or (batch, time) to what is added to the token embeddings, (…,
+    # time, emb_dim).
     embedding: Callable[[ModelConfig], nn.Module] | None = None
-    # Positions (time,) or (batch, time) to the angles, in radians and proportional to positions, by which the
-    # pairs of numbers of queries and keys are turned: (…, time, head_dim / 2).
+    # Makes a module from positions (time,) or (batch, time) to the angles by which pairs of queries' and
+    # keys' dimensions are rotated, (…, time, head_dim / 2); in radians, and proportional to the positions.
     rotation: Callable[[ModelConfig], nn.Module] | None = None
 
 
 def learned_embedding(config: ModelConfig) -> nn.Module:
-    """GPT-2's: a learned vector for each position of the context."""
+    """GPT-2's position embedding: a learned vector for each position of the context."""
     return nn.Embedding(config.context_length, config.emb_dim)
 
 
@@ -125,7 +129,7 @@ class SquaredReLU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Half of the inputs, through SiLU, gates the other half (Shazeer 2020)."""
+    """SiLU of one half of the inputs gates the other half (Shazeer 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
@@ -134,10 +138,10 @@ class SwiGLU(nn.Module):
 
 @dataclass(frozen=True)
 class Activation:
-    """What stands between the two linear layers of a block's feed-forward network."""
+    """The activation between the two linear layers of a block's feed-forward network."""
 
-    make: Callable[[], nn.Module]  # (…, inputs · hidden) to (…, hidden)
-    inputs: int = 1  # numbers that it takes for each one that it gives; 2 where one gates the other
+    make: Callable[[], nn.Module]  # makes a module from (…, inputs · hidden) to (…, hidden)
+    inputs: int = 1  # inputs per output: 2 if one half gates the other
 
 
 # By `model.activation`.
@@ -149,8 +153,8 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def hidden_dim(config: ModelConfig) -> int:
-    """The width of a feed-forward network between its two layers. A gated one is by default two thirds as
-    wide as GPT-2's, so that it has as many weights (Shazeer 2020), up to the next multiple of 16."""
+    """The hidden width of a feed-forward network. By default a gated one is two thirds as wide as GPT-2's,
+    rounded up to a multiple of 16, so that it has as many weights (Shazeer 2020)."""
     if config.hidden_dim is not None:
         return config.hidden_dim
     inputs = ACTIVATIONS[config.activation].inputs
@@ -158,7 +162,7 @@ def hidden_dim(config: ModelConfig) -> int:
 
 
 def spelled_out(config: ModelConfig) -> ModelConfig:
-    """The same model with the numbers that null stands for."""
+    """The same model, with explicit values where a key is null and depends on others."""
     return replace(config, hidden_dim=hidden_dim(config), n_kv_heads=config.kv_heads)
 
 

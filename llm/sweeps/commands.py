@@ -1,4 +1,4 @@
-"""Commands to paste: what gives a job's numbers again, or why nothing does."""
+"""Commands that reproduce a job's numbers, or the reason why there is none."""
 
 import re
 from collections.abc import Iterator
@@ -32,11 +32,11 @@ class Again:
 
 
 def train_again(job: Job) -> Again:
-    """The command that gives a training run's numbers again.
+    """The command that reproduces a training run's numbers.
 
-    What the clock limits is repeated by its record, for no two runs do as many updates in a minute. A run
-    that was resumed with other keys is repeated in as many parts, if each of them ended by its own limit: the
-    schedule depends on the limit from the first update on.
+    A run limited by the clock is repeated by its record (`rerun`), as no two runs make the same number of
+    updates in a minute. A run that was resumed with other keys is repeated in as many parts, if each part
+    ended by its own limit, as the schedule depends on the limit from the first update on.
     """
     values = _recorded_values(job.folder)
     if values is None or values["rerun"]:
@@ -74,7 +74,7 @@ def train_again(job: Job) -> Again:
 
 
 def _recorded_values(run_dir: Path) -> dict[str, Any] | None:
-    """The values of all keys with which a run was last begun or saved."""
+    """The values of all keys with which a run was last started or saved."""
     from llm.checkpoints.checkpoint import recorded_config  # imports torch
 
     config = recorded_config(run_dir)
@@ -82,8 +82,8 @@ def _recorded_values(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _unlike_hydras(run_dir: Path, values: dict[str, Any]) -> Iterator[str]:
-    """Overrides for what a run began with and Hydra's record does not say: it was resumed before its first
-    checkpoint, `latest` was a run, or it was begun in Python."""
+    """Overrides for values with which a run started that are not in Hydra's record: it was resumed before its
+    first checkpoint, `latest` was a certain run, or it was started from Python."""
     has_record = (run_dir / ".hydra").exists()
     settings = read_settings(run_dir, values)
     for key, value in values.items():
@@ -107,7 +107,7 @@ def _override(key: str, value: Any) -> str:
 
 
 def _has_ended(values: dict[str, Any], steps: int, line: dict[str, Any]) -> bool:
-    """Whether a run with these values ends after so many updates, whatever the clock says."""
+    """Whether a run with these values ends after `steps` updates, whatever the clock says."""
     limits: dict[str, Any] = {name: figure(values[f"training.{name}"]) for name in LIMITS}
     epoch = line.get("epoch")
     if limits["max_minutes"] is not None or epoch is None:
@@ -116,21 +116,22 @@ def _has_ended(values: dict[str, Any], steps: int, line: dict[str, Any]) -> bool
 
 
 def generate_again(job: Job) -> Again:
-    """The command that draws the samples of a study's setting again, from the checkpoint that was loaded."""
+    """The command that generates the samples of a study's setting again, from the checkpoint that was
+    loaded."""
     loaded = job.summary.get("checkpoint")
     checkpoint = [as_override("checkpoint", loaded)] if loaded else []
     return Again(command_again("generate", GenerateConfig, job, *checkpoint, "study=true"))
 
 
 def command_again(script: str, schema: type, job: Job, *further: str) -> str | None:
-    """The command that runs a job again by itself, even if the experiment that it names is a sweep.
+    """The command that runs a job again as a single run, even if the experiment that it names is a sweep.
 
-    What its folder says may be a stranger's. So the command sets keys of the schema, and chooses options of
-    groups by plain names; Hydra's own settings are omitted, as they do not change what a job does. None if
-    there is more to it: another key, a resolver such as `${oc.env:…}`, a terminal's control codes.
+    The job's folder may come from a stranger. So the command only sets keys of the schema and chooses options
+    of groups by plain names; Hydra's own settings are omitted, as they do not change what a job does. None if
+    that is not enough: there is another key, a resolver such as `${oc.env:…}`, or a terminal's control codes.
 
     Args:
-        further: overrides of ours, which replace the job's.
+        further: overrides that replace the job's.
     """
     keys, groups = {*leaf_keys(schema)}, {item.name for item in fields(schema)}
     groups |= {"experiment", "scale", "rate"}
@@ -150,5 +151,5 @@ def command_again(script: str, schema: type, job: Job, *further: str) -> str | N
 
 
 def printable(command: str) -> str | None:
-    """A command, unless it holds characters that a terminal obeys when they are pasted."""
+    """A command; None if it holds characters that a terminal would obey when it is pasted."""
     return command if shown(command, keep="") == command else None

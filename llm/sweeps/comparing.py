@@ -1,7 +1,7 @@
-"""Which final losses may be ranked as one, and by what measure.
+"""Which jobs' final losses are comparable, and by what measure.
 
-A loss in nats per token depends on the tokenizer, so between tokenizers bits per byte are compared. Either is
-of a text: what was measured on different ones is not compared at all.
+A loss in nats per token depends on the tokenizer, so jobs with different tokenizers are compared by bits per
+byte. Losses on different texts are not compared at all.
 """
 
 from collections.abc import Hashable, Iterable
@@ -16,7 +16,7 @@ TEXT_KEYS = ("data", "data.source", "data.path", "data.train_ratio", "training.f
 
 @dataclass(frozen=True)
 class Measure:
-    """What jobs are ranked by, the lower the better."""
+    """A figure by which jobs are ranked; lower is better."""
 
     name: str  # in a summary
     line: str  # in the lines of metrics
@@ -33,7 +33,7 @@ BITS_PER_BYTE = Measure(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Jobs that may be ranked as one: their final figures are of one text."""
+    """Comparable jobs: their final figures are on the same text."""
 
     title: str  # what sets their text apart; empty if all jobs have the same
     measure: Measure
@@ -47,9 +47,9 @@ class Comparison:
 
 
 def comparisons(jobs: Iterable[Job]) -> list[Comparison]:
-    """The jobs by the text that they were evaluated on, in the order of their first ones. A part of the
-    validation split, see `training.final_eval`, is a text of its own, and another one under each tokenizer.
-    Jobs without a final figure are with those that share what is known of them."""
+    """Jobs grouped by the text that they were evaluated on, in the order of each group's first job. A part of
+    the validation split (see `training.final_eval`) is a text of its own, and a different one under each
+    tokenizer. Jobs without a final figure are grouped by what is known about them."""
     jobs = list(jobs)
     measured = [job for job in jobs if job.final(LOSS.name) is not None]
     known: dict[Hashable, Hashable] = {}  # the text by what is known of it
@@ -78,7 +78,7 @@ def _text(job: Job) -> Hashable:
 
 
 def _known_of(job: Job) -> list[Hashable]:
-    """What says which text a job is evaluated on, the surest first."""
+    """What is known about the text that a job is evaluated on, the surest first."""
     settings = ("settings", _text_settings(job))
     return [job.evaluated_on, job.evaluated_on[1], settings] if job.evaluated_on else [settings]
 

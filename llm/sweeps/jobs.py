@@ -1,4 +1,4 @@
-"""A sweep, read from its folder: which jobs there are, what varies between them, and what became of each.
+"""A sweep, read from its folder: its jobs, what varies between them, and their states.
 
 Nothing here needs the process that runs the sweep.
 """
@@ -53,12 +53,12 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What sets it apart, as `lr=4e-4 seed=1`."""
+        """What distinguishes it from other jobs, such as `lr=4e-4 seed=1`."""
         return title_of(self.setting) or "the one setting"
 
     @property
     def seedless(self) -> dict[str, str]:
-        """What sets it apart from all but its repetitions with other seeds."""
+        """What distinguishes it from other jobs, except for the seed."""
         return {key: value for key, value in self.setting.items() if key != "seed"}
 
     @property
@@ -83,14 +83,14 @@ class Job:
         return self.summary.get("error") or usual.get(state, "it did not finish")
 
     def final(self, name: str) -> float | None:
-        """A figure of the evaluation at the end, by its name in the summary; None for a job that has not
-        finished, even if it was interrupted so late that its summary holds one."""
+        """A figure of the evaluation at the end, by its name in the summary. None for a job that has not
+        finished, even if it was interrupted so late that its summary has one."""
         return self.summary.get(name) if self.summary.get("status") == "finished" else None
 
     @cached_property
     def evaluated_on(self) -> tuple[str, str] | None:
-        """The fingerprints of its tokenizer and of its validation text; None if it never came to record
-        them. Runs of before the summary said so have them in their checkpoints."""
+        """The fingerprints of its tokenizer and its validation text; None if it has not recorded them. Runs
+        of older versions have them only in their checkpoints."""
         tokenizer, validation_text = (self.summary.get(name) for name in ("tokenizer", "validation_text"))
         if tokenizer and validation_text:
             return tokenizer, validation_text
@@ -103,19 +103,19 @@ class Job:
 
     @property
     def part(self) -> str | None:
-        """Which of the validation split's windows its final figures are of, in words; None for all."""
+        """Which part of the validation split its final figures are on, in words; None for all of it."""
         evaluated, there = (self.summary.get(name) for name in ("evaluated_windows", "validation_windows"))
         if evaluated is None or there is None or evaluated >= there:
             return None
         return format_windows(evaluated, there)
 
     def reread(self) -> "Job":
-        """The same job with the summary that is in its folder now."""
+        """The same job, with its current summary."""
         return replace(self, summary=read_summary(self.folder))
 
 
 def repetitions(items: Iterable[Item], setting: Callable[[Item], dict[str, str]]) -> list[list[Item]]:
-    """Those of one setting together, in the order of their first ones."""
+    """Items grouped by setting, in the order of each group's first item."""
     found: dict[str, list[Item]] = {}
     for item in items:
         found.setdefault(json.dumps(setting(item), sort_keys=True), []).append(item)
@@ -123,18 +123,19 @@ def repetitions(items: Iterable[Item], setting: Callable[[Item], dict[str, str]]
 
 
 def none_begun(folders: Iterable[Path]) -> UserError:
-    """The error where sweeps have no job yet."""
+    """The error for sweeps that have no job yet."""
     return UserError(f"{' '.join(map(str, folders))} has no job yet: wait until one has begun")
 
 
 def begun(job: Job) -> float:
-    """When a job was last begun, in seconds since the epoch; 0 if it never was."""
+    """When a job was last started, in seconds since 1970; 0 if it never was."""
     return modified(job.folder / ".hydra" / "overrides.yaml")
 
 
 def state_since(job: Job, since: float) -> str:
-    """A job's state for the process that has run its sweep since then. A job not begun since is waiting,
-    unless it has a result from before; one begun since is running until its summary says how it ended."""
+    """A job's state for the process that has been running its sweep since `since`. A job that was not started
+    since then is waiting, unless it has an earlier result; one that was is running until its summary says how
+    it ended."""
     written = modified(job.folder / SUMMARY)
     if written >= max(since, begun(job)):
         return "running" if job.summary.get("status") == "running" else job.state
@@ -181,8 +182,8 @@ def read_jobs(folders: Iterable[Path]) -> list[Job]:
 
 
 def changes_of(summary: Record) -> list[str]:
-    """What a run has unlike its command line, as overrides: what it was resumed with, the last ones last, and
-    the checkpoint that `init_from` meant."""
+    """Differences between a run and its command line, as overrides: those that it was resumed with, in order,
+    and the checkpoint that `init_from` meant."""
     changes = [
         f"{key}={as_text(now)}"
         for resumed in summary.get("resumed") or []
@@ -205,9 +206,9 @@ def _jobs_in(folder: Path) -> list[tuple[Path, list[str]]]:
 def settings_of(
     jobs: list[list[str]], folders: list[Path] | None = None, varied: Collection[str] = ()
 ) -> list[dict[str, str]]:
-    """For each job's overrides, those whose value is not the same in all jobs, and those of the keys that are
-    known to vary. For a job that does not set such a key, the value is that which it was trained with, read
-    from its folder, if `folders` is given; of a group, the option that was chosen."""
+    """For each job, the values of the keys that differ between jobs, or are known to vary. If a job does not
+    set such a key and `folders` is given, the value with which it was trained (for a group, the chosen
+    option) is read from its folder."""
     given = [_given(overrides) for overrides in jobs]
     every_key = dict.fromkeys(key for own in given for key in own)
     keys = [key for key in every_key if not key.startswith(NEVER_VARIED)]
@@ -221,8 +222,8 @@ def settings_of(
 
 
 def recorded_texts(run_dir: Path, keys: list[str]) -> dict[str, str]:
-    """What a run has for keys, as its newest checkpoint says, or else Hydra's record; the options of groups
-    are in that alone."""
+    """A run's values of keys, from its newest checkpoint or else from Hydra's record, which alone has the
+    options of groups."""
     from llm.checkpoints.checkpoint import recorded_config  # imports torch, which most reports need not
 
     choices, leaves, config = read_choices(run_dir), leaf_keys(PretrainConfig), recorded_config(run_dir)

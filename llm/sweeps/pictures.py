@@ -35,7 +35,7 @@ FEW = 8  # settings that can be told apart by colour
 MOST_TICKS = 20  # along a side of a heatmap
 MOST_NAMES = 40  # one under the other
 
-# Colours that people see apart who do not see all of them: an order from good to bad, and eight kinds.
+# Colours that colour-blind people can distinguish: an order from good to bad, and eight kinds.
 COLOURS = {
     "light": {
         "ramp": ["#2a1a6e", "#1f5fa8", "#17868c", "#6c942c", "#c98500"],
@@ -51,8 +51,8 @@ UNRANKED = "#b5bac1"
 
 
 def draw_sweep(rankings: list[Ranking], path: Path) -> None:
-    """The curves, and beside them the final figure against what was swept; for each text one below the other.
-    Of more than MOST_TEXTS, the first ones."""
+    """Draw the curves, and beside them the final figure over what was swept: a row for each text, at most
+    MOST_TEXTS."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
 
     drawn = rankings[:MOST_TEXTS]
@@ -116,7 +116,8 @@ def _draw_ranking(picture: Any, ranking: Ranking, layout: Layout) -> None:
 
 
 def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]], measure: Measure) -> None:
-    """The evaluations of all jobs, and the smoothed training loss of a few that share a tokenizer."""
+    """Draw the evaluations of all jobs, and the smoothed training losses if jobs are few and share a
+    tokenizer."""
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import EngFormatter
 
@@ -161,8 +162,8 @@ def _draw_curves(axes: Any, results: list[Result], groups: list[list[Result]], m
 
 
 def _between_seeds(group: list[Result]) -> tuple[np.ndarray, ...] | None:
-    """Tokens seen, and the lowest and highest evaluation of a setting's seeds there; None for one seed, and
-    if they were not evaluated at the same places."""
+    """Tokens seen, and the lowest and highest evaluation among a setting's seeds there; None with a single
+    seed, or if the seeds were not evaluated at the same places."""
     curves = [result.evaluations for result in group if result.evaluations.size]
     if len(curves) < 2 or any(not np.array_equal(rows[1], curves[0][1]) for rows in curves):
         return None
@@ -171,8 +172,9 @@ def _between_seeds(group: list[Result]) -> tuple[np.ndarray, ...] | None:
 
 
 def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, float]:
-    """From the lowest loss to where the usual job is after a tenth of its way, or to the highest if that is
-    about as much: the fall at the beginning, and a job that diverges, would press all else flat."""
+    """The range of losses to show: from the lowest to that of the median job after a tenth of its training,
+    or to the highest if that is not much more. The steep beginning, or a job that diverges, would flatten
+    everything else."""
     early = [
         rows[3][(rows[1] >= 0.1 * rows[1][-1]) & np.isfinite(rows[3])][:1] for rows in curves if rows.size
     ]
@@ -184,7 +186,8 @@ def _loss_range(curves: list[np.ndarray], losses: np.ndarray) -> tuple[float, fl
 def _job_colours(
     results: list[Result], groups: list[list[Result]]
 ) -> tuple[dict[Result, Any], dict[str, Any]]:
-    """A colour for each result: by its setting, with a legend, or of many settings by rank of the loss."""
+    """A colour for each result: by its setting, with a legend; or by the rank of its loss, if settings are
+    many."""
     ramp = _ramp()
     if len(groups) > FEW:
         ranked = sorted((each for each in results if each.final is not None), key=lambda each: each.rank)
@@ -222,7 +225,7 @@ def _draw_colour_bar(axes: Any, losses: list[float], measure: Measure) -> None:
 
 
 def _draw_noise(axes: Any, ranking: Ranking, upright: bool) -> None:
-    """What seeds alone change, a standard deviation to either side of the lowest mean, as a band."""
+    """Draw the noise of seeds as a band: a standard deviation to either side of the lowest mean."""
     means = [mean_of(result.final for result in group) for group in ranking.groups]
     there = [value for value in means if value is not None]
     if ranking.noise and there:
@@ -235,7 +238,7 @@ def _axis_title(measure: Measure) -> str:
 
 
 def _draw_values(axes: Any, results: list[Result], key: str, measure: Measure) -> None:
-    """Final figures over a swept number, the mean at each value, and a ring about the lowest."""
+    """Draw final figures over a swept number, the mean at each value, and a ring around the lowest."""
     from matplotlib.ticker import NullLocator
 
     finished = [result for result in results if result.final is not None and key in result.job.setting]
@@ -272,7 +275,8 @@ def _draw_values(axes: Any, results: list[Result], key: str, measure: Measure) -
 
 
 def _draw_names(axes: Any, results: list[Result], key: str, measure: Measure) -> None:
-    """Final figures of each value of a swept key that is no number, and their mean; the lowest on top."""
+    """Draw the final figures at each value of a key that is not a number, and their mean; the lowest on
+    top."""
     means = sorted(means_over(results, key), key=lambda each: each[1], reverse=True)[-MOST_NAMES:]
     place = {value: number for number, (value, _) in enumerate(means)}
     drawn = [
@@ -298,7 +302,7 @@ def _draw_names(axes: Any, results: list[Result], key: str, measure: Measure) ->
 
 
 def draw_heatmap(axes: Any, grid: Grid, cells: list[HeatCell]) -> None:
-    """The cells of settings at their places, with their texts where there is room for them."""
+    """Draw the cells of settings at their places, with their texts if there is room."""
     places = [[None if number is None else cells[number] for number in row] for row in grid.cells]
     shades = [[math.nan if cell is None or cell[0] is None else cell[0] for cell in row] for row in places]
     axes.imshow(shades, cmap="Blues", aspect="auto", vmin=-0.1, vmax=1.3)  # neither white nor all but black
@@ -316,6 +320,6 @@ def draw_heatmap(axes: Any, grid: Grid, cells: list[HeatCell]) -> None:
 
 
 def label(text: str, most: int = 20) -> str:
-    """A text that fits beside an axis and is not taken for mathematics."""
+    """A text for a label, shortened, and escaped so that it is not read as mathematics."""
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return shown(cut, keep="").replace("$", r"\$")

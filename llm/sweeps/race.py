@@ -1,9 +1,8 @@
-"""A race of settings: seeds are added until one setting is left, with an error rate that holds however often
-one looks.
+"""A race of settings: seeds are added until one setting is left, with an error rate that holds at any time.
 
-A p-value holds for a number of seeds that was decided on before. Whoever looks after each seed, and stops
-when it is low, finds differences where there are none. The test here may be looked at any time: its evidence
-is an e-value, which for equal settings exceeds 1 / level with a probability of at most `level` over all looks
+A p-value is valid for a number of seeds that was fixed in advance. Looking after each seed, and stopping when
+it is low, finds differences where there are none. The test here may be looked at any time: its evidence is an
+e-value, which for equal settings exceeds 1 / level with a probability of at most `level` over all looks
 together (Ville 1939).
 """
 
@@ -16,7 +15,7 @@ import numpy as np
 from llm.files import parse_json, read_content
 from llm.records import RECORD_BYTES, Record, figure, flag, text
 
-OUTCOME = "race.json"  # in the sweep's folder: what came of the race, or how it stands
+OUTCOME = "race.json"  # in the sweep's folder: the outcome of the race, or its state so far
 KINDS = {"verdict": text, "decided": flag, "best": text, "seeds": figure, "jobs": figure, "level": figure}
 
 # The variance of the prior for the size of an effect, in standard deviations of a pair's difference. With 10,
@@ -25,8 +24,7 @@ PRIOR_VARIANCE = 10.0
 
 
 def evidence(differences: Sequence[float]) -> float:
-    """How much likelier the paired differences are with some effect than with none: an e-value, 1 for fewer
-    than two.
+    """How much likelier paired differences are with an effect than without: an e-value, 1 for fewer than two.
 
     The Bayes factor of a t-test with a normal prior on the effect's size (Gönen et al. 2005, "The Bayesian
     two-sample t test"). With the scale-invariant prior on the noise it is a martingale for equal settings
@@ -46,16 +44,16 @@ def evidence(differences: Sequence[float]) -> float:
 
 
 def ruled_out(settings: Sequence[Sequence[float]], seeds: int, level: float) -> list[int | None]:
-    """After how many seeds each setting left the race; None for those that are in it.
+    """After how many seeds each setting left the race; None for those still in it.
 
-    A setting leaves once another one that is left has a lower mean over their common seeds, and the evidence
-    for a difference is at least (settings - 1) / level: so the setting that is truly best leaves with a
-    probability of at most `level` (Bonferroni's bound over its rivals). It also leaves if it lacks the figure
-    of a seed, as its run failed.
+    A setting leaves once a remaining rival has a lower mean over their common seeds, and the evidence for a
+    difference is at least (settings - 1) / level. So the truly best setting leaves with a probability of at
+    most `level` (Bonferroni's bound over its rivals). A setting also leaves if it lacks the figure of a seed
+    because its run failed.
 
     Args:
-        settings: the final figures of each, lower being better, by seed in the order of their adding.
-        seeds: that were run of those that are left.
+        settings: the final figures of each setting (lower is better), in the order in which seeds were added.
+        seeds: how many seeds the remaining settings have been run with.
     """
     left: list[int | None] = [None] * len(settings)
     for count in range(1, seeds + 1):
@@ -71,7 +69,8 @@ def ruled_out(settings: Sequence[Sequence[float]], seeds: int, level: float) -> 
 
 
 def read_race(folder: Path) -> Record:
-    """What came of the race in a sweep's folder; empty if it is none, or the record is damaged."""
+    """The outcome of the race in a sweep's folder; empty if the sweep is no race, or the record is
+    damaged."""
     values = parse_json(read_content(folder / OUTCOME, RECORD_BYTES))
     return {name: kind(values.get(name)) for name, kind in KINDS.items()} if isinstance(values, dict) else {}
 

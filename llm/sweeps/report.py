@@ -1,4 +1,4 @@
-"""The report of a sweep, a study or a run, from the files of its jobs alone."""
+"""The report of a sweep, a study or a run, made from its jobs' files alone."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from llm.sweeps.tracked import Findings, report_findings
 
 @dataclass(frozen=True)
 class Report:
-    """The page that was written, what there is to say of it, heads and lines, and what W&B gets."""
+    """The page that was written, lines to print (each with its head), and findings for W&B."""
 
     page: Path
     lines: list[tuple[str, str]]
@@ -31,14 +31,16 @@ class Report:
 
 
 def sweep_report(jobs: list[Job], folders: list[Path], target: Path, times: float | None = None) -> Report:
-    """Write `report.html`, `report.csv` and `report.png` of training runs that lie in `folders` into the
-    folder `target`; of a ladder, `scaling.json` and `scaling.png` too.
+    """Write `report.html`, `report.csv` and `report.png` about training runs; for a ladder, also
+    `scaling.json` and `scaling.png`.
 
     Args:
-        times: of a ladder, the compute of a larger run to predict, in that of its largest job.
+        folders: the sweeps or runs that were asked for.
+        target: the folder to write to.
+        times: for a ladder, predict a run with this many times the compute of its largest job.
 
     Raises:
-        UserError: a prediction is asked for, and there is no law to predict by.
+        UserError: a prediction was asked for, and there is no law to predict by.
     """
     # These import torch, which the start of a sweep need not wait for.
     from llm.sweeps.scaling_picture import draw_scaling
@@ -65,7 +67,7 @@ def sweep_report(jobs: list[Job], folders: list[Path], target: Path, times: floa
 
 
 def study_report(jobs: list[Job], folders: list[Path], target: Path) -> Report:
-    """The same of a study of samples."""
+    """Write the report of a study of samples."""
     write_text(target / "report.csv", _as_csv(_study_rows(jobs)))
     draw_study(jobs, target / "report.png")
     write_page(target / "report.html", "study", study_page(jobs, folders))
@@ -106,7 +108,7 @@ def _study_rows(jobs: list[Job]) -> Iterable[list[Any]]:
 
 
 def _as_csv(rows: Iterable[list[Any]]) -> str:
-    """What is missing is empty."""
+    """Rows as CSV; missing values are empty."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return writable(text.getvalue())

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep came to, read from their files: figures, and curves thin enough to draw."""
+"""Results of a sweep's jobs, read from their files: figures, and curves thinned for drawing."""
 
 import math
 import os
@@ -23,28 +23,28 @@ from llm.sweeps.comparing import LOSS, Measure
 from llm.sweeps.jobs import Job
 
 POSITION = ("step", "tokens_seen", "seconds")  # of a line of metrics; the x axes
-FINAL = ("val_", "train_")  # figures of the evaluation at the end begin so
+FINAL = ("val_", "train_")  # prefixes of figures of the evaluation at the end
 SMOOTHED_SHARE = 50  # the moving average spans a fiftieth of a job's updates
-PARTS = 100_000  # into which all curves together are cut; two points of each are drawn
+PARTS = 100_000  # into which all curves together are divided; two points of each are drawn
 MOST_PARTS, LEAST_PARTS = 1000, 50  # of one curve
 NUMBERS, NUMBERS_OR_NULL = {int, float}, {int, float, type(None)}  # as orjson reads them
-MUCH = 100e6  # bytes of metrics, from which on a process per core pays off
+MUCH = 100e6  # bytes of metrics from which a process per core pays
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A job and what its files said when they were read, once: a process may be writing to them."""
+    """A job, and the content of its files at one time, as a process may still be writing to them."""
 
     job: Job
     state: str
     error: str | None
-    figures: dict[str, float]  # of summary.json, all that there are
-    training: np.ndarray  # a row each of POSITION, the loss and the smoothed loss; the points that are drawn
-    evaluations: np.ndarray  # a row each of POSITION and the measure, on `eval_iter` batches
+    figures: dict[str, float]  # all figures of summary.json
+    training: np.ndarray  # points to draw: rows of POSITION, the loss and the smoothed loss
+    evaluations: np.ndarray  # points to draw: rows of POSITION and the measure, on `eval_iter` batches
     steps: int
     tokens_seen: int
     seconds: float  # of training
-    last: float | None  # of the evaluations
+    last: float | None  # the measure at the last evaluation
     measure: Measure
 
     @property
@@ -59,12 +59,13 @@ class Result:
 
     @property
     def setting(self) -> dict[str, str]:
-        """What sets it apart from all but its repetitions with other seeds."""
+        """What distinguishes it from other jobs, except for the seed."""
         return self.job.seedless
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What jobs of one text are ordered by: the final measure, then, of those without, the one so far."""
+        """For sorting jobs of the same text: the final measure; jobs without one come last, by their last
+        evaluation."""
         return or_infinite(self.final), or_infinite(self.last)
 
 
@@ -73,9 +74,10 @@ def or_infinite(value: float | None) -> float:
 
 
 def read_results(jobs: list[Job], measures: list[Measure]) -> list[Result]:
-    """
+    """Read the results of jobs.
+
     Args:
-        measures: of each job.
+        measures: the measure of each job.
     """
     parts = max(LEAST_PARTS, min(MOST_PARTS, PARTS // len(jobs)))
     files = [job.folder / "metrics.jsonl" for job in jobs]
@@ -84,7 +86,7 @@ def read_results(jobs: list[Job], measures: list[Measure]) -> list[Result]:
     results = []
     with ExitStack() as stack:
         read: Iterable[Result] = map(read_result, jobs, measures, repeat(parts))
-        if size > MUCH:  # spawned, not forked, for torch may run in this process and has threads
+        if size > MUCH:  # spawned, not forked, as torch may have threads in this process
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
             read = pool.map(read_result, jobs, measures, repeat(parts), chunksize=4)
         try:
@@ -101,7 +103,7 @@ def read_results(jobs: list[Job], measures: list[Measure]) -> list[Result]:
 
 
 def read_result(job: Job, measure: Measure, parts: int) -> Result:
-    """What the files of a job say, with curves of at most `2 * parts + 2` points."""
+    """Read the result of a job, with curves of at most `2 * parts + 2` points."""
     training, evaluations = read_metrics(job.folder / "metrics.jsonl", measure.line)
     span = max(1, training.shape[1] // SMOOTHED_SHARE)
     training = np.vstack([training, smoothed(training[-1], span)])
@@ -119,7 +121,7 @@ def read_result(job: Job, measure: Measure, parts: int) -> Result:
         figures,
         training[:, thinned(training[3], parts)],
         evaluations[:, thinned(evaluations[3], parts // 2)],
-        # a process that was killed, or still runs, has not written these to its summary
+        # The summary of a process that was killed or is still running lags behind its metrics.
         int(max(figures.get("steps", 0), step + 1)),
         int(max(figures.get("tokens_seen", 0), tokens_seen)),
         max(figures.get("seconds", 0.0), seconds),
@@ -129,10 +131,10 @@ def read_result(job: Job, measure: Measure, parts: int) -> Result:
 
 
 def read_metrics(file: Path, evaluated: str = LOSS.line) -> tuple[np.ndarray, np.ndarray]:
-    """The updates and the evaluations of a `metrics.jsonl`, each as rows of POSITION and the loss, or of
-    evaluations another figure.
+    """The updates and evaluations in a `metrics.jsonl`: rows of POSITION and the loss, for evaluations the
+    figure `evaluated`.
 
-    A loss that is null there is NaN here. A last line that was cut off is skipped, as is any that is damaged.
+    A null becomes NaN. Damaged lines are skipped, such as a last one that was cut off.
     """
     found: dict[str, list[tuple[float | None, ...]]] = {"train/loss": [], evaluated: []}
     pick = {loss: itemgetter(*POSITION, loss) for loss in found}
@@ -153,13 +155,13 @@ def read_metrics(file: Path, evaluated: str = LOSS.line) -> tuple[np.ndarray, np
 
 
 def _within_reason(rows: np.ndarray) -> np.ndarray:
-    """Without the points of which one number is larger than any figure; see llm/records.py."""
+    """The points whose numbers are all in the range of figures; see llm/records.py."""
     return rows[:, (np.abs(np.nan_to_num(rows)) <= LARGEST).all(axis=0)]
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
-    """An exponential moving average with weight 2 / (span + 1) for the newest value. The weights are divided
-    by their sum, so that the first values count no more than others; NaN is skipped."""
+    """An exponential moving average with weight 2 / (span + 1) for the newest value. Weights are normalised
+    by their sum, so that the first values count no more than others. NaN is skipped."""
     keep = 1 - 2 / (span + 1)
     total = weight = 0.0
     averages = []
@@ -171,8 +173,8 @@ def smoothed(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def thinned(values: np.ndarray, parts: int) -> np.ndarray:
-    """Which points to draw: the first, the last, and the lowest and the highest of each of `parts` equal
-    parts, so that no spike is lost. Of a part with NaN alone one is kept, as a gap."""
+    """Which points to draw: the first, the last, and the lowest and highest of each of `parts` equal parts,
+    so that no spike is lost. A part with only NaN keeps one of them, as a gap."""
     count = len(values)
     if count <= 2 * parts + 2:
         return np.arange(count)

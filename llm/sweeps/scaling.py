@@ -1,7 +1,8 @@
-"""Scaling laws: how the loss falls with parameters, tokens and compute, fitted to sizes and budgets.
+"""Scaling laws: how the loss falls with parameters, tokens and compute, fitted to runs of different sizes and
+budgets.
 
-All of it is a function of numbers. Losses are in any unit, as bits per byte; their logarithms are fitted, so
-that errors are shares of the loss.
+Everything here is a function of numbers. Losses may be in any unit, such as bits per byte; their logarithms
+are fitted, so that errors are shares of the loss.
 """
 
 import math
@@ -12,15 +13,15 @@ from itertools import product
 
 import numpy as np
 
-DELTA = 1e-3  # of Huber's loss: residuals of the log that are larger count by their size, not their square
+DELTA = 1e-3  # of the Huber loss: larger residuals of the log count by their size, not their square
 REPLICATES = 1000
 LEVEL = 0.05  # of intervals: how often they miss
 ITERATIONS = 60
 LEAST_RUNGS = 3  # sizes, or budgets, that a law needs
-WITH_FLOOR = 5  # settings that a law in one quantity needs to tell where it levels off
+WITH_FLOOR = 5  # settings that a law in one quantity needs to determine where it levels off
 BOTH = 6  # settings that a law in parameters and tokens needs: more than it has constants
 HELD_OUT = 0.25  # share of a ladder, its largest rungs, that forms are tried on
-ALONE = 0.95  # correlation of two quantities' logarithms, from which on their effects cannot be told apart
+ALONE = 0.95  # correlation of two quantities' logarithms above which their effects cannot be separated
 EXPONENTS = 0.01, 3.0
 SAME = 1.01  # factor within which two sizes are one
 
@@ -44,7 +45,8 @@ class Rung:
 
 @dataclass(frozen=True)
 class Form:
-    """A law: E + the sum of a term for each quantity x, coefficient / x^exponent. Or a power of that sum."""
+    """The form of a law: E plus a term coefficient / x^exponent for each quantity x; or a power of that
+    sum."""
 
     formula: str
     source: str
@@ -61,9 +63,9 @@ class Form:
 KAPLAN = "Kaplan et al. 2020, Scaling Laws for Neural Language Models"
 HOFFMANN = "Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, approach 3"
 BOTH_QUANTITIES = "parameters", "tokens"
-# Parameters gain as much at any number of tokens, down to a floor.
+# More parameters help equally at any number of tokens, down to a floor.
 SUM = Form("L = E + A / N^α + B / D^β", HOFFMANN, BOTH_QUANTITIES, (("A", "α"), ("B", "β")))
-# They gain less where tokens are few.
+# More parameters help less if there are few tokens.
 POWER = Form(
     "L = ((N_c / N)^(α_N / α_D) + D_c / D)^α_D",
     f"{KAPLAN}, equation 1.5",
@@ -83,11 +85,11 @@ def law_of(quantity: str, floor: bool) -> Form:
 
 
 def form_for(rungs: Sequence[Rung]) -> Form | str:
-    """The law that a ladder can tell; or why there is none, in a line.
+    """The form of law that a ladder can determine; or a line that says why there is none.
 
-    One in both quantities, where there are three of each and they vary apart: of the two that there are, the
-    one that tells the largest rungs better from the others. One in compute, where they grow together; in the
-    one that varies, where the other does not.
+    With at least three sizes and three budgets that vary independently, a law in both: of the two forms, the
+    one that predicts the largest rungs better from the others. If both grow together, a law in compute; if
+    only one of them varies, a law in that one.
     """
     sizes = distinct([rung.parameters for rung in rungs])
     budgets = distinct([rung.tokens for rung in rungs])
@@ -108,7 +110,7 @@ def form_for(rungs: Sequence[Rung]) -> Form | str:
 
 
 def distinct(values: Sequence[float]) -> int:
-    """How many values there are that differ by more than a hundredth."""
+    """How many values there are, counting those that differ by less than a hundredth as one."""
     count, last = 0, 0.0
     for value in sorted(values):
         if value > last * SAME:
@@ -118,33 +120,33 @@ def distinct(values: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law with its constants, and as many others as the noise might have led to."""
+    """A fitted law, with bootstrap replicates of its constants."""
 
     form: Form
     rungs: tuple[Rung, ...]
     centre: np.ndarray  # mean log of each quantity, (quantities,)
     theta: np.ndarray  # (1, constants): log E, then of each term its log at the centre and its exponent
     replicates: np.ndarray  # (REPLICATES, constants)
-    off: np.ndarray  # (REPLICATES,): standard deviation of log losses about the law, but for seeds
-    noise: float  # that of the log losses of seeds about their mean; 0 where there is one seed
-    rate: tuple[float, float]  # (g, log c): operations a token are c · N^g
+    off: np.ndarray  # (REPLICATES,): standard deviation of log losses about the law, apart from seeds
+    noise: float  # standard deviation of the log losses of seeds about their mean; 0 with a single seed
+    rate: tuple[float, float]  # (g, log c): operations per token are c · N^g
 
     def losses(self, parameters: float, tokens: float, compute: float) -> np.ndarray:
-        """What the law says of a run, then what each of its replicates says: (1 + REPLICATES,)."""
+        """The loss of a run by the law, then by each of its replicates: (1 + REPLICATES,)."""
         there = {"parameters": parameters, "tokens": tokens, "compute": compute}
         logs = np.log([[there[name] for name in self.form.quantities]]) - self.centre
         return np.exp(_log_losses(self._all, logs, self.form)[0][:, 0])
 
     def predict(self, parameters: float, tokens: float, compute: float) -> Interval:
-        """The loss of one new run, with an interval: of what the constants may be, of the noise of its seed,
-        and of as much error beyond the ladder as there was within it, see `held_out`."""
+        """The loss of a new run, with an interval that accounts for the uncertainty of the constants, the
+        noise of its seed, and as much error beyond the ladder as there was within it (see `held_out`)."""
         losses, random = self.losses(parameters, tokens, compute), np.random.default_rng(1)
         spread = np.sqrt(self.off**2 + self.noise**2 + self.held_out**2)
         return _interval(losses[0], losses[1:] * np.exp(spread * random.standard_normal(len(spread))))
 
     @cached_property
     def constants(self) -> dict[str, Interval]:
-        """By their symbols, E first."""
+        """The constants by symbol, with intervals; E first."""
         rows, first = self._all, int(self.form.floor)
         found = {"E": np.exp(rows[:, 0])} if self.form.floor else {}
         for number, (coefficient, exponent) in enumerate(self.form.symbols):
@@ -152,17 +154,17 @@ class Fit:
             found[coefficient], found[exponent] = np.exp(log + power * self.centre[number]), power
         if self.form.power:
             (u, a, v, p), (n, d) = rows.T, self.centre
-            with np.errstate(over="ignore"):  # a law that hardly falls with N: N_c is beyond all numbers
+            with np.errstate(over="ignore"):  # if a law hardly falls with N, N_c may overflow
                 found = {"N_c": np.exp(n + u / a), "α_N": a * p, "D_c": np.exp(d + v), "α_D": p}
         return {name: _interval(values[0], values[1:]) for name, values in found.items()}
 
     def optimum(self, compute: float) -> tuple[Interval, Interval] | None:
-        """The parameters and the tokens that give the lowest loss for so much compute; None if the law does
-        not tell them apart.
+        """The parameters and tokens with the lowest loss for a given compute; None if the law does not
+        separate them.
 
-        With c · N^g operations a token, A / N^α + B / D^β is lowest where its derivative along C = c N^g D is
-        0: N^(α + gβ) = (αA / gβB) · (C/c)^β, as Hoffmann et al. have it for g = 1 and c = 6. A power of
-        such a sum is lowest where the sum is.
+        With c · N^g operations per token, A / N^α + B / D^β is lowest where its derivative along C = c N^g D
+        is 0: N^(α + gβ) = (αA / gβB) · (C/c)^β, as in Hoffmann et al. for g = 1 and c = 6. A power of such a
+        sum is lowest where the sum is.
         """
         if len(self.form.quantities) < 2:
             return None
@@ -177,12 +179,12 @@ class Fit:
 
     @cached_property
     def held_out(self) -> float:
-        """See `held_out`: how far off predictions like those of larger runs have been within the ladder."""
+        """How far off predictions of the ladder's largest rungs are; see the function `held_out`."""
         return held_out(self.rungs, self.form)
 
     @property
     def residual(self) -> float:
-        """The root mean square of what the law misses the mean loss of each rung by, as a share."""
+        """The root mean square error of the law at the rungs' mean losses, as a share."""
         said = [self.losses(rung.parameters, rung.tokens, rung.compute)[0] for rung in self.rungs]
         errors = np.log(said) - np.log([rung.loss for rung in self.rungs])
         return float(np.sqrt(np.mean(errors**2)))
@@ -193,12 +195,12 @@ class Fit:
 
 
 def fit(rungs: Sequence[Rung], form: Form, seed: int = 0) -> Fit:
-    """Fit a law to the mean loss of each rung, by Huber's loss of the log (Hoffmann et al. 2022).
+    """Fit a law to the mean loss of each rung, by the Huber loss of its logarithm (Hoffmann et al. 2022).
 
-    For intervals, it is fitted again to losses as they might have come out: what the law says, with what
-    seeds are off the mean of their rung drawn anew from those of all rungs (a bootstrap of residuals, Efron &
-    Tibshirani 1993, "An Introduction to the Bootstrap", chapter 9), and with normal noise for as much as
-    rungs are off the law that seeds do not explain.
+    For intervals, the law is fitted again to losses as they might have come out: the law's own, plus
+    deviations of seeds resampled from those of all rungs (a bootstrap of residuals, Efron & Tibshirani 1993,
+    "An Introduction to the Bootstrap", chapter 9), plus normal noise for the rungs' deviations from the law
+    that seeds do not explain.
 
     Args:
         rungs: at least one more than the form has constants.
@@ -224,8 +226,8 @@ def fit(rungs: Sequence[Rung], form: Form, seed: int = 0) -> Fit:
 
 
 def held_out(rungs: Sequence[Rung], form: Form) -> float:
-    """What a law fitted to all but the largest rungs misses the losses of these by: root mean square, as a
-    share."""
+    """The root mean square error, as a share, with which a law that is fitted to all but the largest rungs
+    predicts these."""
     ordered = sorted(rungs, key=lambda rung: rung.compute)
     kept = len(ordered) - max(1, round(HELD_OUT * len(ordered)))
     theta, centre = _least(ordered[:kept], form)
@@ -234,7 +236,7 @@ def held_out(rungs: Sequence[Rung], form: Form) -> float:
 
 
 def _least(rungs: Sequence[Rung], form: Form) -> tuple[np.ndarray, np.ndarray]:
-    """The constants (1, constants) with which a law fits best, about the centre (quantities,)."""
+    """The constants (1, constants) that fit best, relative to the centre (quantities,), and that centre."""
     logs, means = _logs(rungs, form), np.log([rung.loss for rung in rungs])
     centre, starts = logs.mean(axis=0), _starts(means, form)
     found, costs = _descend(starts, logs - centre, np.broadcast_to(means, (len(starts), len(means))), form)
@@ -247,8 +249,8 @@ def _logs(rungs: Sequence[Rung], form: Form) -> np.ndarray:
 
 
 def _deviations(rungs: Sequence[Rung]) -> tuple[np.ndarray, np.ndarray]:
-    """The number of seeds of each rung; and of rungs with several, how far each seed's log loss is from their
-    mean, as large as it would be about the true mean."""
+    """The number of seeds of each rung; and, for rungs with several, the deviations of the seeds' log losses
+    from their mean, scaled up to the size that they have about the true mean."""
     several = [np.log(rung.losses) for rung in rungs if len(rung.losses) > 1]
     apart = [(each - each.mean()) * math.sqrt(len(each) / (len(each) - 1)) for each in several]
     return np.array([len(rung.losses) for rung in rungs]), np.concatenate([np.empty(0), *apart])
@@ -259,14 +261,14 @@ def _interval(value: float, replicates: np.ndarray) -> Interval:
     return float(value), float(low), float(high)
 
 
-# The least of Huber's loss
+# Minimising the Huber loss
 
 
 def _log_losses(theta: np.ndarray, logs: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
-    """What laws (laws, constants) say of rungs at log quantities (rungs, quantities), about the centre: log
-    losses (laws, rungs) and their derivatives by the constants (laws, rungs, constants)."""
+    """The log losses (laws, rungs) of laws (laws, constants) at log quantities (rungs, quantities) relative
+    to the centre, and their derivatives by the constants (laws, rungs, constants)."""
     first = int(form.floor)
-    exponents = theta[:, None, first + 1 :: 2]  # (laws, 1, quantities), as what follows
+    exponents = theta[:, None, first + 1 :: 2]  # (laws, 1, quantities)
     if form.power:
         exponents = np.stack([exponents[..., 0], np.ones_like(exponents[..., 1])], axis=2)
     parts = theta[:, None, first::2] - exponents * logs
@@ -289,7 +291,8 @@ def _log_losses(theta: np.ndarray, logs: np.ndarray, form: Form) -> tuple[np.nda
 
 
 def _starts(means: np.ndarray, form: Form) -> np.ndarray:
-    """Constants to begin from, a grid: (starts, constants). The whole loss is split among floor and terms."""
+    """A grid of constants to start from: (starts, constants). The loss is divided among the floor and the
+    terms."""
     exponents, level, terms = (0.1, 0.3, 0.8), means.mean(), len(form.quantities)
     starts: list[list[float]] = []
     if form.power:
@@ -308,9 +311,9 @@ def _starts(means: np.ndarray, form: Form) -> np.ndarray:
 def _descend(
     theta: np.ndarray, logs: np.ndarray, wanted: np.ndarray, form: Form
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The constants (fits, constants) that Huber's loss of log losses wanted (fits, rungs) is least at, and
-    the loss there (fits,); of all fits at once, each by Levenberg's and Marquardt's method (Marquardt 1963)
-    with residuals weighted anew in each iteration, within bounds."""
+    """The constants (fits, constants) at which the Huber loss of log losses wanted (fits, rungs) is lowest,
+    and that loss (fits,). All fits at once, by the Levenberg–Marquardt method (Marquardt 1963) within bounds,
+    with residuals reweighted in each iteration."""
     first, room = int(form.floor), 200.0 if form.power else 7.0
     low, high = np.full(theta.shape[1], wanted.min() - room), np.full(theta.shape[1], wanted.max() + room)
     low[first + 1 :: 2], high[first + 1 :: 2] = EXPONENTS
@@ -328,7 +331,7 @@ def _descend(
         curvature = np.einsum("fr,fra,frb->fab", weights, free, free)
         diagonal = np.einsum("faa->fa", curvature)
         diagonal *= 1 + damping[:, None]
-        diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300  # none is 0
+        diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300  # so that none is 0
         tried = theta - np.linalg.solve(curvature, (gradient * ~stuck)[..., None])[..., 0]
         tried = np.clip(tried, low, high)
         tried_said, tried_slopes = _log_losses(tried, logs, form)
@@ -342,6 +345,6 @@ def _descend(
 
 
 def _huber(errors: np.ndarray) -> np.ndarray:
-    """Summed over rungs, in units of DELTA: with half the square up to DELTA and straight lines beyond."""
+    """The Huber loss summed over rungs, in units of DELTA: half the square up to DELTA, linear beyond."""
     size = np.abs(errors)
     return np.where(size <= DELTA, size**2 / (2 * DELTA), size - DELTA / 2).sum(axis=1)

@@ -1,4 +1,4 @@
-"""A ladder and its law as a picture."""
+"""A ladder and its scaling law as a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ MOST_NAMED = 8  # curves in a legend
 
 
 def draw_scaling(ladder: Ladder, predictions: list[Prediction], path: Path) -> None:
-    """The loss over compute, a curve for each size, with the best that the law says it allows, and larger
-    runs; where sizes and budgets both vary, over tokens and parameters as well."""
+    """Draw the loss over compute, with a curve for each size, the lowest loss that the law allows, and larger
+    runs. If sizes and budgets both vary, also draw it over tokens and parameters."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
 
     both = ladder.fit.optimum(ladder.size.compute) is not None
@@ -68,7 +68,7 @@ def _draw_compute(axes: Any, ladder: Ladder, predictions: list[Prediction]) -> N
 
 
 def _draw_over(axes: Any, ladder: Ladder, over: str, of: str) -> None:
-    """The loss over one quantity, a curve for each value of the other."""
+    """Draw the loss over one quantity, with a curve for each value of the other."""
     fit = ladder.fit
     values = sorted({getattr(rung, of) for rung in fit.rungs})
     colours = _colours(values)
@@ -98,6 +98,6 @@ def _finish(axes: Any, over: str) -> None:
 
 
 def _colours(values: list[float]) -> dict[float, str]:
-    """Of sizes or budgets, in order."""
+    """Colours by size or budget, in order."""
     kinds = COLOURS["light"]["kinds"]
     return {value: kinds[number % len(kinds)] for number, value in enumerate(sorted({*values}))}

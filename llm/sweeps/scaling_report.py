@@ -1,4 +1,4 @@
-"""What a report says of a ladder: its law, the sizes that it says are best, and larger runs."""
+"""A report's section about a ladder: its law, the best sizes by that law, and predictions of larger runs."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,19 +23,19 @@ from llm.sweeps.ladder import (
 from llm.sweeps.ranking import Ranking
 from llm.sweeps.scaling import Interval, Rung
 
-TIMES = 1, 2, 4, 10  # the compute of the largest job, for which the best sizes are told
+TIMES = 1, 2, 4, 10  # multiples of the largest job's compute for which the best sizes are given
 CURVE = 40  # points of a curve
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """A ladder with the larger runs that are told of; or why it has no law."""
+    """A ladder with predictions of larger runs; or the reason why it has no law."""
 
     ladder: Ladder | str
     predictions: list[Prediction]
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """What is printed: the head of each line, and the line."""
+        """The lines to print, each with its head."""
         if isinstance(self.ladder, str):
             yield "scaling", self.ladder
             return
@@ -48,7 +48,7 @@ class Scaling:
                 yield "command", each.command
 
     def as_record(self) -> dict[str, Any]:
-        """What `scaling.json` holds."""
+        """The content of `scaling.json`."""
         if isinstance(self.ladder, str):
             return {"law": None, "why": self.ladder}
         fit = self.ladder.fit
@@ -85,15 +85,15 @@ class Scaling:
 
 
 def scaling_of(rankings: list[Ranking], folder: Path, times: float | None = None) -> Scaling | None:
-    """What there is to say of a sweep's scaling; None if it is no ladder.
+    """The scaling of a sweep; None if it is no ladder.
 
     Args:
-        folder: of the sweep.
-        times: the compute of a run to predict, in that of the largest job. Larger runs beside the sweep are
-            told of anyway.
+        folder: the sweep's folder.
+        times: predict a run with this many times the compute of the largest job. Larger runs that lie beside
+            the sweep are always included.
 
     Raises:
-        UserError: a prediction is asked for, and there is no law to predict by.
+        UserError: a prediction was asked for, and there is no law to predict by.
     """
     several = len(rankings) > 1
     if several or not is_ladder(rankings[0]):
@@ -167,7 +167,7 @@ def _spread(interval: Interval, form: Any = _number) -> str:
 
 
 def _optima(ladder: Ladder) -> Iterator[tuple[float, float, Interval, Interval]]:
-    """How many times the largest job's compute, the compute, and the parameters and tokens that are best."""
+    """For each of TIMES: the factor, the compute, and the best numbers of parameters and tokens."""
     for times in TIMES:
         compute = times * ladder.size.compute
         if best := ladder.fit.optimum(compute):
@@ -178,7 +178,7 @@ def _optima(ladder: Ladder) -> Iterator[tuple[float, float, Interval, Interval]]
 
 
 def scaling_section(scaling: Scaling) -> dict[str, Any]:
-    """What the page shows, as texts and points."""
+    """The section's content, as texts and points."""
     ladder = scaling.ladder
     if isinstance(ladder, str):
         return {"why": ladder}
@@ -218,8 +218,8 @@ QUANTITIES = "N parameters, D tokens, C floating-point operations"
 
 
 def curves(ladder: Ladder) -> Iterator[np.ndarray]:
-    """What the law says over compute: points (CURVE, 2) for each size with several budgets; where none has
-    several, of sizes between the smallest and the largest."""
+    """Curves of the law over compute, as points (CURVE, 2): one for each size with several budgets; or, if
+    there is no such size, a single one from the smallest size to the largest."""
     by_size: dict[float, list[Rung]] = {}
     ordered = sorted(ladder.fit.rungs, key=lambda each: each.compute)
     for rung in ordered:

@@ -1,4 +1,4 @@
-"""A sampling study: what is measured of each of its settings, and how that is written."""
+"""A sampling study: the measures of its settings, and how they are shown."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from llm.records import figure as as_figure
 from llm.sweeps.jobs import Job
 from llm.sweeps.ranking import HeatCell, shades_by_size, swept_keys, values_of
 
-# What is shown of each setting: its title, how its number is written, and what it means.
+# The measures that llm/generation/study.py takes of a setting's samples, by name: title, format, and meaning.
 METRICS = {
     "perplexity": ("Perplexity", "{:.1f}", "of the samples under the model itself, at temperature 1"),
     "log_probability": ("Log-probability", "{:.2f}", "mean under the model, nats per token"),
@@ -20,16 +20,17 @@ METRICS = {
     "copied": ("Copied", "{:.1%}", "share of new tokens in runs of 8 or more from the training text"),
     "longest_copy": ("Longest copy", "{:.0f}", "tokens of the longest run from the training text"),
 }
+# Those of the printed table and the picture, which has room for six.
 MAIN_METRICS = ("perplexity", "entropy", "distinct_2", "repetition", "copied", "longest_copy")
 
 
 def is_study(jobs: list[Job]) -> bool:
-    """Whether jobs have measured samples, and trained nothing."""
+    """Whether jobs have measured samples, rather than trained."""
     return any("sampling" in job.summary and "val_loss" not in job.summary for job in jobs)
 
 
 def figure(job: Job, metric: str) -> float | None:
-    """None where it could not be measured, or the job did not come to it."""
+    """A measure of a job; None if it could not be taken, or the job did not get that far."""
     return as_figure(job.summary.get(metric))
 
 
@@ -39,12 +40,13 @@ def written(job: Job, metric: str) -> str:
 
 
 def table_row(job: Job) -> dict[str, Any]:
-    """What was set, and all figures."""
+    """A job's setting and all its measures."""
     return {"job": job.name, **job.setting, **{metric: figure(job, metric) for metric in METRICS}}
 
 
 def metric_cells(jobs: list[Job], metric: str) -> list[HeatCell]:
-    """For each job its cell in the heatmap of a metric, darker the higher it is among its tokenizer's."""
+    """A cell for each job in the heatmap of a metric: the higher among jobs with the same tokenizer, the
+    darker."""
     shades: dict[str, float | None] = {}
     for tokenizer in {_tokenizer(job) for job in jobs}:
         alike = [job for job in jobs if _tokenizer(job) == tokenizer]
@@ -54,7 +56,7 @@ def metric_cells(jobs: list[Job], metric: str) -> list[HeatCell]:
 
 
 def notes_on(jobs: list[Job]) -> list[str]:
-    """What does not compare between the settings."""
+    """Notes on measures that are not comparable between the settings."""
     notes = []
     if len({job.summary.get("checkpoint") for job in jobs} - {None}) > 1:
         notes.append(
@@ -74,7 +76,7 @@ def _tokenizer(job: Job) -> str | None:
 
 
 def axes_of(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
-    """The swept keys: the one down the side of a heatmap, the one along its top, and the others."""
+    """The swept keys: the one down the side of heatmaps, the one along the top, and the others."""
     settings = [job.setting for job in jobs]
     keys = swept_keys(settings)
     if len(keys) < 2:
@@ -85,7 +87,7 @@ def axes_of(jobs: list[Job]) -> tuple[str | None, str | None, list[str]]:
 
 
 def subject_of(jobs: list[Job]) -> str:
-    """The checkpoint and its step, or how many there are; nothing if no job got so far as to load one."""
+    """The checkpoint and its step, or how many checkpoints there are; empty if no job has loaded one."""
     loaded = {job.summary["checkpoint"]: job.summary for job in jobs if job.summary.get("checkpoint")}
     if len(loaded) > 1:
         return f"{len(loaded)} checkpoints"

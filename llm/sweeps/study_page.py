@@ -1,4 +1,4 @@
-"""What the page of a sampling study shows, as plain values; templates/study.html draws it."""
+"""The content of a sampling study's page, as plain values; templates/study.html shows it."""
 
 import math
 from dataclasses import asdict
@@ -49,7 +49,7 @@ def _about(jobs: list[Job], samples: int) -> str:
 
 
 def _grids(jobs: list[Job]) -> list[dict[str, Any]]:
-    """The heatmap over the first two swept keys, once for each setting of the others."""
+    """Heatmaps over two swept keys, one for each setting of the others."""
     settings = [job.setting for job in jobs]
     down, along, others = axes_of(jobs)
     slices = product(*(values_of(settings, key) for key in others))

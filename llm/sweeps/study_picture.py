@@ -1,4 +1,4 @@
-"""A study of samples as a picture: heatmaps or curves of what was measured."""
+"""A study of samples as a picture: heatmaps or curves of its main measures."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the page of a sweep of training runs shows, as plain values; templates/sweep.html draws it."""
+"""The content of a sweep's page, as plain values; templates/sweep.html shows it."""
 
 import math
 import shlex
@@ -39,11 +39,12 @@ Axis = dict[str, float | str]  # the values of a key, each as it is plotted
 
 
 def sweep_page(results: list[Result], rankings: list[Ranking], folders: list[Path]) -> dict[str, Any]:
-    """
+    """The content of the page.
+
     Args:
-        results: of all jobs, in their order.
+        results: those of all jobs, in order.
         rankings: the same, by the text that they were evaluated on.
-        folders: those that were asked for.
+        folders: the sweeps or runs that were asked for.
     """
     settings = settings_of(results)
     axes = _axes(results)
@@ -94,7 +95,7 @@ def _listed(values: list[str]) -> str:
 
 
 def _common(results: list[Result]) -> dict[str, list[str]]:
-    """The overrides of all jobs, and where they ran."""
+    """The overrides that all jobs share, and where they ran."""
     first, *others = [result.job.overrides for result in results]
     sets = [set(other) for other in others]
     shared = [override for override in first if all(override in other for other in sets)]
@@ -111,7 +112,7 @@ def _common(results: list[Result]) -> dict[str, list[str]]:
 
 
 def _facts(results: list[Result], fact: Callable[[Record], str | None]) -> list[str]:
-    """What the summaries say, each thing once; nothing from those that have no such thing."""
+    """The distinct values of a fact in the summaries, without those that lack it."""
     found = {}
     for result in results:
         with suppress(LookupError, TypeError):
@@ -123,7 +124,8 @@ def _facts(results: list[Result], fact: Callable[[Record], str | None]) -> list[
 
 
 def _axes(results: list[Result]) -> dict[str, Axis]:
-    """The keys that a loss may depend on, with the values of the jobs that came to a loss, if any did."""
+    """The keys to plot losses over, with the values of jobs that have a final loss, or of all jobs if none
+    has."""
     shown = [result for result in results if result.final is not None] or results
     axes: dict[str, Axis] = {}
     for key in plotted_keys(settings_of(results)):
@@ -134,7 +136,7 @@ def _axes(results: list[Result]) -> dict[str, Axis]:
 
 
 def _texts(rankings: list[Ranking]) -> list[dict[str, Any]]:
-    """What jobs were evaluated on: what each text is called, and by what its jobs are ranked."""
+    """The texts that jobs were evaluated on: their names, and the measure by which their jobs are ranked."""
     texts, first = [], 0
     for ranking in rankings:
         grid = loss_grid(ranking.groups)
@@ -191,13 +193,13 @@ def _jobs(results: list[Result], rankings: list[Ranking], axes: dict[str, Axis])
 
 
 def _drawn(result: Result) -> np.ndarray:
-    """The training curve, without its losses where they do not compare with other jobs'."""
+    """The training curve, without losses if these are not comparable with other jobs'."""
     position, losses = np.split(result.training, [3])
     return np.vstack([position, losses if result.measure == LOSS else np.full_like(losses, math.nan)])
 
 
 def _figures(result: Result) -> dict[str, float | None]:
-    """What the tables show: all metrics of the final evaluation, and how far the job is."""
+    """The figures in the tables: all metrics of the final evaluation, and how far the job is."""
     return {
         **{name: value for name, value in result.figures.items() if name.startswith(FINAL)},
         "last_evaluated": result.last,
@@ -209,14 +211,14 @@ def _figures(result: Result) -> dict[str, float | None]:
 
 
 def _reason(result: Result) -> str:
-    """Why it has no final figures."""
+    """Why a job has no final figures."""
     if result.state == "running":
         return f"{result.steps:,} updates"
     return (result.error or "").removeprefix("stopped early: ")
 
 
 def _rounded(rows: np.ndarray) -> list[list[float | None]]:
-    """Rows of numbers with as many digits as can be seen; null for what is not finite."""
+    """Rows of numbers with as many digits as can be seen; null for those that are not finite."""
     steps, tokens_seen, seconds, *losses = rows
     whole = [
         [None if value != value else int(value) for value in row.tolist()] for row in (steps, tokens_seen)
@@ -246,7 +248,7 @@ def _resume_all(results: list[Result], folders: list[Path]) -> list[str]:
 
 
 def _samples(results: list[Result], rankings: list[Ranking]) -> list[dict[str, Any]]:
-    """The last sample of the best job and of the worst, of each text."""
+    """The last samples of the best and the worst job on each text."""
     number_of = {result: number for number, result in enumerate(results)}
     samples = []
     for ranking in rankings:

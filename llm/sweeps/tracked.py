@@ -1,4 +1,5 @@
-"""Reports and verdicts in W&B: what of them is figures, tables and pictures there, and in which project."""
+"""Reports and verdicts in W&B: their figures, tables and pictures, and the project that they are logged
+to."""
 
 import logging
 import os
@@ -32,8 +33,7 @@ ASCII = str.maketrans({"α": "alpha", "β": "beta", "γ": "gamma"})  # W&B filte
 
 @dataclass(frozen=True)
 class Findings:
-    """What one run of W&B says of several others. No table has the name of a picture, nor a figure that of
-    either."""
+    """The content of a W&B run about other runs. Figures, tables and pictures all have different names."""
 
     job_type: str  # report, study or verdict
     name: str
@@ -43,13 +43,13 @@ class Findings:
 
 
 def log_findings(findings: Findings, folder: Path, jobs: list[Job], tracking: TrackingConfig) -> Path | None:
-    """Log findings on `jobs` to W&B, as a run whose files lie in `folder`. If they were logged from there
-    before, they are written anew, under the same id.
+    """Log findings about `jobs` to W&B, as a run whose files are in `folder`. Findings that were logged from
+    there before are overwritten, under the same id.
 
-    W&B that fails is warned of; the findings lie in `folder` anyway.
+    If W&B fails, that is a warning, as the findings are in `folder` anyway.
 
     Returns:
-        The folder to `wandb sync`; None where there is nothing to.
+        The folder for `wandb sync`; None if there is nothing to sync.
     """
     if tracking.mode == "disabled":
         return None
@@ -81,8 +81,8 @@ def log_findings(findings: Findings, folder: Path, jobs: list[Job], tracking: Tr
 
 
 def tracking_of(jobs: list[Job]) -> TrackingConfig:
-    """How and where runs were tracked: in which mode, as their W&B folders say, and in which project, user
-    and tags, as the first of them recorded; and their group, if they have one and the same."""
+    """How runs were tracked: the mode, from their W&B folders; project, user and tags, as recorded by the
+    first; and their group, if it is the same for all."""
     names = [folder.name for job in jobs for folder in job.folder.glob("wandb/*run-*")]
     if not names:
         return TrackingConfig("disabled")
@@ -96,12 +96,11 @@ def tracking_of(jobs: list[Job]) -> TrackingConfig:
 
 
 def tracking_for(given: TrackingConfig, jobs: list[Job]) -> TrackingConfig:
-    """Where findings that were asked for by themselves are logged: beside the runs, as far as keys do not say
-    otherwise.
+    """Where to log the findings of a report or a comparison: beside the runs, unless keys say otherwise.
 
-    Without a mode, it is as `WANDB_MODE` says, else offline: a folder that somebody else made is no reason to
-    send anything. What was not tracked itself is logged only if a mode is given, and so is one run, which W&B
-    has already.
+    Without a given mode, `WANDB_MODE` counts, else offline: that somebody else's runs were tracked online is
+    no reason to send anything. Findings about runs that were not tracked, or about a single run, which W&B
+    has already, are logged only if a mode is given.
     """
     theirs = tracking_of(jobs)
     unasked = given.mode is None and (theirs.mode == "disabled" or len(jobs) == 1)
@@ -140,7 +139,7 @@ def _recorded(job: Job) -> TrackingConfig:
 def report_findings(
     rankings: list[Ranking], scaling: Scaling | None, folders: list[Path], target: Path
 ) -> Findings:
-    """What a report in `target` says of the runs in `folders`."""
+    """The findings of a report in `target` about the runs in `folders`."""
     results = [result for ranking in rankings for result in ranking.results]
     summary: dict[str, Any] = {
         "jobs": len(results),
@@ -162,7 +161,8 @@ def report_findings(
 
 
 def _best(ranking: Ranking) -> Iterator[tuple[str, Any]]:
-    """The best setting, those that may be, and the noise of seeds: its standard deviation and the band."""
+    """The best setting, those that may be the best, and the noise of seeds: its standard deviation and the
+    band."""
     titles, means = [_title(ranking, place) for place in range(len(ranking.groups))], []
     for group in ranking.groups:
         if figures := figures_of(group):
@@ -188,7 +188,7 @@ def _title(ranking: Ranking, place: int) -> str:
 
 
 def _ranked(rankings: list[Ranking]) -> Rows:
-    """A row for each setting, the best first."""
+    """A row for each setting, best first."""
     settings = settings_of([result for ranking in rankings for result in ranking.results])
     keys = [key for key in swept_keys(settings) if key != "seed"]
     as_value: dict[str, Any] = {
@@ -215,7 +215,7 @@ def _ranked(rankings: list[Ranking]) -> Rows:
 
 
 def _law(scaling: Scaling) -> Iterator[tuple[str, Any]]:
-    """The constants of a ladder's law, each with its interval, and the larger run that it was tried on."""
+    """The constants of a ladder's law with their intervals, and the larger run that it was tested on."""
     if isinstance(scaling.ladder, str):
         yield "why_not", scaling.ladder
         return
@@ -242,7 +242,7 @@ def _with_interval(name: str, interval: tuple[float, float, float]) -> Iterator[
 
 
 def _ladder_tables(scaling: Scaling) -> dict[str, Rows]:
-    """The rungs beside what the law says of them, the sizes that it says are best, and larger runs."""
+    """The rungs with their predictions by the law, the best sizes by it, and larger runs."""
     if isinstance(scaling.ladder, str):
         return {}
     rungs = []
@@ -283,7 +283,7 @@ def verdict_findings(
     measure: str,
     picture: Path,
 ) -> Findings:
-    """A verdict on two settings, in a sentence, with what it rests on."""
+    """The findings of a verdict on two settings: a sentence, and the figures behind it."""
     numbers = asdict(found)
     summary = {
         "sentence": said,

@@ -1,7 +1,7 @@
 """Whether a difference between two settings is more than the noise of seeds.
 
-Each setting is run with several seeds. Where both were run with the same seed, the two runs drew the same
-batches in the same order, so what that adds to both cancels out in their difference.
+Each setting is run with several seeds. Two runs with the same seed draw the same batches in the same order,
+and the effect of that cancels out in their difference.
 """
 
 import math
@@ -13,14 +13,14 @@ import numpy as np
 from scipy import special
 
 LEVEL = 0.05  # how often equal settings are declared different
-POWER = 0.8  # how surely a difference as large as the one seen is to be found
-MOST_SEEDS = 1000  # beyond which no number is named
+POWER = 0.8  # probability of finding a difference as large as the observed one
+MOST_SEEDS = 1000  # larger numbers of seeds are not named
 
 Figures = Mapping[int, float]  # by seed
 
 
 def figures_by_seed(runs: Iterable[tuple[int, float]]) -> Figures:
-    """The figures of a setting's runs, each with its seed; of a seed that was run several times, the mean."""
+    """The figures of a setting's runs by seed; the mean, if a seed was run several times."""
     found: dict[int, list[float]] = {}
     for seed, figure in runs:
         found.setdefault(seed, []).append(figure)
@@ -29,7 +29,9 @@ def figures_by_seed(runs: Iterable[tuple[int, float]]) -> Figures:
 
 @dataclass(frozen=True)
 class Difference:
-    """b's figure less a's: its mean, where the true one lies, and how often seeds alone differ as much."""
+    """The figure of b minus that of a: its mean, an interval for the true one, and how often seeds alone
+    differ as much.
+    """
 
     mean: float
     low: float  # of the interval that holds the true difference in all but LEVEL of comparisons
@@ -59,12 +61,11 @@ class Difference:
 
 
 def difference(a: Figures, b: Figures) -> Difference | None:
-    """Compare two settings; None where there are too few seeds to know their noise.
+    """Compare two settings; None if there are too few seeds to estimate their noise.
 
-    Where at least two seeds are common to both, by Student's t-test of the differences (Student 1908, "The
-    probable error of a mean"), over these seeds alone. Else by Welch's (1947, "The generalization of
-    'Student's' problem"), which lets each setting have a noise of its own. Either is exact for figures that
-    are normally distributed.
+    If they have at least two seeds in common, by Student's paired t-test over these seeds alone (Student
+    1908, "The probable error of a mean"); else by Welch's t-test (1947, "The generalization of 'Student's'
+    problem"), in which the settings may differ in their noise. Both are for normally distributed figures.
     """
     common = sorted(a.keys() & b.keys())
     if len(common) >= 2:
@@ -88,11 +89,11 @@ def difference(a: Figures, b: Figures) -> Difference | None:
 
 
 def possibly_best(settings: Sequence[Figures]) -> list[bool | None]:
-    """Which settings cannot be told from the best, lower figures being better; None where there are too few
-    seeds to say. The setting that is truly best is among them in all but LEVEL of sweeps, however many
-    settings there are and whichever comes out first by its noise (Gupta 1965, "On some multiple decision
-    rules"): one is ruled out only if the first is better in a one-sided t-test at LEVEL, divided by the
-    number of the others (Bonferroni's bound), so that each may have a noise of its own.
+    """Which settings cannot be distinguished from the best (lower figures are better); None if there are too
+    few seeds to tell. The truly best setting is among them in all but LEVEL of sweeps, however many settings
+    there are and whichever happens to come first (Gupta 1965, "On some multiple decision rules"). A setting
+    is ruled out only if the first one is better in a one-sided t-test at LEVEL divided by the number of the
+    others (Bonferroni's bound); so each may have its own noise.
     """
     several = [number for number, each in enumerate(settings) if len(each) > 1]
     kept: list[bool | None] = [None] * len(settings)
@@ -108,7 +109,8 @@ def possibly_best(settings: Sequence[Figures]) -> list[bool | None]:
 
 
 def noise(settings: Sequence[Figures]) -> float | None:
-    """The standard deviation between seeds of one setting, pooled over all that have several."""
+    """The standard deviation between seeds of the same setting, pooled over all settings with several
+    seeds."""
     several = [[*each.values()] for each in settings if len(each) > 1]
     freedom = sum(len(values) - 1 for values in several)
     return math.sqrt(sum(np.var(values) * len(values) for values in several) / freedom) if several else None

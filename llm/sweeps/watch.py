@@ -21,8 +21,8 @@ from llm.tables import fitted, format_table, table_rows, terminal_width
 from llm.training.schedules import spent
 
 POLL_SECONDS = 0.5
-TAIL_BYTES = 4096  # read from the end of metrics.jsonl: some lines, the last of which says how far a job is
-WAITING_POLLED = 64  # jobs begin roughly in order, so not all that wait need looking at each time
+TAIL_BYTES = 4096  # read from the end of metrics.jsonl, whose last lines say how far a job is
+WAITING_POLLED = 64  # jobs start roughly in order, so only the first waiting ones are looked at each time
 NOT_DONE = ("failed", "interrupted", "killed")  # states of jobs that ended without a result
 TABLE_ROWS = 40  # in the table at the end; a larger sweep shows its best
 Written = Callable[[float], str]
@@ -44,13 +44,13 @@ SPARE = ("tokens_seen", "train_loss", "seconds", "val_bits_per_byte", "val_loss"
 
 
 class SweepProgress:
-    """How far the jobs of a sweep are, read from their files, wherever they run."""
+    """How far the jobs of a sweep are. Read from their files, so it does not matter where they run."""
 
     def __init__(self, folder: Path, since: float, total: int) -> None:
         """
         Args:
-            since: when this process began to run the sweep, in seconds since the epoch.
-            total: the number of jobs that there will be.
+            since: when this process started to run the sweep, in seconds since 1970.
+            total: the number of jobs, including those to come.
         """
         self.folder, self.since, self.total = folder, since, total
         self.jobs: dict[str, Job] = {}
@@ -63,7 +63,7 @@ class SweepProgress:
         self._share_at_start = self.share()
 
     def _read_record(self) -> None:
-        """Take in the jobs, again whenever a search has added some."""
+        """Read the list of jobs, again whenever a search has added some."""
         if (written := modified(self.folder / RECORD)) != self._record_read:
             self._record_read = written
             self.jobs |= {job.name: job for job in read_jobs([self.folder]) if job.name not in self.jobs}
@@ -96,8 +96,7 @@ class SweepProgress:
         return comparisons(list(self.jobs.values()))
 
     def last_metrics(self, job: Job) -> Record:
-        """The figures of the last whole line that a job wrote, and of the last evaluation seen: on
-        `eval_iter` batches."""
+        """The figures of the last whole line that a job wrote, and of its last known evaluation."""
         metrics = self._metrics.setdefault(job.name, {})
         for line in reversed([*lines_from_end(job.folder / "metrics.jsonl", TAIL_BYTES)]):
             metrics |= line
@@ -192,7 +191,7 @@ def _print(line: str, file: TextIO | None = None) -> None:
 
 
 def _training_seconds(job: Job) -> float | None:
-    """Without evaluation and saving; None for what trains nothing."""
+    """Seconds of training, without evaluation and saving; None for a job that trains nothing."""
     return job.summary.get("seconds") if "tokens_seen" in job.summary else None
 
 
@@ -274,10 +273,11 @@ def live_table(progress: SweepProgress) -> Any:
 
 
 def sweep_table(jobs: list[Job], width: int | None = None) -> str:
-    """A table of jobs with their settings and figures, the best marked, of many jobs the best ones; then why
-    jobs have no figures. Where they were evaluated on different texts, a table for each text.
+    """A table of jobs with their settings and figures, with the best marked (of many jobs only the best
+    ones); then the reasons why jobs have no figures. Jobs that were evaluated on different texts get a table
+    for each text.
 
-    Figures of the validation split that only some runs measure get a column each.
+    Metrics of the validation split other than loss and bits per byte get a column each, under their names.
 
     Args:
         width: of the lines, in characters; None: that of the terminal.

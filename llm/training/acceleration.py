@@ -1,9 +1,9 @@
-"""What makes a GPU's updates faster for a slower start, and where that pays: compiled blocks, and an update
-as one CUDA graph.
+"""What makes a GPU's updates faster at the cost of a slower start, and when it pays: compiled blocks, and an
+update captured as one CUDA graph.
 
-Each choice follows from a run's config and model, and from no measurement, so that a rerun makes the same.
-Compiled blocks change the last bits of numbers, so that choice is recorded: a run that is resumed with other
-limits keeps it.
+Both choices follow from a run's config and model and never from a measurement, so that a rerun makes the same
+ones. Compiling changes the last bits of numbers, so that choice is recorded, and a run that is resumed with
+other limits keeps it.
 """
 
 import logging
@@ -24,18 +24,18 @@ from llm.training.update import share
 
 log = logging.getLogger(__name__)
 
-# The compiler takes 10 to 20 seconds, and makes an update a seventh faster. It pays in a run of this many
-# minutes, or floating-point operations: some two minutes of an H100.
+# Compiling takes 10 to 20 seconds and makes an update a seventh faster. It pays in runs of at least this many
+# minutes and floating-point operations (about two minutes of an H100).
 COMPILED_MINUTES, COMPILED_FLOPS = 2.0, 5e16
-# A capture takes half a second, in which a GPU makes some forty small updates launched one by one.
+# A capture takes half a second, the time of some forty small updates whose kernels are launched one by one.
 CAPTURED_MINUTES, CAPTURED_UPDATES = 0.05, 100
-# Floating-point operations of a batch whose kernels take longer than to launch them: some 10 ms of an H100,
-# where the launches of a block take 2 ms. A graph would only take memory.
+# With batches of at least this many floating-point operations (some 10 ms of an H100), kernels take longer to
+# run than to launch (2 ms a block), and a graph would only cost memory.
 LARGE_FLOPS = 5e12
 
 
 def choose(run: Run, start: Start) -> None:
-    """Let the config that is recorded say true or false where `runtime.compile` is auto.
+    """Replace `runtime.compile=auto` in the config that is recorded by true or false.
 
     Raises:
         UserError: see `captures`.
@@ -54,10 +54,10 @@ def choose(run: Run, start: Start) -> None:
 
 
 def captures(run: Run) -> bool:
-    """Whether updates are captured.
+    """Whether updates are captured as a CUDA graph.
 
     Raises:
-        UserError: they are to be, and the optimizer's steps cannot be.
+        UserError: `runtime.graph=on`, and the optimizer's steps cannot be captured.
     """
     graph = run.config.runtime.graph
     if graph == "on" and not run.optimizers.can_queue:
@@ -66,13 +66,16 @@ def captures(run: Run) -> bool:
             f"use runtime.graph=auto or off"
         )
     pays = _batch_flops(run) < LARGE_FLOPS and _is_long(run, CAPTURED_MINUTES, CAPTURED_UPDATES)
-    alone, again = run.runtime.processes == 1, run.config.runtime.checkpoint_activations
-    possible = run.optimizers.can_queue and alone and not again
+    possible = (
+        run.optimizers.can_queue
+        and run.runtime.processes == 1
+        and not run.config.runtime.checkpoint_activations
+    )
     return graph == "on" or (graph == "auto" and possible and pays)
 
 
 def in_words(run: Run) -> str:
-    """What is chosen, and how to choose otherwise."""
+    """What was chosen, and how to choose otherwise."""
     runtime = run.config.runtime
     compiled = "compiled" if runtime.compile else "not compiled (in a long run it pays: runtime.compile=true)"
     launched = "all of an update as one CUDA graph" if captures(run) else "one by one"
@@ -80,7 +83,7 @@ def in_words(run: Run) -> str:
 
 
 def accelerate(run: Run) -> None:
-    """Compile and capture, as chosen, and wait for it here, so that no update's time includes it. Weights,
+    """Compile and capture, as chosen, before the first update, so that no update's time includes it. Weights,
     gradients, the optimizer's state and random streams are left as they are."""
     if run.config.runtime.compile:
         begin = time.perf_counter()
@@ -91,7 +94,7 @@ def accelerate(run: Run) -> None:
 
 
 def compile_blocks(run: Run) -> None:
-    # Otherwise dynamo cuts each block into graphs at the sizes of DDP's buckets, which overlap anyway.
+    # Else dynamo splits each block's graph at the bounds of DDP's buckets, which overlap with compute anyway.
     torch._dynamo.config.optimize_ddp = False
     for block in run.model.trf_blocks:
         block.compile()
@@ -107,13 +110,13 @@ def _can_compile(device: torch.device) -> bool:
     """Whether torch can compile here. For CUDA it needs Triton, a C compiler and Python's headers."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception:  # of any kind: nobody asked for it, and runs do without
+    except Exception:  # whatever went wrong: compiling is optional, and the user did not ask for it
         return False
     return True
 
 
 def _is_long(run: Run, minutes: float, updates: float) -> bool:
-    """Whether no limit ends a run before so many minutes and updates."""
+    """Whether a run's limits allow at least this many minutes and updates."""
     training = run.config.training
     most = math.inf if training.max_steps is None else training.max_steps
     if training.max_epochs is not None:
@@ -122,6 +125,6 @@ def _is_long(run: Run, minutes: float, updates: float) -> bool:
 
 
 def _batch_flops(run: Run) -> float:
-    """Floating-point operations of a forward and a backward pass over one batch."""
+    """Floating-point operations of a forward and backward pass over one batch."""
     tokens = run.config.data.batch_size * run.config.model.context_length
     return tokens * training_flops_per_token(run.model)

@@ -1,4 +1,5 @@
-"""What a run's limits allow, estimated from how fast its device multiplies, then from how fast it trains."""
+"""How much training a run's limits allow: estimated from how fast its device multiplies matrices, then from
+how fast it trains."""
 
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ from llm.training.update_size import update_tokens
 from llm.training.validation import FORWARD_SHARE, final_window_count
 
 EXPECTED_MFU = 0.45  # of small models on CPUs, and of 124M parameters on an H200
-# That a GPU's kernels take for a layer in an update, however little they have to do: so measured on an H200,
-# with an update as one graph.
+# The least that a GPU's kernels take per layer in an update, however small the layer; measured on an H200
+# with the update as one graph.
 LAYER_SECONDS = 4e-4
 
 
@@ -23,13 +24,17 @@ class Budget:
     tokens_left: float
     epochs_left: float
     seconds_left: float  # of training
-    windows: int  # of the validation split that are evaluated at the end
-    validation_seconds: float  # of that evaluation
+    windows: int  # of the validation split, evaluated at the end
+    validation_seconds: float  # for that evaluation
 
 
 def expected_speed(run: Run, matmul_flops: float, kind: str) -> float:
-    """Tokens per second of training on a device of a kind, as `cuda`, that does `matmul_flops` floating-point
-    operations per second."""
+    """Tokens per second of training to expect.
+
+    Args:
+        matmul_flops: floating-point operations per second of large matrix products, over all processes.
+        kind: the kind of device, such as `cuda`.
+    """
     tokens, optimizer = update_tokens(run.config), OPTIMIZERS[run.config.optimizer.name]
     flops = tokens * training_flops_per_token(run.model) + optimizer.flops(run.model)
     seconds = flops / (EXPECTED_MFU * matmul_flops)
@@ -39,7 +44,7 @@ def expected_speed(run: Run, matmul_flops: float, kind: str) -> float:
 
 
 def estimate_budget(run: Run, tokens_per_second: float) -> Budget:
-    """What the limits of a run still allow at this speed of training."""
+    """What a run's limits still allow at this training speed."""
     config, training, counters = run.config, run.config.training, run.counters
     epoch_tokens = len(run.batches) * config.data.batch_size * config.model.context_length
     left = {}

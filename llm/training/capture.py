@@ -1,5 +1,5 @@
-"""An update as one CUDA graph. A GPU computes a small model's kernels faster than a process can launch them
-one by one; a graph is launched at once."""
+"""An update as one CUDA graph. A GPU runs a small model's kernels faster than a process can launch them one
+by one; a graph launches them all at once."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,16 @@ from llm.training.update import queue_update, share
 
 
 def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
-    """`queue_update` of an update's usual number of batches, captured. Weights, the optimizer's state and
-    random streams are left as they are.
+    """Capture `queue_update` over `accumulate` batches. Weights, the optimizer's state and random streams are
+    left as they are.
 
-    Gradients are made anew in each update, in memory of the graph's own. The learning rate is read where
-    `Optimizers.set_lr` writes it. Dropout continues from the state that torch's generator has at each replay,
-    and a replay moves that as far as its kernels would have: so checkpoints, and updates that are not
-    captured, need know nothing of it.
+    Gradients live in the graph's private memory and are allocated anew in each update. The learning rate is
+    read from the tensor that `Optimizers.set_lr` fills. Dropout continues from the state of torch's generator
+    at each replay, and a replay advances it as far as the kernels would have. So neither checkpoints nor
+    updates outside the graph need to know about it.
+
+    Returns:
+        A function that makes the update over the given batches, as `queue_update`.
     """
     config, runtime = run.config, run.runtime
     shape = config.data.batch_size // runtime.processes, config.model.context_length
@@ -28,7 +31,7 @@ def capture_update(run: Run) -> Callable[[list[Batch]], Tensor]:
     static = [(zeros.clone(), zeros.clone()) for _ in range(config.training.accumulate)]
     states = generator_states(runtime)
     run.optimizers.set_lr(config.optimizer.lr)
-    run.skipped_in_a_row.fill_(torch.inf)  # so that all updates are skipped, until `train` knows better
+    run.skipped_in_a_row.fill_(torch.inf)  # so that warm-up updates are skipped; `train` resets it
     replay = captured(lambda: queue_update(run, static, len(static)), "an update")
     restore_generators(states)
 

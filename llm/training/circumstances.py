@@ -1,4 +1,4 @@
-"""What decides a run's numbers besides its config: the machine, the versions, the commit."""
+"""What affects a run's numbers besides its config: the machine, the package versions, the commit."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ def git_commit() -> str | None:
 
 
 def git_is_clean() -> bool | None:
-    """Whether all tracked files are as in that commit, or None outside a git checkout."""
+    """Whether all tracked files are as committed, or None outside a git checkout."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return None if changed is None else not changed
 
@@ -41,9 +41,9 @@ def _git(*arguments: str) -> str | None:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where and with what a run was made."""
+    """Where, and with which code and packages, a run was trained."""
 
     machine: str = field(default_factory=machine)
     versions: dict[str, str] = field(default_factory=package_versions)
     git_commit: str | None = field(default_factory=git_commit)
-    git_clean: bool | None = field(default_factory=git_is_clean)  # whether the code was as committed
+    git_clean: bool | None = field(default_factory=git_is_clean)

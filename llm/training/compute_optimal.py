@@ -1,4 +1,4 @@
-"""How large a model, and on how many tokens, a given compute trains best, by published laws."""
+"""Compute-optimal model sizes and token counts, by published scaling laws."""
 
 import math
 from collections.abc import Callable
@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 from llm.config import ModelConfig
 from llm.model.gpt import at_width, parameters_of
 
-FLOPS_PER_PARAMETER = 6  # and token, in training; as all of these laws count compute
+FLOPS_PER_PARAMETER = 6  # in training, per token; all of these laws count compute so
 
 
 @dataclass(frozen=True)
 class Law:
     name: str
     source: str
-    parameters: Callable[[float], float]  # of the compute in floating-point operations
+    parameters: Callable[[float], float]  # optimal number of them, for a compute in floating-point operations
 
     def tokens(self, flops: float) -> float:
         return flops / FLOPS_PER_PARAMETER / self.parameters(flops)
 
 
 def _ratio(tokens: float) -> Callable[[float], float]:
-    """So many tokens a parameter at any compute."""
+    """A fixed number of tokens per parameter, at any compute."""
     return lambda flops: math.sqrt(flops / FLOPS_PER_PARAMETER / tokens)
 
 
@@ -41,12 +41,12 @@ LAWS = (
         _fitted(482.01, 0.3478, 2085.43, 0.3658),
     ),
 )
-SMALLEST_FITTED = 44e6  # parameters: of the models that the laws were fitted to
+SMALLEST_FITTED = 44e6  # parameters of the smallest model that the laws were fitted to
 
 
 def model_of_about(config: ModelConfig, parameters: float) -> ModelConfig:
-    """A model of a family with about so many parameters: heads keep their size, and the depth grows with the
-    width."""
+    """A model of the same family as `config` with about this many parameters: the heads keep their size, and
+    depth grows in proportion to width."""
     step = config.head_dim * config.n_heads // config.kv_heads
 
     def at(steps: int) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""What a training run prints: its announcement, its progress, its summary and what to do next."""
+"""What a training run prints: its plan, its progress, its summary and what to do next."""
 
 import logging
 import shlex
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> None:
-    """Print what the run is about to do, its estimated time, and how to ask for more.
+    """Print what the run is about to do, how long it will take, and how to make it longer.
 
     Args:
         matmul_flops: floating-point operations per second of large matrix products, over all processes.
@@ -108,7 +108,7 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
 
 
 def announce_measured(run: Run, tokens_per_second: float) -> None:
-    """Correct the announcement, by the speed of the first updates."""
+    """Print the plan again, corrected by the measured speed of the first updates."""
     budget = estimate_budget(run, tokens_per_second)
     log.info(
         "measured   %s tokens/s: %s more tokens (%s epochs) in %s, then %s",
@@ -125,7 +125,7 @@ def _amount(budget: Budget) -> tuple[str, str, str]:
 
 
 def _final_validation(run: Run, budget: Budget) -> str:
-    """On what the run is evaluated at its end, and how long that takes."""
+    """What the run is evaluated on at its end, and how long that takes."""
     on = format_windows(budget.windows, len(run.validation_windows))
     return f"validation on {on}: about {format_seconds(budget.validation_seconds)}"
 
@@ -140,8 +140,7 @@ def _other_choice(run: Run, budget: Budget) -> str:
 
 
 def _rates(run: Run, before: PretrainConfig) -> tuple[float, float] | None:
-    """The learning rate with which a run would have continued, and the one with which it does, if that is
-    higher."""
+    """The learning rates with which a run would have continued and now does, if the latter is higher."""
     counters, rates = run.counters, []
     for config in (before, run.config):
         shares = spent(config.training, counters.steps, run.epochs(), counters.seconds)
@@ -152,7 +151,7 @@ def _rates(run: Run, before: PretrainConfig) -> tuple[float, float] | None:
 
 
 def status(metrics: dict[str, float]) -> list[str]:
-    """How far a run is, for its progress bar; what matters most comes first."""
+    """How far a run is, for its progress bar, the most important first: narrow terminals omit the rest."""
     return [
         f"loss {metrics['train/loss']:.3f}",
         f"epoch {metrics['epoch']:.2f}",
@@ -171,9 +170,9 @@ def evaluation_line(run: Run, train: dict[str, float], validation: dict[str, flo
 
 
 def not_finite(run: Run, error: NotFinite) -> str:
-    """Why a run stops, and how to continue: from the last checkpoint whose weights gave a finite loss."""
-    first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of the updates skipped
-    # The weights at that step are what gave the bad loss: a checkpoint of them is no good either.
+    """Why a run stopped, and how to continue: from the last checkpoint whose weights gave a finite loss."""
+    first = run.counters.steps - run.counters.skipped_in_a_row + 1  # of the skipped updates
+    # The weights at that step gave the bad loss, so a checkpoint of them is no good either.
     good = [folder for folder in step_folders(run.run_dir) if steps_of(folder) < first]
     found = f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint"
     resume = f"continue with {as_argument('resume', good[0])} optimizer.lr=…" if good else None
@@ -183,7 +182,7 @@ def not_finite(run: Run, error: NotFinite) -> str:
 
 
 def sizes(config: PretrainConfig) -> str:
-    """What a run keeps in memory, and the keys to lower if it does not fit."""
+    """About how much memory a run takes, and the keys to lower if it does not fit."""
     parameters = parameters_of(config.model)
     parts = 1 if config.runtime.sharding == "none" else config.runtime.processes
     data, rows = config.data, config.data.batch_size // config.runtime.processes

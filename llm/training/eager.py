@@ -1,7 +1,7 @@
-"""torch's optimizers without the marks that they have for torch's compiler.
+"""torch's optimizers without the decorators that keep torch.compile out of their methods.
 
-At the first call of a method that is so marked, torch imports its compiler, which takes most of a second.
-Nothing here compiles an optimizer; without the marks they do the same.
+The first call of a decorated method imports torch's compiler, which takes most of a second. Optimizers are
+never compiled here, so the plain methods do the same.
 """
 
 from inspect import unwrap

@@ -1,30 +1,30 @@
-"""Early stopping of the hopeless jobs of a sweep, by the validation losses of all its jobs so far.
+"""Early stopping of hopeless jobs in a sweep, judged by the validation losses of all its jobs so far.
 
-Each job judges itself after each of its evaluations. It only reads the `metrics.jsonl` of the jobs beside it,
-so it does not matter which launcher runs the jobs, how many at once, on which machines, or which sweeper
-chose them. Runs may be limited by updates, epochs or minutes, so they are compared where they have spent the
-same share of the budget: each line of metrics is placed by the limits of the job that judges.
+Each job judges itself after each of its evaluations. It only reads the `metrics.jsonl` files of its sibling
+jobs, so it works with any launcher and sweeper, on any number of machines. Runs may be limited by updates,
+epochs or minutes, so jobs are compared at the same share of their budgets: the job that judges places all
+lines of metrics by its own limits.
 
-What a rule says depends on what the other jobs have written by then, so each judgement is recorded before it
-is acted upon. A job that was killed is judged as it was, where it comes to the same evaluation again.
+A rule's verdict depends on what the other jobs have written by then, so it is recorded before it is acted
+upon. If a job is killed and reaches the same evaluation again, the recorded verdict holds.
 
-Losses compare only between jobs of one tokenizer. Where the jobs of a sweep have several, it is bits per byte
-that are compared; and jobs that are evaluated on another text are not looked at.
+Losses are comparable only between jobs with the same tokenizer. If the jobs of a sweep have several, bits per
+byte are compared instead; jobs that are evaluated on another text are ignored.
 
 A stopped job may be resumed. The rule then applies again: median at its next evaluation, halving at its next
-rung. With `early_stopping.rule=none` it runs to its end.
+rung. With `early_stopping.rule=none` the job runs to its end.
 """
 
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from llm.config import TrainingConfig
+from llm.config import EarlyStoppingConfig, TrainingConfig
 from llm.errors import UserError
 from llm.files import append_json_lines, flush, parse_json, read_json_lines
 from llm.records import count, tokenizer_and_text, typed
@@ -32,7 +32,7 @@ from llm.run_folder import read_summary
 from llm.training.run import Run
 from llm.training.schedules import spent
 
-JUDGEMENTS = "judgements.jsonl"  # in a job's folder; of an evaluation judged again, the last line counts
+JUDGEMENTS = "judgements.jsonl"  # in a job's folder; if a step was judged twice, the last line counts
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +48,20 @@ Curve = list[Point]  # the evaluations of one job, in order; at least one
 LOSS, BITS_PER_BYTE = "val/loss", "val/bits_per_byte"  # in the lines of evaluations
 
 
-def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | None:
+def median_rule(own: Curve, others: Collection[Curve], settings: EarlyStoppingConfig) -> str | None:
     """The median stopping rule (Golovin et al. 2017, "Google Vizier"), on best losses: stop if the best loss
     of this job so far is above the median of the best losses that the other jobs had at this point.
 
-    Another job counts if it has evaluations both up to where this one is now and from there on, even if it
-    was stopped or failed later. The paper takes the running mean of the others where this takes their best:
-    a mean includes the high losses that every run starts with, so hardly any job would be stopped.
+    Another job counts if it has evaluations both up to this progress and from it on, even if it was stopped
+    or failed later. The paper compares with the others' running means, not their best losses; but a mean
+    includes the high losses that every run starts with, so hardly any job would be stopped.
 
     Returns:
-        Why to stop; None to continue, which fewer than `min_jobs` others that count always means.
+        Why to stop; None to continue, as always if fewer than `min_jobs` others count.
     """
     now, best = own[-1].progress, min(loss for _, loss in own)
     reached = [curve for curve in others if curve[0].progress <= now <= curve[-1].progress]
-    if len(reached) < min_jobs:
+    if len(reached) < settings.min_jobs:
         return None
     middle = median(min(loss for progress, loss in curve if progress <= now) for curve in reached)
     if best <= middle:
@@ -69,27 +69,27 @@ def median_rule(own: Curve, others: Collection[Curve], min_jobs: int) -> str | N
     return f"best validation loss {best:.4f} is above {middle:.4f}, the median of {len(reached)} other jobs"
 
 
-def halving_rule(own: Curve, others: Collection[Curve], reduction: int, from_progress: float) -> str | None:
-    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934); jobs that the paper would pause
-    are stopped.
+def halving_rule(own: Curve, others: Collection[Curve], settings: EarlyStoppingConfig) -> str | None:
+    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934), except that jobs which the paper
+    would pause are stopped.
 
     The rungs are at 1/reduction, 1/reduction², … of the run, down to `from_progress`. A job's loss at a rung
-    is that of its first evaluation there or later. At that evaluation, and at no other, it is compared with
-    the losses of all jobs that have reached the rung by now, its own included: of n jobs, the best
-    n/reduction (rounded down, but at least one) continue, as does any that ties with the last of these.
+    is that of its first evaluation there or later. At that evaluation, and no other, it is compared with the
+    losses of all jobs that have reached the rung so far, itself included: of n jobs, the best n/reduction
+    (rounded down, but at least one) continue, as does any that ties with the last of these.
 
     Returns:
         Why to stop; None to continue.
     """
     before = own[-2].progress if len(own) > 1 else 0.0
     now, loss = own[-1]
-    for denominator in rungs(reduction, from_progress):
+    for denominator in rungs(settings.reduction, settings.from_progress):
         rung = 1 / denominator
         if not before < rung <= now:
             continue
         reached = [curve for curve in (own, *others) if curve[-1].progress >= rung]
         losses = sorted(next(loss for progress, loss in curve if progress >= rung) for curve in reached)
-        kept = max(1, len(losses) // reduction)
+        kept = max(1, len(losses) // settings.reduction)
         if loss > losses[kept - 1]:
             return (
                 f"validation loss {loss:.4f} at 1/{denominator} of the run is above "
@@ -106,20 +106,29 @@ def rungs(reduction: int, from_progress: float) -> list[int]:
     return denominators[1:]
 
 
+# By `early_stopping.rule`: functions of a job's own evaluations, those of the other jobs, and the settings,
+# that return why the job should stop, or None. They speak of the "validation loss", whatever is compared.
+RULES: dict[str, Callable[[Curve, Collection[Curve], EarlyStoppingConfig], str | None]] = {
+    "none": lambda own, others, settings: None,
+    "median": median_rule,
+    "halving": halving_rule,
+}
+
+
 class EarlyStopping:
-    """Judges one run. The curves of the other jobs are cached until their files change."""
+    """Judges one run. Of the other jobs' metrics, each judgement reads only what is new."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._judgements = read_judgements(run.run_dir / JUDGEMENTS)
         self._read: dict[tuple[Path, str], CurveReader] = {}
-        self._evaluated_on: dict[Path, tuple[str, str]] = {}  # the tokenizer and the text of jobs
+        self._evaluated_on: dict[Path, tuple[str, str]] = {}  # by job: fingerprints of its tokenizer and text
 
     def reason_to_stop(self) -> str | None:
         """Why the run should stop after the evaluation it has just recorded; None to continue.
 
-        The jobs of a sweep are sibling folders named by numbers, as Hydra names them. A run in any other
-        folder, a run without siblings, and a `rerun`, which must repeat the original, always continue.
+        The jobs of a sweep are sibling folders with numbers as names, as Hydra makes them. A run in any other
+        folder, a run without siblings, and a rerun, which must repeat the original, always continue.
         """
         run, settings = self.run, self.run.config.early_stopping
         if settings.rule == "none" or run.config.rerun:
@@ -128,7 +137,7 @@ class EarlyStopping:
             return None
         own = self._curve(run.run_dir, LOSS)
         if not run.run_dir.name.isdecimal() or not own or own[-1].progress != run.progress():
-            return None  # not a job of a sweep; or the disk is full, and the line not in the file yet
+            return None  # not a job of a sweep; or the disk is full, and the evaluation is not in the file
         case = self._case(own)
         if (judgement := self._recorded(case)) is None:
             reason = self._judge()
@@ -141,19 +150,16 @@ class EarlyStopping:
         compared = self._compared(jobs)
         own, *others = (self._curve(job, compared) for job in (run.run_dir, *jobs))
         others = [curve for curve in others if curve]
-        if settings.rule == "median":
-            reason = median_rule(own, others, settings.min_jobs)
-        else:
-            reason = halving_rule(own, others, settings.reduction, settings.from_progress)
+        reason = RULES[settings.rule](own, others, settings)
         if reason and compared == BITS_PER_BYTE:
             reason = reason.replace("validation loss", "validation bits per byte")
         return reason and f"{settings.rule} rule at step {run.counters.step}: {reason}"
 
     def pending_reason(self, was_carried_out: bool) -> str | None:
-        """Why the run should stop where it is resumed: it was judged so, and killed before it had stopped.
+        """Why a resumed run should stop at once: it was judged so, and was killed before it had stopped.
 
         Args:
-            was_carried_out: whether it had stopped, so that whoever resumes it wants it to continue.
+            was_carried_out: whether the run did stop, in which case resuming it means that it shall continue.
         """
         own = self._curve(self.run.run_dir, LOSS)
         if not own or own[-1].progress != self.run.progress():
@@ -165,7 +171,7 @@ class EarlyStopping:
         return _announced(judgement["reason"]) if judgement else None
 
     def _case(self, own: Curve) -> dict[str, Any]:
-        """What is judged: an evaluation, by a rule."""
+        """What is judged: the newest evaluation, and by which rule."""
         progress, loss = own[-1]
         return {
             "step": self.run.counters.step,
@@ -175,7 +181,7 @@ class EarlyStopping:
         }
 
     def _recorded(self, case: dict[str, Any]) -> dict[str, Any] | None:
-        """How the very same was judged before, if it was."""
+        """The recorded judgement of exactly this case, if there is one."""
         judgement = self._judgements.get(case["step"])
         return judgement if judgement == {**case, "reason": (judgement or {}).get("reason")} else None
 
@@ -191,7 +197,7 @@ class EarlyStopping:
         return judgement
 
     def _comparable_jobs(self) -> list[Path]:
-        """The folders of the other jobs that are evaluated on this one's text, as far as they say."""
+        """The folders of the other jobs, without those known to be evaluated on another text."""
         _, text = tokenizer_and_text(self.run.data[-1])
         jobs = [job for job in self.run.run_dir.parent.iterdir() if job.name.isdecimal()]
         for job in jobs:
@@ -204,7 +210,7 @@ class EarlyStopping:
         return [job for job in jobs if job != self.run.run_dir and known.get(job, ("", text))[1] == text]
 
     def _compared(self, jobs: list[Path]) -> str:
-        """What the evaluations of jobs are compared by."""
+        """The metric by which this run and `jobs` are compared."""
         tokenizer, _ = tokenizer_and_text(self.run.data[-1])
         known = [self._evaluated_on[job][0] for job in jobs if job in self._evaluated_on]
         return BITS_PER_BYTE if {*known} - {tokenizer} else LOSS
@@ -224,7 +230,7 @@ def _announced(reason: str | None) -> str | None:
 
 
 def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
-    """The judgements of a job, by step. A line that was cut off is skipped."""
+    """The judgements of a job, by step. Damaged lines are skipped."""
     return {
         step: line
         for line in read_json_lines(file)
@@ -233,20 +239,20 @@ def read_judgements(file: Path) -> dict[int, dict[str, Any]]:
 
 
 class CurveReader:
-    """Reads the evaluations in a `metrics.jsonl` that grows, placed by the limits of `training`: each time
-    only what is new. A damaged line is skipped, as is one cut off when its job was killed."""
+    """Follows a growing `metrics.jsonl`: each call reads only what is new. Evaluations are placed by the
+    limits of `training`. Damaged lines are skipped, such as one cut off when its job was killed."""
 
     def __init__(self, metrics: Path, training: TrainingConfig, compared: str) -> None:
         self.metrics, self.training, self.compared = metrics, training, compared
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._file = 0  # its inode: another, where it was cut back to a checkpoint
-        self._end = 0  # of what is read, in bytes
+        self._file = 0  # inode; changes when a resumed job replaces the file
+        self._end = 0  # bytes read so far
         self._curve: Curve = []
 
     def curve(self) -> Curve:
-        """All evaluations so far; empty if there is none, or the file is just being replaced."""
+        """All evaluations so far; empty if there are none, or the file cannot be read."""
         try:
             with self.metrics.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -265,7 +271,7 @@ class CurveReader:
 
     def _points(self, lines: bytes) -> Iterator[Point]:
         for line in lines.splitlines():
-            if b'"val/loss"' not in line:  # most lines are of updates, and there are too many to parse
+            if b'"val/loss"' not in line:  # parse no lines of updates: there are far more of those
                 continue
             values = typed(parse_json(line))
             step, epoch, seconds = (values.get(name) for name in ("step", "epoch", "seconds"))

@@ -1,4 +1,4 @@
-"""Metrics of a model over batches of text, and the table of those that are recorded."""
+"""Evaluation of a model over batches of text, and the table of metrics that it records."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,33 +16,33 @@ from llm.training.sharding import release
 
 @dataclass
 class Sums:
-    """What the metrics are computed from: sums over all target tokens of the batches seen."""
+    """What metrics are computed from: sums over all target tokens so far."""
 
     nats: float = 0.0  # cross-entropy
     tokens: int = 0
     bytes: int = 0  # of the UTF-8 text that the targets stand for
     batches: int = 0
-    batch_means: float = 0.0  # of the cross-entropy in each batch, nats a token
-    weigh_batches_equally: bool = False  # as the book does; else each token counts the same
+    batch_means: float = 0.0  # sum of each batch's mean cross-entropy, nats per token
+    weigh_batches_equally: bool = False  # as the book does; otherwise every token counts the same
     scores: dict[str, float] = field(default_factory=dict)  # each metric's own score, by its name
 
 
 def loss(sums: Sums) -> float:
-    """Mean cross-entropy, nats a token; the book's mean of batch means if batches weigh the same."""
+    """Mean cross-entropy in nats per token; if batches weigh the same, the book's mean of batch means."""
     if sums.weigh_batches_equally:
         return sums.batch_means / sums.batches
     return sums.nats / sums.tokens
 
 
 def perplexity(sums: Sums) -> float:
-    """The exponential of the loss: as uncertain as a choice among so many equally likely tokens."""
+    """The exponential of the loss: the number of equally likely tokens that would be as uncertain."""
     nats = loss(sums)
     return math.exp(nats) if nats < 700 else math.inf  # exp overflows above 709
 
 
 def bits_per_byte(sums: Sums) -> float:
-    """Cross-entropy in bits over the bytes of the text. Unlike the loss it compares between tokenizers. Of
-    ends of text alone, which stand for no bytes, it is infinite."""
+    """Cross-entropy in bits per UTF-8 byte of text. Unlike the loss, it is comparable between tokenizers.
+    Infinite if the text is empty, as where all targets are ends of text."""
     if not sums.bytes:
         return math.inf
     return sums.nats / math.log(2) / sums.bytes
@@ -50,12 +50,13 @@ def bits_per_byte(sums: Sums) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of an evaluation."""
+    """A figure that every evaluation computes."""
 
     value: Callable[[Sums], float]
-    title: str  # in tables
-    form: str = "{:.3f}"
-    # What it needs to sum over tokens besides their loss, into `Sums.scores` under the metric's name.
+    # In the tables of runs and evaluations. Sweeps, which read records of any version, show the name instead.
+    title: str
+    form: str = "{:.3f}"  # how these tables format it
+    # A score of each token, if the metric needs more than the loss: summed into `Sums.scores[its name]`.
     score: Score | None = None
 
 
@@ -75,10 +76,14 @@ def evaluate(
     max_batches: int | None = None,
     weigh_batches_equally: bool = False,
 ) -> dict[str, float]:
-    """Every metric, by its name, without dropout, over at most `max_batches` batches.
+    """Compute every metric of `METRICS`, without dropout.
 
     Args:
         bytes_of_tokens: UTF-8 length of each token id, (vocab_size,).
+        max_batches: use only the first of `batches`.
+
+    Returns:
+        The metrics' values by name.
     """
     sums = Sums(weigh_batches_equally=weigh_batches_equally)
     scores = {name: metric.score for name, metric in METRICS.items() if metric.score}
@@ -89,7 +94,7 @@ def evaluate(
             losses, *others = model.score_tokens(
                 inputs.to(runtime.device), targets.to(runtime.device), token_loss, *scores.values()
             )
-        # .item() waits for the device, once a batch; Python then sums in fp64, where fp32 would round.
+        # .item() waits for the device once per batch; Python then sums in fp64, as fp32 would round.
         batch_loss = losses.mean().item()
         sums.batches += 1
         sums.batch_means += batch_loss

@@ -1,4 +1,4 @@
-"""The lifecycle of a run in one process: built, announced, trained, concluded, closed."""
+"""The lifecycle of a run in one process: build, announce, train, conclude, close."""
 
 import logging
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Recorder | None]:
-    """What each process of a run does, from beginning to end. The main one fills in the summary."""
+    """Execute a run in one of its processes. The main one fills in the summary, and returns a recorder."""
     run_dir = start.run_dir
     forget_peak_memory()
     with device_errors_in_one_line(lambda: console.sizes(start.config)):
@@ -40,9 +40,9 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
         elif weights := start.take_weights():
             begin_from(run, weights)
             del weights  # the model has them
-        # Before W&B starts, whose own processes take time of the same cores.
+        # Before W&B starts, whose processes compete for the same cores.
         matmul_flops = measure_matmul_flops(runtime) * runtime.processes
-        # Last: from here on it has to be closed.
+        # Last, because the recorder has to be closed whatever happens from here on.
         recorder = Recorder(run, start, summary) if runtime.is_main else None
         observer = recorder or Follower(run, start)
         try:
@@ -80,15 +80,16 @@ def execute(start: Start, summary: Summary, runtime: Runtime) -> tuple[Run, Reco
 
 
 def status_after(error: BaseException) -> str:
-    """A second Ctrl-C is no failure of the run, nor is Slurm's signal before it requeues the job."""
+    """The status of a run that `error` ended. Neither a second Ctrl-C nor Slurm's signal before it requeues
+    the job is a failure of the run."""
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
 def conclude(
     run: Run, observer: Recorder | Follower, summary: Summary, matmul_flops: float, has_finished: bool
 ) -> None:
-    """Final figures, a sample and the plot; other processes take part where each has but a part of the
-    weights. Until all are there the run is still running, whoever reads its summary meanwhile."""
+    """Compute the final figures, generate a sample and draw the plot. All processes of a sharded run take
+    part. Only then does the summary say that the run has finished."""
     if run.sharded:
         has_finished = run.takes_part(has_finished)
     elif not run.runtime.is_main:
@@ -108,11 +109,11 @@ def conclude(
 
 
 def utilisation(run: Run, tokens_per_second: float, matmul_flops: float) -> float | None:
-    """Model FLOPs utilisation (Chowdhery et al. 2022): the operations of training per second, as a share of
-    those of a large matrix product.
+    """Model FLOPs utilisation (Chowdhery et al. 2022): the floating-point operations of training per second,
+    as a share of those of a large matrix product.
 
-    That was measured before training, and perhaps while something else took the same cores, so it is measured
-    once more. None if the share is still above 1, and the measurement no ceiling.
+    The latter was measured before training, perhaps while something else used the same cores, so it is
+    measured once more. None if the share is still above 1, as then the measurement is no ceiling.
     """
     matmul_flops = max(matmul_flops, measure_matmul_flops(run.runtime) * run.runtime.processes)
     share = tokens_per_second * training_flops_per_token(run.model) / matmul_flops
@@ -120,7 +121,7 @@ def utilisation(run: Run, tokens_per_second: float, matmul_flops: float) -> floa
 
 
 def close(recorder: Recorder, summary: Summary) -> None:
-    """End what a run has open, whatever became of it."""
+    """Finish tracking, whatever became of the run."""
     tracker = recorder.tracker
     figures = summary.as_dict()
     for name in ("total_seconds", "wandb_folder", "heartbeat"):  # not known yet, or of no use there

@@ -1,7 +1,8 @@
 """The training loop: update after update, with evaluations along the way. The book's chapter 5.2.
 
-It knows nothing of files, W&B or signals. What happens is told to an `Observer`; see llm/training/recorder.py
-for the one that keeps metrics and checkpoints, and llm/training/lifecycle.py for what surrounds the loop.
+It knows nothing about files, W&B or signals: it reports each event to an `Observer`. The one that records
+metrics and writes checkpoints is in llm/training/recorder.py; llm/training/lifecycle.py builds a run, calls
+the loop and concludes the run.
 """
 
 import logging
@@ -25,7 +26,7 @@ SPIKES_FROM_STEP = 20  # until then the norm falls too fast for its mean to say 
 
 
 class Observer(Protocol):
-    """What a process does besides training, told of everything in the order in which it happens."""
+    """What a process does besides training. The loop calls these methods as things happen."""
 
     def updated(self, metrics: dict[str, float]) -> None: ...
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None: ...
@@ -37,8 +38,8 @@ class Observer(Protocol):
 def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> None:
     """Update until the budget is spent or a stop is requested.
 
-    A GPU always has an update queued: the figures of one are read when the next one is launched. Whatever
-    looks at the weights, or is recorded with them, comes when nothing is in flight.
+    A GPU always has an update queued: the loss of one update is read only after the next one is launched.
+    Evaluations, samples and checkpoints wait until no update is in flight.
 
     Raises:
         NotFinite: too many updates in a row were skipped, see `finish`; or the model cannot be evaluated.
@@ -47,44 +48,45 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> N
     agree = run.runtime.agree  # clocks and signals differ between processes: the main one decides for all
     run.skipped_in_a_row.fill_(counters.skipped_in_a_row)
 
-    def finish_all(but: int = 0) -> None:
-        while len(run.in_flight) > but:
+    def drain(leave: int = 0) -> None:
+        while len(run.in_flight) > leave:
             observer.updated(finish(run))
 
     while (done := agree(run.progress())) < 1 and not agree(stop_requested()):
         epochs = int(run.epochs())
         run.in_flight.append(launch(run, done))
-        finish_all(but=int(run.optimizers.can_queue))
+        drain(leave=int(run.optimizers.can_queue))
         saves = agree(checkpoint_due(run, saved))
         samples = run.takes_part(observer.sample_due(epoch_ended=run.epochs() >= epochs + 1))
         if saves or samples:
-            finish_all()
+            drain()
         if run.takes_part(evaluation_due(run)):
-            finish_all()
+            drain()
             metrics = evaluate_splits(run)
             observer.evaluated(*metrics)
             if not all(math.isfinite(each["loss"]) for each in metrics):  # before such weights are saved
                 raise NotFinite(f"step {counters.step}: the loss after this update is not finite")
         if samples:
             observer.sample()
-        # Not right after a skipped update: what made its loss not finite may be in the weights already.
+        # Never right after a skipped update: the weights may be what made its loss not finite.
         if saves and not counters.skipped_in_a_row:
             observer.save()
             saved = replace(counters)
-    finish_all()
+    drain()
 
 
 def launch(run: Run, done: float) -> Launched:
-    """Let the device do the next update, over `accumulate` batches.
+    """Start the next update, without waiting for it if the device has a queue.
 
     Args:
-        done: the share of the budget that was spent before.
+        done: share of the budget that was spent before it, 0 to 1.
     """
     begin = time.perf_counter()
     optimizers, count = run.optimizers, run.micro_batches()
     if optimizers.can_queue:
         batches = [next(run.batches) for _ in range(count)]
-        # How long it takes is not known yet: as long as the newest one, as those in flight.
+        # Its duration is not known yet. Assume that it, and any update in flight, takes as long as the last
+        # did.
         lr = run.learning_rate(done, run.update_seconds * (1 + len(run.in_flight)))
         optimizers.set_lr(lr)
         replayed = run.captured if count == run.config.training.accumulate else None
@@ -96,7 +98,7 @@ def launch(run: Run, done: float) -> Launched:
     else:
         shared = (share(run, next(run.batches)) for _ in range(count))
         figures = accumulate_gradients(run, shared, count)
-        finite = bool(figures.isfinite().all())  # waits for the device: the step depends on it, and the time
+        finite = bool(figures.isfinite().all())  # waits for the device, so the time below is the update's
         lr = run.learning_rate(done, time.perf_counter() - begin)
         if finite:
             optimizers.set_lr(lr)
@@ -107,16 +109,16 @@ def launch(run: Run, done: float) -> Launched:
 
 
 def finish(run: Run) -> dict[str, float]:
-    """Wait for the oldest update in flight, and count it; returns its metrics. One whose loss or gradient was
-    not finite was skipped.
+    """Wait for the oldest update in flight, count it, and return its metrics. It was skipped if its loss or
+    gradient norm is not finite.
 
     Raises:
-        NotFinite: more than `max_skipped` in a row; the weights are those before them.
+        NotFinite: more than `max_skipped` updates in a row were skipped; the weights are as before them.
     """
     update = run.in_flight[0]
     loss, norm = update.figures.read()
     now = time.perf_counter()
-    seconds = now - max(update.begin, run.finished_at)  # the device's, where it was still busy with the last
+    seconds = now - max(update.begin, run.finished_at)  # the device may have been busy with the one before
     finite = math.isfinite(loss) and math.isfinite(norm)
     watch(run, finite, loss, norm)
     run.in_flight.popleft()

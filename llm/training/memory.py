@@ -1,8 +1,8 @@
-"""How much memory an update takes, counted without taking it.
+"""How much memory an update takes, counted without allocating it.
 
-The model, its loss and its optimizer go through two updates over tensors that have shapes and no data
-(torch's `FakeTensorMode`), while the bytes of all tensors that are held at once are added up. So whatever is
-added to a model or an optimizer is counted too, and no formula has to be kept in step with the code.
+The model, its loss and its optimizer go through two updates with tensors that have shapes but no data
+(torch's `FakeTensorMode`), while the bytes of all live tensors are added up. So a new model part or optimizer
+is counted without further ado, and no formula has to be kept in step with the code.
 """
 
 import weakref
@@ -25,90 +25,94 @@ from llm.model.loss import token_loss
 from llm.runtime import Runtime
 from llm.training.optimizers import build_optimizers
 
-# Of a device's memory. The rest is for libraries, for what an allocator keeps and cannot use, and for others.
+# The share of a device's memory that a run may plan to use. The rest is for libraries, for what the allocator
+# keeps but cannot use, and for other processes.
 USED_SHARE = 0.75
-# Times what is held at once, that a process on a CPU takes at most: the C library keeps what is freed (see
-# `_keep_freed_memory` in llm/runtime.py), and what it keeps is not of the sizes that are asked for next. See
-# docs/plan.md for what was measured.
+# On a CPU, a process takes up to this many times the bytes that are live at once: the C library keeps freed
+# memory (see `_keep_freed_memory` in llm/runtime.py), in sizes other than those asked for next. Measured in
+# docs/plan.md.
 KEPT = 2.0
-PROCESS = 0.4e9  # bytes of Python, torch and its libraries, in a process on a CPU
+PROCESS = 0.4e9  # bytes of Python, torch and its libraries in a process on a CPU
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a process of a run holds. The parts have their peaks at different times."""
+    """Bytes that one process of a run holds. The parts peak at different times."""
 
     weights: int
-    gradients: int  # twice where several processes average them: torch keeps a copy to send
+    gradients: int  # twice if several processes average them: torch keeps a copy to send
     optimizer: int  # its state
     activations: int  # of a micro-batch, kept for the backward pass
-    logits: int  # what the loss holds besides: the logits of a chunk of tokens, the gradients of the head
-    step: int  # what the optimizer holds besides, as it steps
-    update: int  # all of an update that is held at once, at most
-    evaluation: int  # the same of an evaluation
-    # In the CPU's memory: the best weights; and as written, these, the newest, and the optimizer's state.
+    logits: int  # temporaries of the loss: the logits of a chunk of tokens, the gradients of the head
+    step: int  # temporaries of the optimizer's step
+    update: int  # peak during an update
+    evaluation: int  # peak during an evaluation
+    # In the CPU's memory: the best weights; and a checkpoint being written, with the best weights, the newest
+    # ones and the optimizer's state.
     copies: int
 
     @property
     def peak(self) -> int:
-        """On the device that computes."""
+        """The peak on the device that computes."""
         return max(self.update, self.evaluation)
 
 
-DEPTH = 8  # blocks of a model that is counted whole; what more of them take is told from the last two
+DEPTH = 8  # deeper models are extrapolated from two of about this many blocks
 
 
 def memory_of(config: PretrainConfig, rows: int, precision: str, device: Device) -> Memory:
-    """
+    """Count the memory of a process of a run.
+
     Args:
-        config: its `data.batch_size` does not matter.
-        rows: windows of a micro-batch, of one process.
+        config: its `data.batch_size` is ignored.
+        rows: windows in a micro-batch of one process.
         precision: see `Runtime`.
     """
     layers = config.model.n_layers
     if layers <= DEPTH:
         return _counted(config, rows, precision, device)
-    less, more = DEPTH - 2 - layers % 2, DEPTH - layers % 2  # every second block is alike
-    one, other = (
+    # Blocks of even and of odd number may differ, so the depth is extrapolated in steps of two.
+    low, high = DEPTH - 2 - layers % 2, DEPTH - layers % 2
+    at_low, at_high = (
         _counted(replace(config, model=replace(config.model, n_layers=n)), rows, precision, device)
-        for n in (less, more)
+        for n in (low, high)
     )
-    values = {
-        part.name: getattr(other, part.name)
-        + (layers - more) * (getattr(other, part.name) - getattr(one, part.name)) // 2
-        for part in fields(Memory)
-    }
-    return Memory(**values)
+
+    def extrapolated(part: str) -> int:
+        value = getattr(at_high, part)
+        return value + (layers - high) * (value - getattr(at_low, part)) // 2
+
+    return Memory(**{part.name: extrapolated(part.name) for part in fields(Memory)})
 
 
 def largest_that_fits(
     candidates: Iterable[int], config: PretrainConfig, precision: str, device: Device
 ) -> int:
-    """The first of some numbers of windows of a micro-batch, as a rule from the largest down, for which the
-    device has memory; 1 if none fits."""
+    """The first of some candidate micro-batch sizes, in windows, that fits the device's memory; 1 if none
+    does. Give the largest first."""
     return next((n for n in candidates if fits(memory_of(config, n, precision, device), device)), 1)
 
 
 def needed(memory: Memory, device: Device) -> float:
-    """Bytes that a device has to have: a CPU for the process and its copies, too, and for what is kept."""
+    """Bytes that a run takes of a device's memory; on a CPU that includes the process itself, the copies for
+    checkpoints, and memory that was freed but is kept."""
     return memory.peak if device.kind == "cuda" else PROCESS + KEPT * memory.peak + memory.copies
 
 
 def fits(memory: Memory, device: Device) -> bool:
-    """Whether a device has enough memory."""
+    """Whether a run fits a device's memory."""
     return needed(memory, device) <= USED_SHARE * device.memory_bytes
 
 
 def _counted(config: PretrainConfig, rows: int, precision: str, device: Device) -> Memory:
     runtime, processes = Runtime(torch.device("cpu"), precision), config.runtime.processes
-    # Tensors of a GPU are stood for by tensors of the CPU, as torch makes the former only where there is one.
+    # torch makes CUDA tensors only where there is a GPU, so CPU tensors stand in for them.
     stand_in = standing_for_gpu(device.memory_bytes) if device.kind == "cuda" else nullcontext()
     with stand_in, FakeTensorMode(), _Held() as held:
         model = GPTModel(config.model).train()
         model.checkpoint_activations(config.runtime.checkpoint_activations)
-        if (
-            device.kind == "cuda" and runtime.dtype == torch.bfloat16
-        ):  # whose fused attention draws dropout too
+        if device.kind == "cuda" and runtime.dtype == torch.bfloat16:
+            # There, fused attention applies dropout itself; a CPU would hold the masks.
             for module in model.modules():
                 if isinstance(module, MultiHeadAttention):
                     module.dropout.p = 0.0
@@ -164,9 +168,9 @@ def _counted(config: PretrainConfig, rows: int, precision: str, device: Device) 
 
 
 def sharded(memory: Memory, model: GPTModel, dtype: torch.dtype, processes: int) -> Memory:
-    """What each of several processes holds where matrices, gradients and the optimizer's state are shared out
-    among them (`runtime.sharding=fsdp`): its share of each; and besides, whole, the matrices around the
-    blocks, and in `dtype` those of two blocks: one computes while the next one's are gathered."""
+    """What each process holds with `runtime.sharding=fsdp`: its share of the weights, the gradients and the
+    optimizer's state; and, gathered, the matrices outside the blocks and (in `dtype`) those of two blocks, as
+    one block's are gathered while another computes."""
     block = sum(each.numel() for each in model.trf_blocks[0].parameters())
     blocks = len(model.trf_blocks)
     around = memory.weights - 4 * block * blocks
@@ -176,10 +180,10 @@ def sharded(memory: Memory, model: GPTModel, dtype: torch.dtype, processes: int)
         "gradients": memory.gradients // processes,
         "optimizer": memory.optimizer // processes,
     }
-    # The main process also has all weights there, while it generates a sample.
+    # While it generates a sample, the main process also holds all weights in the CPU's memory.
     copies = memory.copies // processes + memory.weights
     less = {name: getattr(memory, name) - part for name, part in parts.items()}
-    # Before the backward pass there are no gradients of which less could be held.
+    # The forward pass holds no gradients yet, so it may be where the peak is.
     forward = parts["weights"] + parts["optimizer"] + memory.activations + memory.logits
     return replace(
         memory,
@@ -191,12 +195,12 @@ def sharded(memory: Memory, model: GPTModel, dtype: torch.dtype, processes: int)
 
 
 class _Held(TorchDispatchMode):
-    """Adds up the bytes of all tensors that exist at once."""
+    """Counts the bytes of all live tensors, now and at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.most = 0
-        self._known: set[int] = set()  # addresses of what stands for memory
+        self._known: set[int] = set()  # addresses of the storages that are counted
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -208,7 +212,7 @@ class _Held(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:  # a view of what is counted
+        if storage._cdata in self._known:  # the tensor is a view of one that is counted
             return
         self._known.add(storage._cdata)
         self.bytes += storage.nbytes()

@@ -1,4 +1,4 @@
-"""Muon, over stacks of matrices: an optimizer whose updates of a matrix are orthogonal."""
+"""Muon, an optimizer whose updates of matrices are orthogonal; computed for stacks of matrices at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,22 @@ from llm.runtime import Runtime, computes_in_bf16
 from llm.training.eager import Optimizer
 from llm.training.sharding import is_sharded, own
 
-# Of the polynomial a·x + b·x³ + c·x⁵ that is applied to all singular values of a matrix at once. Five times
-# over, it brings those above a hundredth of the matrix's norm to between 0.7 and 1.2: not to 1, but fast.
+# Coefficients of the polynomial a·x + b·x³ + c·x⁵ that an iteration applies to a matrix's singular values.
+# Five iterations bring those above a hundredth of the matrix's norm to between 0.7 and 1.2: not to 1, but
+# fast.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
-STACKED_NUMBERS = 1 << 25  # in a stack, at most; larger matrices keep a device busy by themselves
+STACKED_NUMBERS = 1 << 25  # largest stack; larger matrices keep a device busy by themselves
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices (count, rows, columns), best with no more rows than columns, with singular values brought near
-    1 and singular vectors kept, by Newton–Schulz iterations (Jordan et al. 2024, Muon)."""
+    """Bring the singular values of matrices near 1 and keep their singular vectors, by Newton–Schulz
+    iterations (Jordan et al. 2024, Muon).
+
+    Args:
+        matrices: (count, rows, columns); fastest with no more rows than columns.
+    """
     a, b, c = COEFFICIENTS
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
@@ -33,11 +38,12 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def _product_of_iterations(gram: Tensor) -> Tensor:
-    """All that the iterations multiply long matrices X by, given X Xᵀ (count, rows, rows): little more than
-    half of the work of going through X each time. In bf16, the rounding errors of this grow out of hand.
+    """The product of all factors by which the iterations multiply wide matrices X, given X Xᵀ (count, rows,
+    rows). It takes little more than half the work of multiplying X itself in every iteration, but in bf16 its
+    rounding errors grow out of hand.
 
-    Each multiplies by a + b G + c G², where G is the Gram matrix of what the ones before it have made of X.
-    That commutes with G, so that the next one's Gram matrix is G times its square.
+    Each iteration multiplies X by F = a + b G + c G², where G is the current Gram matrix X Xᵀ. F commutes
+    with G, so the next Gram matrix is G F².
     """
     a, b, c = COEFFICIENTS
     product = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -51,8 +57,8 @@ def _product_of_iterations(gram: Tensor) -> Tensor:
 
 
 def orthogonalising_flops(matrix: Tensor) -> int:
-    """Floating-point operations for one matrix, without the shorter way of long ones in fp32: with m the
-    shorter and n the longer side, an iteration is two products of 2 m² n and one of 2 m³."""
+    """Floating-point operations for one matrix, without the shortcut for wide ones in fp32: with m the
+    shorter and n the longer side, an iteration is two products of 2 m² n operations and one of 2 m³."""
     m, n = sorted(matrix.shape)
     return ITERATIONS * (4 * m * m * n + 2 * m**3)
 
@@ -60,15 +66,16 @@ def orthogonalising_flops(matrix: Tensor) -> int:
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024): steps along the gradient's Nesterov momentum, made orthogonal.
 
-    They are scaled by 0.2 · √(longer side) to the typical size of AdamW's, so that both share a learning rate
-    and weight decay (Liu et al. 2025, Muon is Scalable for LLM Training).
+    Steps are scaled by 0.2 · √(longer side) to the typical size of AdamW's, so that both can share a learning
+    rate and weight decay (Liu et al. 2025, Muon is Scalable for LLM Training).
 
-    It does what `torch.optim.Muon` does, and faster. Matrices of one shape, lying or standing, are stacked,
-    as one product of many small matrices takes a fraction of the time of as many products. Where bf16 is
-    emulated, and slow, it computes in fp32. And the processes of a run share the work and the state: each
-    keeps the momentum of its own matrices alone, makes their steps, and sends these to the others. Where
-    matrices are sharded, each keeps its rows of every momentum, and gets the rest of its own matrices when it
-    makes their steps.
+    It does what `torch.optim.Muon` does, only faster. Matrices of the same shape (up to transposition) are
+    stacked, as one batched product of many small matrices is far faster than as many single ones. Where bf16
+    is emulated, and therefore slow, it computes in fp32.
+
+    The processes of a run share the work. Each keeps the momentum of its own matrices only, computes their
+    steps, and sends these to the others. If the matrices are sharded, each process keeps its rows of every
+    momentum, and gathers its own matrices' momenta to compute their steps.
     """
 
     def __init__(
@@ -88,8 +95,8 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """As in torch's fused optimizers, the learning rate may be a tensor, and a step changes nothing where
-        the attribute `found_inf`, a tensor, is 1: so nothing here waits for a GPU."""
+        """Like torch's fused optimizers, accept the learning rate as a tensor, and change nothing if the
+        tensor `found_inf`, an attribute, is 1; so that nothing here waits for a GPU."""
         [group] = self.param_groups
         lr, found_inf = group["lr"], getattr(self, "found_inf", None)
         if found_inf is not None:
@@ -111,8 +118,8 @@ class Muon(Optimizer):
                 torch._foreach_add_(weights, steps, alpha=-lr * size)
 
     def gathered_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """The state of all matrices, in every process, sharded if they are; empty before the first step. All
-        have to call it."""
+        """The state of all matrices, in every process, sharded as the matrices are; empty before the first
+        step. All processes have to call it."""
         if not self.state:
             return {}
         found: dict[Tensor, dict[str, Tensor]] = {}
@@ -125,39 +132,42 @@ class Muon(Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of this process's own matrices."""
+        """Load the state of this process's own matrices."""
         super().load_state_dict(state_dict)
         ours = {matrix for stack in self.stacks for matrix in self._own(stack)}
         for matrix in self.state.keys() - ours:
             del self.state[matrix]
 
     def _own(self, stack: list[Tensor]) -> list[Tensor]:
-        """Those of a stack of matrices that this process keeps the momentum of."""
+        """The matrices of a stack whose momentum this process keeps."""
         if is_sharded(stack[0]):
             return stack
         return stack[self.runtime.rank :: self.runtime.processes]
 
     def _directions(self, matrices: list[Tensor], momentum: float, found_inf: Tensor | None) -> list[Tensor]:
-        """Nesterov's momenta: averages of the gradients, ahead by one more step of averaging; of sharded
-        matrices, their rows here."""
+        """Nesterov momenta: running averages of the gradients, one averaging step ahead. Of sharded matrices,
+        this process's rows."""
         gradients = [own(matrix.grad) for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if matrix not in self.state:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         averages = [own(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
-        if found_inf is not None:  # gradients that leave the averages as they are
+        if found_inf is not None:  # a skipped step must leave the averages as they are
             gradients = [torch.where(found_inf > 0, *each) for each in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         return list(torch._foreach_lerp(gradients, averages, momentum))
 
     def _of_rows(self, directions: list[Tensor], shape: torch.Size) -> list[Tensor]:
-        """This process's rows of the steps of a stack of sharded matrices, given those of their directions.
-        Matrices are dealt out in turn; each process gets the rows of its own from all others, and sends them
-        their rows of the steps."""
+        """This process's rows of the steps for a stack of sharded matrices, given its rows of their
+        directions.
+
+        Matrices are dealt out to the processes in turn. Each process gathers the rows of its own matrices
+        from the others, orthogonalises them, and sends everyone their rows of the result.
+        """
         rank, processes, (rows, columns) = self.runtime.rank, self.runtime.processes, shape
         each, most = -(-len(directions) // processes), -(-rows // processes)
         ours = len(directions[rank::processes])
-        # By the number of a matrix among those of its process, the process, the row and the column.
+        # Indexed by a matrix's number among those of its process, that process, the row and the column.
         pieces = torch.zeros(each, processes, most, columns, dtype=self.dtype, device=self.runtime.device)
         for place, direction in zip(pieces.flatten(0, 1), directions, strict=False):
             place[: len(direction)] = direction
@@ -176,8 +186,15 @@ class Muon(Optimizer):
     def _of_all(
         self, ours: list[Tensor], stack: list[Tensor], made: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> list[Tensor]:
-        """What `made` makes of a tensor for each matrix of a stack, when it gets them stacked and lying, in a
-        type; given those of this process's own matrices."""
+        """Apply `made` to a tensor for each matrix of a stack, shared among the processes.
+
+        Args:
+            ours: the tensors for this process's own matrices.
+            made: applied to these, stacked and wide, in `dtype`.
+
+        Returns:
+            The results for all matrices of the stack, in its matrices' shapes and type.
+        """
         shape, processes = _lying(stack[0]).shape, self.runtime.processes
         if ours:
             stacked = made(torch.stack([_lying(tensor) for tensor in ours]).to(dtype))
@@ -187,7 +204,7 @@ class Muon(Optimizer):
                 sent[: len(ours)] = stacked
             received = torch.empty(processes, *sent.shape, dtype=dtype, device=sent.device)
             dist.all_gather(list(received), sent)
-            # The matrices are dealt out in turn.
+            # Matrices were dealt out in turn.
             stacked = received.transpose(0, 1).flatten(0, 1)[: len(stack)]
         all_lying = stacked.to(stack[0].dtype).unbind()
         return [
@@ -197,7 +214,8 @@ class Muon(Optimizer):
 
 
 def _exchanged(pieces: Tensor) -> Tensor:
-    """Pieces (count, processes, …), those for each process, to those from each, of the same shape."""
+    """Send pieces[:, process] to each process; the pieces received from each, in the same shape (count,
+    processes, …)."""
     sent = pieces.transpose(0, 1).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent)
@@ -205,5 +223,5 @@ def _exchanged(pieces: Tensor) -> Tensor:
 
 
 def _lying(matrix: Tensor) -> Tensor:
-    """A matrix, or its transpose: the one with no more rows than columns, whose Gram matrix is smaller."""
+    """A matrix or its transpose, whichever has no more rows than columns, and so a small Gram matrix."""
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

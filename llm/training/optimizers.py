@@ -1,4 +1,4 @@
-"""AdamW and Muon, which parameters each steps, and the table that `optimizer.name` chooses from."""
+"""AdamW and Muon, which parameters each of them updates, and the table that `optimizer.name` chooses from."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ State = dict[str, dict[str, Tensor | float]]  # by the parameter's name, then by
 
 
 class Optimizers:
-    """The optimizers of one model: stepped, saved and given a learning rate together."""
+    """All optimizers of one model: stepped, saved and given their learning rate together."""
 
     def __init__(self, parts: list[torch.optim.Optimizer], runtime: Runtime) -> None:
         self.parts, self.runtime = parts, runtime
-        # Whether a step can be queued before anybody knows what it depends on: the learning rate, and whether
-        # the step is skipped, are then numbers on the device.
+        # Whether a step can be queued before the host knows what it depends on: the learning rate, and
+        # whether to skip it, are then tensors on the device.
         self.can_queue = runtime.queues and all(map(_can_be_queued, parts))
         if self.can_queue:
-            for part in parts:  # a CUDA graph may capture steps; torch warns of those that none does
+            for part in parts:  # capturable by a CUDA graph; without a warning for steps that none captures
                 part._warned_capturable_if_run_uncaptured = True
                 for group in part.param_groups:
                     group["capturable"] = True
-        # By the share of the learning rate: a graph reads where it was captured with.
+        # By `lr_share`. A graph keeps reading the tensors it was captured with, so these are filled in place.
         self._rates: dict[float, Tensor] = {}
         if self.can_queue:
             shares = {_share(group) for part in parts for group in part.param_groups}
@@ -48,7 +48,7 @@ class Optimizers:
             part.step()
 
     def step_unless(self, skip: Tensor) -> None:
-        """Queue a step that changes nothing where `skip`, a truth value on the device, holds."""
+        """Queue a step that changes nothing if `skip`, a boolean on the device, is true."""
         for part in self.parts:
             part.found_inf = skip.float()  # type: ignore[attr-defined]  # made for torch's GradScaler
         self.step()
@@ -58,9 +58,10 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state(self, model: nn.Module) -> State:
-        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}: of a sharded
-        one, a process's rows. Empty before the first step. Hyperparameters are not state: they come from the
-        config. All processes of a run have to call it, as each may keep the state of other parameters.
+        """What the optimizers keep for each parameter, as in {"tok_emb.weight": {"exp_avg": …}}; of a sharded
+        parameter, this process's rows. Empty before the first step. Hyperparameters are not included: they
+        come from the config. All processes of a run have to call it, as each may keep other parameters'
+        state.
 
         Raises:
             UserError: an optimizer keeps something that is neither a tensor nor a number.
@@ -83,7 +84,7 @@ class Optimizers:
         """The inverse of `state`.
 
         Raises:
-            UserError: it is the state of another model.
+            UserError: `state` is that of another model.
         """
         names = {parameter: name for name, parameter in model.named_parameters()}
         if unknown := state.keys() - names.values():
@@ -101,21 +102,19 @@ class Optimizers:
 
 
 def _taken(value: Tensor | float, parameter: Tensor) -> Tensor | float:
-    """A copy of what an optimizer keeps for a parameter, sharded as that is where it is of its shape."""
-    if not isinstance(value, Tensor):
-        return value
-    if is_sharded(value):
+    """A copy of a piece of optimizer state; one of the parameter's shape is sharded as the parameter is."""
+    if not isinstance(value, Tensor) or is_sharded(value):
         return value
     return sharded_like(parameter, value) if value.shape == parameter.shape else value.clone()
 
 
 def _share(group: dict[str, Any]) -> float:
-    """What parameters of a group get of the learning rate; see model.mup_base_width."""
+    """The share of the learning rate that a parameter group gets; see model.mup_base_width."""
     return group.get("lr_share", 1.0)
 
 
 def _can_be_queued(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it takes its learning rate, and `found_inf`, as tensors; torch's AdamW is an Adam."""
+    """Whether an optimizer accepts its learning rate and `found_inf` as tensors; torch's AdamW is an Adam."""
     fused_adam = isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults["fused"])
     return fused_adam or isinstance(optimizer, Muon)
 
@@ -128,10 +127,9 @@ def adamw(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[t
 def muon(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """Muon over the matrices of the blocks, AdamW over the rest.
 
-    Muon's steps are orthogonal, so all their singular values grow with `Muon`'s scale, the root of the longer
-    side. With the rate divided by the root of the width ratio they stay the same at any width, as those of a
-    weight have to for all widths to learn alike (Yang et al. 2023, "A Spectral Condition for Feature
-    Learning").
+    Muon's steps are orthogonal, so all their singular values grow with the scale of `Muon`, the root of the
+    longer side. Dividing the rate by the root of the width ratio keeps them the same at any width, as it has
+    to be for learning rates to transfer (Yang et al. 2023, "A Spectral Condition for Feature Learning").
     """
     matrices = block_matrices(model)
     taken = set(map(id, matrices))
@@ -150,9 +148,9 @@ def muon_flops(model: nn.Module) -> int:
 def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> AdamW:
     """AdamW with weight decay on matrices only, unless config.decay_all.
 
-    Its steps' entries are of one size at any width, and those of a matrix add up over its inputs. So the rate
-    of the blocks' matrices is divided by the width ratio, and that of all others stays (Yang et al. 2022,
-    Tensor Programs V, table 8), but for the last norm's; see `GPTModel`.
+    The entries of AdamW's steps have the same size at any width, and a matrix adds them up over its inputs.
+    So the rate of the blocks' matrices is divided by the width ratio, and that of all other parameters is not
+    (Yang et al. 2022, Tensor Programs V, table 8), except for the last norm's; see `GPTModel`.
     """
     ratio = _width_ratio(model)
     narrowed = {*map(id, block_matrices(model))}
@@ -161,9 +159,9 @@ def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config: Optimiz
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         scale = 1 / ratio if id(parameter) in narrowed else 1.0
-        # What a weight loses in an update is lr · weight_decay of it: as much at any width.
+        # An update shrinks weights by lr · weight_decay, which is to be the same at any width.
         decay = config.weight_decay / scale if config.decay_all or parameter.dim() == 2 else 0.0
-        # torch steps those that are sharded apart from others.
+        # torch cannot step sharded parameters and others in one group.
         groups.setdefault((scale, decay, is_sharded(parameter)), []).append(parameter)
     beta1, beta2 = config.betas
     return AdamW(
@@ -178,17 +176,17 @@ def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config: Optimiz
 
 
 def _width_ratio(model: nn.Module) -> float:
-    """See `ModelConfig`; 1 for a model of another library."""
+    """See `ModelConfig.width_ratio`; 1 for a model of another library."""
     return model.config.width_ratio if isinstance(model, GPTModel) else 1.0
 
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """An optimizer, and what the rest of the program needs to know of it."""
+    """An optimizer, and what the rest of the program needs to know about it."""
 
-    # To optimizers that together step every parameter of a model; lr is set before each step.
+    # Returns optimizers that together step every parameter of the model. Their lr is set before each step.
     build: Callable[[nn.Module, OptimizerConfig, Runtime], list[torch.optim.Optimizer]]
-    # Floating-point operations of an update, where they are more than a few per parameter.
+    # Floating-point operations of a step, if more than a few per parameter.
     flops: Callable[[nn.Module], int] = lambda model: 0
     # Whether its state is that of one AdamW over all parameters, as in the book's model_and_optimizer.pth.
     has_adamw_state: bool = False
@@ -202,5 +200,5 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> Optimizers:
-    """The optimizers that `config.name` chooses, for all parameters of a model."""
+    """The optimizers that `config.name` chooses, over all parameters of a model."""
     return Optimizers(OPTIMIZERS[config.name].build(model, config, runtime), runtime)

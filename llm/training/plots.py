@@ -1,4 +1,4 @@
-"""Plots: the loss curves of a run folder, and next-token probabilities."""
+"""Plots of a run's loss curves, and of next-token probabilities."""
 
 import math
 from pathlib import Path
@@ -54,7 +54,7 @@ def plot_losses(run_dir: Path) -> Path:
     axes.grid(alpha=0.25)
     axes.spines["right"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-    axes.legend(frameon=False, loc="upper right")  # to seek the best place can be slow
+    axes.legend(frameon=False, loc="upper right")  # loc="best" can be slow
     last = steps[-1] if steps else {}
     if last.get("epoch") and last.get("tokens_seen"):
         tokens_per_epoch = last["tokens_seen"] / last["epoch"]
@@ -72,13 +72,13 @@ def plot_losses(run_dir: Path) -> Path:
 
 
 def _column(lines: list[Record], name: str) -> list[float]:
-    """What is missing is NaN, a gap in the curve."""
+    """The values of a column; a missing one is NaN, a gap in the curve."""
     return [math.nan if (value := line.get(name)) is None else value for line in lines]
 
 
 def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]], text: str) -> Path:
-    """Draw the probability of each of `tokens` being the next after `text`, one bar per stage of sampling;
-    the book's bar chart (chapter 5.3.1)."""
+    """Draw how likely each of `tokens` is to come next after `text`, with one bar per stage of sampling: the
+    book's bar chart (chapter 5.3.1)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6, 0.55 * len(tokens) + 1.5), 4.8), dpi=150)
@@ -86,7 +86,7 @@ def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]
     width = 0.8 / len(stages)
     for number, (stage, probabilities) in enumerate(stages.items()):
         centres = [place + (number - (len(stages) - 1) / 2) * width for place in range(len(tokens))]
-        axes.bar(centres, probabilities, width, color=STAGE_COLOURS[number], label=stage)
+        axes.bar(centres, probabilities, width, color=STAGE_COLOURS[number % len(STAGE_COLOURS)], label=stage)
     labels = [repr(token).replace("$", r"\$") for token in tokens]
     axes.set_xticks(range(len(tokens)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.6, len(tokens) - 0.4)
@@ -97,7 +97,7 @@ def plot_next_token(path: Path, tokens: list[str], stages: dict[str, list[float]
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")  # to seek the best place can be slow
+    axes.legend(frameon=False, loc="upper right")  # loc="best" can be slow
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

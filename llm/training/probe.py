@@ -11,18 +11,18 @@ from llm.training.start import Start
 from llm.training.validation import evaluate_splits
 
 SECONDS = 20.0
-LEAST_UPDATES = 3  # the first of which takes longer, and does not count
+LEAST_UPDATES = 3  # the first takes longer and is not counted
 
 
 @dataclass(frozen=True)
 class Probe:
     updates: int
     tokens_per_second: float
-    evaluation_seconds: float  # of an evaluation along the way
+    evaluation_seconds: float  # of one evaluation during training
 
 
 def probe(start: Start, runtime: Runtime) -> Probe:
-    """Begin a run as pretrain.py would, and keep nothing of it. All processes of the run have to call it."""
+    """Start a run as pretrain.py would, for `SECONDS`, and keep nothing. All processes have to call it."""
     run = build_run(start, runtime)
     choose(run, start)
     run.model.train()

@@ -1,4 +1,4 @@
-"""What the processes of a run do around the loop: the main one records, the others contribute to saving."""
+"""The loop's observers: the main process records the run, the others contribute to its checkpoints."""
 
 import logging
 import math
@@ -25,14 +25,14 @@ from llm.training.summary import Summary
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 15.0  # from one to the next; more where a disk is so slow that they would take time
-LARGEST_SHARE = 0.005  # of a run's time, for heartbeats
-MEASURED_SECONDS = 2.0  # of updates, that tell how fast a run trains
+HEARTBEAT_SECONDS = 15.0  # from one heartbeat to the next; longer if the disk is slow
+LARGEST_SHARE = 0.005  # of a run's time that heartbeats may take
+MEASURED_SECONDS = 2.0  # of updates, after which the estimate of the run's speed is corrected
 
 
 class Follower:
-    """The observer of a process beside the main one: it contributes its random state, and the part of weights
-    and of the optimizer's state that it keeps, to each checkpoint."""
+    """The observer of every process but the main one. To each checkpoint it contributes its random state, and
+    its part of the weights and of the optimizer's state."""
 
     def __init__(self, run: Run, start: Start) -> None:
         self.run, self.run_id = run, start.run_id
@@ -41,7 +41,7 @@ class Follower:
     def updated(self, metrics: dict[str, float]) -> None: ...
 
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
-        if self.run.takes_part(False):  # the main process knows whether the weights are the best so far
+        if self.run.takes_part(False):  # the main process decides whether the weights are the best so far
             keep_best(self.run, self.writer)
 
     def sample_due(self, epoch_ended: bool) -> bool:
@@ -60,23 +60,24 @@ class Follower:
             self.writer.write(state)
 
     def finish_saving(self) -> None:
-        """Save what is not saved yet."""
-        if self.run.runtime.agree(False):  # the main process knows
+        """Save the last state, if it is not saved yet."""
+        if self.run.runtime.agree(False):  # the main process decides
             self.save()
 
 
 def checkpoint_writer(run: Run) -> CheckpointWriter:
-    """The writer of a run's checkpoints; of a sharded run, of this process's part of them."""
+    """A writer of a run's checkpoints; in a sharded run, of this process's part of them."""
     return CheckpointWriter(run.run_dir, run.config.checkpoint.keep, run.runtime if run.sharded else None)
 
 
 def keep_best(run: Run, writer: CheckpointWriter) -> None:
-    """Let the weights of now be saved as the best so far."""
+    """Keep a copy of the weights, to be saved as the best so far."""
     writer.best = run.counters.steps, copies_of(parts_of_weights(run))
 
 
 class Recorder:
-    """The observer of the main process: metrics, evaluations, samples, checkpoints, early stopping."""
+    """The observer of the main process. Records metrics, evaluations and samples, writes checkpoints, and
+    decides on early stopping."""
 
     def __init__(self, run: Run, start: Start, summary: Summary) -> None:
         """
@@ -87,14 +88,14 @@ class Recorder:
         self._next_heartbeat = 0.0
         was_stopped = bool(read_summary(run.run_dir).get("stopped_early"))
         self.tracker = Tracker(run.run_dir, run.config.tracking, asdict(run.config), "pretrain", start.run_id)
-        rewind(start)  # W&B has started: from here on, little can keep the run from continuing
+        rewind(start)  # only after W&B has started, as that may fail and should leave the folder untouched
         correct_record(run.run_dir, run.chosen)
         self.tracker.replay()
         self.writer = checkpoint_writer(run)
         self.progress = Progress("training")
         run.alive = self.heartbeat
-        self._before = replace(run.counters)  # the update that is being done
-        # Tokens and seconds of each update of this process, until they have corrected the announcement.
+        self._before = replace(run.counters)  # as they were before the current update
+        # Tokens and seconds of each update so far; None once they have corrected the announcement.
         self._measured: list[tuple[int, float]] | None = []
         samples = read_samples(run.run_dir / "samples.jsonl")
         self._sampled_step = samples[-1].get("step") if samples else None
@@ -110,20 +111,20 @@ class Recorder:
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Now and then, let `summary.json` say how far the run is and that it lives: one that hangs does not
-        come here."""
+        """From time to time, record in `summary.json` how far the run is and that it is alive; a run that
+        hangs does not get here."""
         begin = time.monotonic()
         if begin < self._next_heartbeat:
             return
         self.summary.count(self.run.counters)
         self.summary.heartbeat = time.time()
-        with suppress(UserError):  # a full disk, of which others speak
+        with suppress(UserError):  # a full disk, which is reported elsewhere
             self.summary.write(self.run.run_dir)
         now = time.monotonic()
         self._next_heartbeat = now + max(HEARTBEAT_SECONDS, (now - begin) / LARGEST_SHARE)
 
     def _measure(self, tokens_per_second: float) -> None:
-        """Correct the announcement, when some updates have shown how fast this run trains."""
+        """Correct the announcement once some updates have shown how fast the run trains."""
         if self._measured is None:
             return
         tokens = self.run.counters.tokens_seen - self._before.tokens_seen
@@ -135,7 +136,7 @@ class Recorder:
             console.announce_measured(self.run, sum(tokens for tokens, _ in usual) / seconds)
 
     def evaluated(self, training: dict[str, float], validation: dict[str, float]) -> None:
-        """Record an evaluation, keep the weights if they are the best so far, and consider stopping early."""
+        """Record an evaluation, keep the weights if they are the best, and decide on early stopping."""
         run, counters = self.run, self.run.counters
         metrics = {
             "eval/train_loss": training["loss"],
@@ -151,24 +152,24 @@ class Recorder:
         self.stopped_early = self.early_stopping.reason_to_stop()
 
     def sample_due(self, epoch_ended: bool) -> bool:
-        """Whether `samples.every_minutes` or an epoch are over with the update just launched."""
-        if self._sampled_step == self.run.step:  # by this run, before it was killed and resumed
+        """Whether the update just launched completes another `samples.every_minutes`, or an epoch."""
+        if self._sampled_step == self.run.step:  # already sampled, before the run was killed and resumed
             return False
         return self._periods() > self._sampled_periods or (
             epoch_ended and self.run.config.samples.every_epoch
         )
 
     def _periods(self) -> int:
-        """How many times `samples.every_minutes` are over."""
+        """How many times `samples.every_minutes` have passed."""
         minutes = self.run.config.samples.every_minutes
         return 0 if minutes is None else int(self.run.counters.seconds // (60 * minutes))
 
     def final_sample_due(self) -> bool:
-        """Whether to sample at the end: unless the minutes have just given the same."""
+        """Whether to sample at the end: yes, unless `samples.every_minutes` has just had the same sampled."""
         return self.run.config.samples.every_minutes is None or self._sampled_step != self.run.step
 
     def sample(self) -> None:
-        """Generate from the run's prompt, on a random stream apart from training's."""
+        """Generate from the run's prompt, with a random stream separate from training's."""
         self._sampled_periods = self._periods()
         self.progress.clear()
         self._sampled_step = self.run.counters.step
@@ -181,8 +182,8 @@ class Recorder:
         log.info("\nSample after %d updates:\n%s\n", run.counters.steps, sample.text.rstrip())
 
     def save(self) -> None:
-        """Start writing a checkpoint of all that is needed to continue exactly."""
-        self.writer.wait()  # so that memory never holds two
+        """Start writing a checkpoint with all that is needed to continue exactly."""
+        self.writer.wait()  # so that memory never holds two snapshots
         try:
             record_sizes = self.tracker.record_sizes()
         except UserError as error:
@@ -192,14 +193,14 @@ class Recorder:
         self.writer.write(None if record_sizes is None else state)
 
     def finish_saving(self) -> None:
-        """Save what is not saved yet, and wait until all is on disk.
+        """Save the last state, if it is not saved yet, and wait until all is on disk.
 
         Raises:
-            UserError: the last state cannot be saved.
+            UserError: it cannot be saved.
         """
         self.progress.clear()
         if self.run.runtime.agree(not self.writer.has_saved(self.run.counters.steps)):
-            self.save()  # never tried, or tried without success
+            self.save()  # never tried, or failed
         if error := self.writer.wait():
             raise error
         self.tracker.flush()

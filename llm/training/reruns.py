@@ -1,4 +1,4 @@
-"""Whether a rerun reproduced the numbers of the run that it repeats."""
+"""Comparison of a rerun with the run that it repeats: are all numbers the same?"""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ MEASURED = ("tokens_per_second",)  # differs between any two runs
 
 
 def recorded_clock(run_dir: Path) -> list[tuple[float, float]]:
-    """The seconds of training after each update of a run, and its learning rate.
+    """For each update of a run, the seconds of training after it, and its learning rate.
 
     Raises:
         UserError: the record is damaged.
@@ -54,9 +54,9 @@ def compare_rerun(rerun: Path, original: Path) -> None:
 
 
 def first_difference(rerun: Path, original: Path) -> str | None:
-    """Where a rerun's numbers first differ from the original's, or None if they are the same: all lines of
-    metrics and samples, and the final weights and optimizer state. An original that did not finish is
-    compared as far as it got."""
+    """Where a rerun's numbers first differ from the original's, or None if they do not. Compared are all
+    lines of metrics and samples, and the final weights and optimizer state; if the original did not finish,
+    the lines as far as it got."""
     finished = read_summary(original).get("status") == "finished"
     for name in RECORDS:
         ours, theirs = _comparable(_lines(rerun / name), _lines(original / name))
@@ -77,21 +77,21 @@ def first_difference(rerun: Path, original: Path) -> str | None:
             {part: sums.get(part) for part in part_names(folder, name, sums) or [name]}
             for folder, sums in ((ours_newest, ours_sums), (theirs_newest, theirs_sums))
         )
-        # In other parts they may be the same.
+        # Divided into parts differently, they may still hold the same tensors.
         if one != other and (one.keys() == other.keys() or not _same(ours_newest, theirs_newest, name)):
             return f"the final {name}"
     return None
 
 
 def _same(one: Path, other: Path, name: str) -> bool:
-    """Whether two checkpoints have the same tensors."""
+    """Whether two checkpoints hold the same tensors under `name`."""
     ours, theirs = read_tensors(one, name), read_tensors(other, name)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def _comparable(ours: Lines, theirs: Lines) -> tuple[Lines, Lines]:
-    """Without the evaluations that only one of two runs made: where the original was resumed it had ended,
-    and evaluated after the last update of that time; runs of older versions did not after the last of all."""
+    """The lines of two runs, without evaluations that only one of them made. An original that was resumed had
+    ended there, with an extra evaluation; and runs of older versions made none after their last update."""
     both = {line.get("step") for line in ours if "val/loss" in line}
     both &= {line.get("step") for line in theirs if "val/loss" in line}
     one, other = (
@@ -106,7 +106,8 @@ def _lines(file: Path) -> Lines:
 
 
 def _whole_lines(file: Path) -> Lines:
-    """The lines of a record of which none may be missing: later numbers would be taken for other updates'.
+    """The lines of a record, none of which may be missing, lest later ones be taken for those of other
+    updates.
 
     Raises:
         UserError: a line is damaged.

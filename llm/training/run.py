@@ -1,4 +1,4 @@
-"""A training run: its parts, put together."""
+"""A training run: its model, optimizers, data and counters in one place."""
 
 import math
 from collections import deque
@@ -35,18 +35,18 @@ from llm.training.update_size import chosen_for_device, with_chosen
 
 @dataclass(frozen=True)
 class Launched:
-    """An update that the device is given, and perhaps still works on."""
+    """An update that was launched and not yet counted; the device may still be working on it."""
 
     figures: Late  # its loss and its gradient norm
     tokens: int
-    epoch: float  # passes over the training split, once it is done
+    epoch: float  # passes over the training split after it
     lr: float
     begin: float  # on the clock of `time.perf_counter`
 
 
 @dataclass
 class Run:
-    """What the loop works on."""
+    """Everything that the loop works on."""
 
     config: PretrainConfig
     run_dir: Path
@@ -54,61 +54,61 @@ class Run:
     tokenizer: tiktoken.Encoding
     bytes_of_tokens: Tensor  # (vocab_size,)
     model: GPTModel
-    # What averages the gradients over the processes: of a sharded model, that model itself.
+    # Averages the gradients over the processes. A sharded model does that itself.
     trained_model: GPTModel | DistributedDataParallel
     optimizers: Optimizers
-    data: list[str]  # fingerprints of the training and of the validation tokens
+    data: list[str]  # fingerprints of the training and the validation tokens
     training_windows: AnyWindows | Mixture
     validation_windows: AnyWindows
     batches: TrainingBatches
     sample_prompt: str
-    skipped_in_a_row: Tensor  # the same as in `counters`, on the device: it decides what to skip itself
+    skipped_in_a_row: Tensor  # as in `counters`, but on the device, which decides by itself what to skip
     counters: Counters = field(default_factory=Counters)
-    # In a rerun, the seconds of training after each update and its learning rate, as the original recorded
-    # them: one limited by the clock then ends after the same update, with the same rates on the way.
+    # In a rerun: the seconds of training after each update and its learning rate, as the original recorded
+    # them. A run limited by the clock then ends after the same update, with the same rates along the way.
     recorded_clock: list[tuple[float, float]] = field(default_factory=list)
     resumed: list[dict[str, Any]] = field(default_factory=list)  # see Summary
-    chosen: dict[str, int] = field(default_factory=dict)  # keys and values of the config, for this device
-    # The updates that are launched and not yet counted, oldest first: at most one, and none where the device
-    # has no queue. So `counters` are about those before.
+    chosen: dict[str, int] = field(default_factory=dict)  # config keys that were chosen for this device
+    # Updates launched and not yet counted, oldest first; `counters` do not include them. Between two updates
+    # of the loop there is one, or none where the device has no queue.
     in_flight: deque[Launched] = field(default_factory=deque)
-    update_seconds: float = 1e-3  # that the newest update counted has taken; until there is one, a guess
-    finished_at: float = 0.0  # when that was, on the clock of `time.perf_counter`
+    update_seconds: float = 1e-3  # duration of the update counted last; a guess until there is one
+    finished_at: float = 0.0  # when it was counted, on the clock of `time.perf_counter`
     # `queue_update` as one CUDA graph, see llm/training/capture.py.
     captured: Callable[[list[Batch]], Tensor] | None = None
-    # Called now and then by what takes long, to show that the run lives.
+    # Called every so often by long work, to show that the run is alive.
     alive: Callable[[], None] = lambda: None
 
     @property
     def sharded(self) -> bool:
-        """Whether each process has but a part of the weights."""
+        """Whether each process holds only its part of the weights."""
         return self.config.runtime.sharding != "none"
 
     def takes_part(self, wanted: bool) -> bool:
-        """Whether this process is to take part in what the main one wants of the weights: that one alone, or
-        all where each has but a part of them."""
+        """Whether this process takes part in work on the weights that the main process may want: of a sharded
+        run all processes do, of any other run the main one alone."""
         return bool(self.runtime.agree(wanted)) if self.sharded else self.runtime.is_main and wanted
 
     @property
     def step(self) -> int:
-        """The newest update launched, counted from 0."""
+        """The update launched last, counted from 0."""
         return self.counters.step + len(self.in_flight)
 
     def epochs(self, more: int = 0) -> float:
-        """Passes over the training split that are done, fractions included, once so many more of its batches
-        are used. An update may use the last batches of one epoch and the first of the next."""
+        """Passes over the training split, fractions included, once `more` further batches are used. An update
+        may take the last batches of one epoch and the first of the next."""
         return (self.batches.used + more) / len(self.batches)
 
     def micro_batches(self) -> int:
-        """Batches that the next update averages: `accumulate`, or the fewer that are left of `max_epochs`, so
-        that each batch of the split is trained on as often as that says."""
+        """Batches in the next update: `accumulate`, or fewer at the very end, so that a run limited by
+        `max_epochs` trains on each batch exactly that many times."""
         training = self.config.training
         if training.max_epochs is None:
             return training.accumulate
         return sum(self.epochs(more) < training.max_epochs for more in range(training.accumulate))
 
     def position(self) -> dict[str, float]:
-        """Where the run is, as each line of metrics says."""
+        """Where the run is; part of each line of metrics."""
         counters = self.counters
         return {
             "tokens_seen": counters.tokens_seen,
@@ -117,26 +117,27 @@ class Run:
         }
 
     def spent(self, steps: int = 0, seconds: float = 0.0) -> dict[str, float]:
-        """The share of each limit that is spent, by its key, once so many more updates and seconds are
-        counted; limits that are not set are absent. Of an update in flight, no seconds are counted yet."""
+        """The share of each limit that is spent, by its key, once `steps` more updates and `seconds` more are
+        counted. Limits that are not set are absent. An update in flight counts, but its seconds do not
+        yet."""
         launched, counted = self.step + 1, self.counters.seconds
         shares = spent(self.config.training, launched + steps, self.epochs(), counted + seconds)
         if "max_minutes" in shares and launched < len(self.recorded_clock):
-            # A run's clock may be over an update before its record: that one was in flight already.
+            # The original's clock may have run out with one more update in flight: that one was made too.
             shares["max_minutes"] = min(shares["max_minutes"], math.nextafter(1, 0))
         return shares
 
     def progress(self, steps: int = 0, seconds: float = 0.0) -> float:
-        """The share of the budget that is spent; at 1 the run ends. The limit reached first counts."""
+        """The share of the budget that is spent: that of the limit reached first. At 1 the run ends."""
         return max(self.spent(steps, seconds).values())
 
     def learning_rate(self, done: float, seconds: float) -> float:
         """The learning rate of the next update; the same in every process.
 
         Args:
-            done: the share of the budget that was spent before it.
-            seconds: by which the clock will be further than `counters` say, as far as is known: nobody knows
-                before its end how much of `max_minutes` an update takes.
+            done: share of the budget that was spent before it.
+            seconds: estimated time from the last counted update to the end of this one; only its end will
+                show how much of `max_minutes` it took.
         """
         if self.config.training.max_minutes is not None and (recorded := self._recorded(self.step + 1)):
             return recorded[1]
@@ -144,14 +145,14 @@ class Run:
         return self.config.optimizer.lr * lr_factor(self.config.schedule, done, reached)
 
     def count(self, tokens: int, seconds: float) -> None:
-        """Count an update that took so many tokens and seconds."""
+        """Count an update of `tokens` tokens that took `seconds`."""
         recorded = self._recorded(self.counters.steps)
         self.counters.seconds = recorded[0] if recorded else self.counters.seconds + seconds
         self.counters.steps += 1
         self.counters.tokens_seen += tokens
 
     def _recorded(self, step: int) -> tuple[float, float] | None:
-        """In a rerun, what the original recorded of an update."""
+        """In a rerun, the seconds and the learning rate that the original recorded for an update."""
         return self.recorded_clock[step] if step < len(self.recorded_clock) else None
 
     def binding_limit(self) -> tuple[str, float]:
@@ -162,12 +163,12 @@ class Run:
 
 
 def build_run(start: Start, runtime: Runtime, planned_for: Device | None = None) -> Run:
-    """Put a run together. What a user can have got wrong is found here, before the first update; and what
-    is left to the device is chosen, and from here on is part of the config.
+    """Build a run. Mistakes in the config surface here, before the first update. Settings that were left to
+    the device are chosen here, and are part of `start.config` from now on.
 
     Args:
-        planned_for: the run is only to be planned, for this device, where `runtime` is of a CPU: the model
-            and the optimizers have shapes, and no data.
+        planned_for: build the run only to plan it, for this device: the model and the optimizers then have
+            shapes but no data, and `runtime` is a CPU's.
 
     Raises:
         UserError: the text or the prompt of the samples does not exist or does not suit the run, see
@@ -180,9 +181,9 @@ def build_run(start: Start, runtime: Runtime, planned_for: Device | None = None)
     chosen = chosen_for_device(config, start.undecided, device, runtime.precision, len(files[0].ids))
     config = start.config = with_chosen(config, chosen)
     if not planned_for and 8 * parameters_of(config.model) > memory_bytes():  # weights and gradients in fp32
-        raise MemoryError  # now: a system that is out of memory kills a process without a word
+        raise MemoryError  # now, because a system that runs out of memory kills the process without a word
     training_windows, validation_windows = cut_windows(config, tokenizer, files)
-    # The sample comes last, and a prompt that cannot be used would be found when the budget is spent.
+    # Check the prompt now: it is first used at the end, when the budget is spent.
     prompt = config.samples.prompt
     if prompt is None:
         prompt = first_line(files[1].ids, tokenizer)

@@ -1,8 +1,8 @@
 """Learning-rate schedules as pure functions of progress, the share of the run that is done, 0 to 1.
 
-Progress may be measured in steps, epochs or minutes; the shapes are the same. Every update trains: warmup is
-read where an update ends, so that the first one has its share of it, and the decay where an update begins, so
-that the last one has more than `final`.
+Progress may be measured in steps, epochs or minutes; the shapes are the same. Warmup is read at the end of an
+update and decay at its beginning, so that no update is wasted on a rate of zero: the first one gets its share
+of the warmup, and the last one more than `final`.
 """
 
 import math
@@ -12,7 +12,7 @@ from llm.config import ScheduleConfig, TrainingConfig
 
 
 def constant(progress: float, config: ScheduleConfig) -> float:
-    """1 to the end."""
+    """Always 1."""
     return 1.0
 
 
@@ -28,7 +28,7 @@ def warmup_stable_decay(progress: float, config: ScheduleConfig) -> float:
     return 1.0 if left >= config.decay else config.final + (1 - config.final) * left / config.decay
 
 
-# By `schedule.name`: progress after the warmup and the config to the factor on the learning rate.
+# By `schedule.name`: functions from progress (after the warmup) and the config to the factor on the rate.
 SCHEDULES: dict[str, Callable[[float, ScheduleConfig], float]] = {
     "constant": constant,
     "cosine": cosine,
@@ -37,17 +37,17 @@ SCHEDULES: dict[str, Callable[[float, ScheduleConfig], float]] = {
 
 
 def lr_factor(config: ScheduleConfig, begin: float, end: float) -> float:
-    """The factor on the learning rate of the update that takes progress from `begin` to `end`: in the warmup
-    `end / warmup`, then the schedule at `begin`. Of 20 updates with warmup 0.2 the first four get 1/4, 2/4,
-    3/4 and 1."""
+    """The factor on the learning rate of the update that takes progress from `begin` to `end`: `end / warmup`
+    during the warmup, then the schedule at `begin`. With 20 updates and warmup 0.2, the first four get 1/4,
+    2/4, 3/4 and 1."""
     if end <= config.warmup:
         return end / config.warmup
     return SCHEDULES[config.name](max(begin, config.warmup), config)
 
 
 def spent(training: TrainingConfig, steps: int, epoch: float, seconds: float) -> dict[str, float]:
-    """For each limit that is set, by its key: the share of it spent after `steps` updates, `epoch` passes
-    over the data and `seconds` of training."""
+    """The share of each limit that is set, by its key, spent after `steps` updates, `epoch` passes over the
+    data and `seconds` of training."""
     shares = {}
     if training.max_steps is not None:
         shares["max_steps"] = steps / training.max_steps

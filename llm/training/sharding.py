@@ -1,5 +1,5 @@
-"""Sharding by FSDP (Zhao et al. 2023), in torch's second version of it: of each matrix every process keeps
-its own rows, with their gradients and their optimizer state. A block's are gathered when it computes.
+"""Sharding by FSDP (Zhao et al. 2023), as in torch's FSDP2: each process keeps its own rows of every matrix,
+with their gradients and optimizer state. A block's matrices are gathered when the block computes.
 
 Vectors (norms, biases, scalars) are a thousandth of a model. Every process keeps them whole, in fp32, so that
 only matrices are rounded to bf16, as without sharding.
@@ -18,8 +18,10 @@ from llm.runtime import Runtime
 
 
 def shard(model: GPTModel, runtime: Runtime) -> None:
-    """Share out the matrices of a model, which every process has made alike on the CPU; what each keeps goes
-    to its device. All processes have to call it, and whatever computes with the model."""
+    """Shard the matrices of a model that every process has initialised identically on the CPU, and move each
+    process's rows to its device. All processes have to call it, and also anything that computes with the
+    model.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -28,7 +30,9 @@ def shard(model: GPTModel, runtime: Runtime) -> None:
     for vector in vectors:
         vector.data = vector.data.to(runtime.device)
     policy = MixedPrecisionPolicy()
-    if runtime.dtype != torch.float32:  # what autocast would make of a block's matrices travels already so
+    if (
+        runtime.dtype != torch.float32
+    ):  # send a block's matrices in the type to which autocast would cast them
         policy = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.trf_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=vectors)
@@ -37,31 +41,31 @@ def shard(model: GPTModel, runtime: Runtime) -> None:
 
 
 def release(model: Any) -> None:
-    """Free what a forward pass without a backward pass has gathered of a sharded model."""
+    """Free what a forward pass without a backward pass left gathered of a sharded model."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is torch's DTensor. To import that takes half a second, which only sharding needs."""
+    """Whether a tensor is a DTensor; without importing that class, which takes half a second."""
     return hasattr(tensor, "device_mesh")
 
 
 def own(tensor: Any) -> Tensor:
-    """This process's rows of a tensor, in the same memory; all of one that is not sharded."""
+    """This process's rows of a tensor (a view), or the whole tensor if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def copied(tensor: Any, is_main: bool) -> Tensor | None:
-    """A copy in the CPU's memory of the main process; None in the others. All have to call it for a tensor
-    that is sharded, which is gathered for it."""
+    """A copy in the CPU's memory of the main process, None in the others. A sharded tensor is gathered, so
+    all processes have to call it."""
     whole = tensor.full_tensor() if is_sharded(tensor) else tensor
     return whole.detach().to("cpu", copy=whole is tensor) if is_main else None
 
 
 def parts_of(tensors: Mapping[str, Any], is_main: bool) -> dict[str, Tensor | Rows]:
-    """What a process writes of tensors, in the same memory: its own rows of those that are sharded; and of
-    others, which every process has, all in the main one."""
+    """What this process writes of some tensors, as views: its own rows of sharded ones. The others, which all
+    processes hold, are written by the main one."""
     parts: dict[str, Tensor | Rows] = {}
     for name, tensor in tensors.items():
         if not is_sharded(tensor):
@@ -85,7 +89,7 @@ def copies_of(parts: Mapping[str, Tensor | Rows]) -> dict[str, Tensor | Rows]:
 
 
 def _rows_each(parameter: Any) -> int:
-    """Of a sharded tensor, the rows of each process; of the last ones fewer, or none."""
+    """Rows of a sharded tensor per process; the last processes may have fewer, or none."""
     return -(-len(parameter) // parameter.device_mesh.size())
 
 
@@ -94,7 +98,7 @@ def _first_row(parameter: Any) -> int:
 
 
 def _own_of(whole: Tensor, parameter: Any) -> Tensor:
-    """Of a whole tensor what this process keeps of a parameter of its shape."""
+    """The rows of a whole tensor that this process keeps of a parameter of the same shape."""
     if not is_sharded(parameter):
         return whole
     first = _first_row(parameter)
@@ -102,7 +106,7 @@ def _own_of(whole: Tensor, parameter: Any) -> Tensor:
 
 
 def sharded_like(parameter: Any, whole: Tensor) -> Tensor:
-    """A copy of a whole tensor on the device of a parameter of its shape, sharded as that is."""
+    """A copy of a whole tensor, sharded like a parameter of the same shape, on its device."""
     if not is_sharded(parameter):
         return whole.clone()
     from torch.distributed.tensor import DTensor
@@ -118,14 +122,14 @@ def sharded_like(parameter: Any, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Take over whole weights, as of a checkpoint, of the shapes of the model's."""
+    """Copy whole weights, such as a checkpoint's, into a model; shapes have to match."""
     for name, parameter in model.state_dict().items():
         own(parameter).copy_(_own_of(tensors[name], parameter))
 
 
 def clip_gradients(model: nn.Module, most: float | None, runtime: Runtime) -> Tensor:
-    """Average the gradients of vectors over the processes, as is done for matrices where they are computed,
-    and clip the norm of all gradients to `most`; returns what it was before."""
+    """Clip the norm of all gradients to `most`, and return the norm before clipping. Gradients of vectors are
+    averaged over the processes first; those of matrices were when they were computed."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     vectors = [gradient for gradient in gradients if not is_sharded(gradient)]
     rows = [own(gradient) for gradient in gradients if is_sharded(gradient)]
@@ -138,6 +142,6 @@ def clip_gradients(model: nn.Module, most: float | None, runtime: Runtime) -> Te
     dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(vectors).square()).sqrt()
     if most is not None:
-        factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's own
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grads_with_norm_
         torch._foreach_mul_([*rows, *vectors], factor)
     return norm

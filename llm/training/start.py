@@ -1,4 +1,4 @@
-"""Where a run begins: anew, from given weights, at one of its checkpoints, or as a rerun of another run."""
+"""Where a run starts: from scratch, from given weights, from one of its checkpoints, or as a rerun."""
 
 import logging
 from collections.abc import Collection
@@ -42,54 +42,55 @@ from llm.training.update_size import DEVICE_KEYS
 
 log = logging.getLogger(__name__)
 
-# What decides the numbers from the first update on. The text may lie elsewhere: its fingerprint is compared.
+# Keys that cannot change within a run, as they decide its numbers from the first update on. The text may have
+# moved: its fingerprint is compared instead of its path.
 FIXED = ("model.", "tokenizer.", "data.", "seed", "optimizer.name", "training.accumulate", "init_from")
 FREE_DATA_KEYS = ("data.source", "data.path", "data.cache_dir")
 FREE_IN_RERUN = (*FREE_DATA_KEYS, "tracking.")
 
-# Keys of a model that given weights leave open: how it was initialised, and its dropout from here on.
+# Keys of a model that given weights do not determine.
 FREE_MODEL_KEYS = ("init", "drop_rate")
-# Those by which a chosen preset is not compared with given weights: it stands for its sizes and its parts.
+# Keys in which a preset (model=gpt124m) may differ from given weights without contradicting them.
 INCIDENTAL_KEYS = ("vocab_size", "qkv_bias", "tie_weights", "hidden_dim", "norm_eps", "rotary_base")
 
-# Of a summary, besides the `val_…`.
+# What a summary says about a run's end, besides the `val_…` metrics; cleared when it is resumed.
 RESULTS = ("error", "stopped_early", "train_loss", "evaluated_windows", "heartbeat")
 
 
 @dataclass
 class Start:
-    """Where a run begins, and as what."""
+    """Where a run starts, and with which config."""
 
-    config: PretrainConfig  # as it will run: with the model of given weights, or as recorded
+    config: PretrainConfig  # final: with the model of given weights, or as recorded
     run_dir: Path
     run_id: str
     checkpoint: Path | None = None  # verified, and of this run
     was_finished: bool = False
-    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # since the checkpoint: (was, is)
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # key: (at the checkpoint, now)
     rerun_of: Path | None = None
-    undecided: frozenset[str] = frozenset()  # those of DEVICE_KEYS that nobody gave, and no run recorded
-    weights: Weights | None = None  # of init_from, which decide the config; until the model has taken them
+    undecided: frozenset[str] = frozenset()  # keys among DEVICE_KEYS that neither the user nor a record sets
+    weights: Weights | None = None  # those of init_from, until the model has taken them
 
     def __getstate__(self) -> dict[str, Any]:
-        """Other processes of the run get all but the weights, which each reads for itself."""
+        """Leave out the weights: the run's other processes read them from disk."""
         return {**self.__dict__, "weights": None}
 
     @property
     def steps(self) -> int:
-        """Updates behind it."""
+        """Updates done so far."""
         return steps_of(self.checkpoint) if self.checkpoint else 0
 
     @property
     def tokenizer(self) -> TokenizerConfig:
-        """What `find_tokenizer` is to find. A run's checkpoints keep the files of its tokenizer, which may no
-        longer lie where they came from, and is not learnt again."""
+        """The tokenizer to load. A checkpoint keeps the files of its tokenizer, so that resuming neither
+        needs the original files nor learns the tokenizer again."""
         ours = self.config.tokenizer
         kept = kept_tokenizer(self.checkpoint, self.config) if self.checkpoint else ours.name
         return ours if kept == ours.name else TokenizerConfig(kept)
 
     def take_weights(self) -> Weights | None:
-        """The weights to begin a new run with, if any; handed over, so that they are not kept beside the
-        model's."""
+        """The weights to start a new run from, if any. They are handed over, not kept, so that memory does
+        not hold them twice."""
         weights, self.weights = self.weights, None
         if weights is None and self.config.init_from:
             return open_weights(self.config.init_from, self.config.model.n_heads)
@@ -97,7 +98,8 @@ class Start:
 
 
 def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) -> Start:
-    """
+    """Decide where a run starts: read its checkpoint, its weights or the run to repeat, as the config says.
+
     Args:
         given: keys and groups that were asked for by name, see `with_weights`.
 
@@ -112,7 +114,7 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         rerun_of = find_run(config.rerun)
         return Start(repeated_config(config, rerun_of), run_dir, identity, rerun_of=rerun_of)
     undecided = frozenset(DEVICE_KEYS) - set(given)
-    if config.samples.prompt is None:  # recorded, so that it stays when the text comes from elsewhere
+    if config.samples.prompt is None:  # record the source's, so that the prompt stays if the text moves
         config = replace(config, samples=replace(config.samples, prompt=source_prompt(config.data)))
     if config.init_from:
         asked = set(given)
@@ -123,9 +125,9 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
         tokenizer = TokenizerConfig(tokenizer_of(weights, name))
         if weights.trained:
             tokenizer.vocab_size = weights.trained.tokenizer.vocab_size
-        if name:  # perhaps another name for the same
+        if name:  # it may be another name for the same tokenizer
             config = replace(config, tokenizer=replace(config.tokenizer, name=tokenizer.name))
-        if weights.folder:  # the checkpoint that is meant now: a run's newest, and latest, soon are others
+        if weights.folder:  # record the checkpoint itself: "latest" and a run's newest soon mean another one
             config = replace(config, init_from=weights.origin)
         config = with_weights(config, weights.model, tokenizer, weights.origin, given)
         return Start(config, run_dir, identity, undecided=undecided, weights=weights)
@@ -139,7 +141,7 @@ def find_start(config: PretrainConfig, run_dir: Path, given: Collection[str]) ->
 
 
 def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
-    """The config is the one recorded, with what is given now."""
+    """Resume a run with its recorded config, changed by what is given now."""
     identity, checkpoint = run_id(run_dir), named_checkpoint(path_of(name))
     if checkpoint:
         if checkpoint.name.startswith(BEST):
@@ -160,7 +162,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
     recorded = read_config(checkpoint)
     continued = start_config(run_dir, steps_of(checkpoint)) or recorded
     wanted = replace(_with_given(continued, config, given), resume=config.resume, rerun=continued.rerun)
-    if wanted.init_from:  # what the model is came from the weights
+    if wanted.init_from:  # the recorded model and tokenizer are those of the weights
         wanted = with_weights(wanted, recorded.model, recorded.tokenizer, name, given)
     changes = differences(recorded, wanted)
     changes = {key: values for key, values in changes.items() if key not in ("resume", "rerun", "if_done")}
@@ -192,7 +194,7 @@ def _resume(config: PretrainConfig, name: str, run_dir: Path, given: Collection[
 
 
 def _with_given(recorded: PretrainConfig, config: PretrainConfig, given: Collection[str]) -> PretrainConfig:
-    """`with_given`, where `data.batch_size=auto` means what was chosen."""
+    """`with_given`, where `data.batch_size=auto` means the size that was chosen when the run began."""
     wanted = with_given(recorded, config, given)
     if wanted.data.batch_size == AUTO:
         wanted = replace(wanted, data=replace(wanted.data, batch_size=recorded.data.batch_size))
@@ -200,23 +202,22 @@ def _with_given(recorded: PretrainConfig, config: PretrainConfig, given: Collect
 
 
 def _begin_again(config: PretrainConfig, name: str, run_dir: Path, given: Collection[str]) -> Start:
-    """Begin a run that has no checkpoint yet with the config that it was begun with."""
+    """Restart a run that has no checkpoint yet, with its recorded config."""
     recorded = start_config(run_dir, 0)
     if recorded is None:
         raise UserError(
-            f"resume={name}: there is no checkpoint, and no record of the config that is whole: "
-            f"delete {run_dir}, and begin the run again"
+            f"resume={name}: there is no checkpoint, and no undamaged record of the config: "
+            f"delete {run_dir}, and start the run again"
         )
     log.info("%s has no checkpoint yet: it starts from the beginning", run_dir)
     wanted = replace(_with_given(recorded, config, given), resume=None)
-    # The record has the sizes and the tokenizer of given weights; those are to be the same again. And it has
-    # what was chosen for the device.
+    # The record holds the model and tokenizer of given weights, and what was chosen for the device. All of
+    # that counts as given, so that none of it changes.
     return find_start(wanted, run_dir, {*given, "model", "tokenizer.name", *DEVICE_KEYS})
 
 
 def repeated_config(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
-    """The config that a run was trained with, to train with it again. Tracking is as asked for now, and the
-    text may lie elsewhere now."""
+    """The config of a run, to train with it again. Tracking, and where the text is, are as asked for now."""
     checkpoint = newest_whole(run_dir, STEP_FILES)
     recorded = read_config(checkpoint)
     data = replace(
@@ -241,14 +242,16 @@ def with_weights(
     origin: str,
     given: Collection[str],
 ) -> PretrainConfig:
-    """The config with the model that given weights make, and with their tokenizer.
+    """The config with the model and the tokenizer of given weights.
 
     Args:
-        given: what was asked for by name: keys such as `model.n_layers`, and groups such as `model`, of which
+        model, tokenizer: those of the weights.
+        origin: where the weights come from, for messages.
+        given: what was asked for by name: keys such as `model.n_layers`, and groups such as `model` of which
             an option was chosen. The weights decide everything else.
 
     Raises:
-        UserError: another model or tokenizer was asked for.
+        UserError: what was asked for contradicts the weights.
     """
     for name, (wanted, found) in differences(spelled_out(config.model), spelled_out(model)).items():
         key = f"model.{name}"
@@ -278,14 +281,14 @@ def with_weights(
 
 
 def keys_unlike_default(config: PretrainConfig) -> set[str]:
-    """What counts as given in a config made in Python, where nobody knows what was left at its default: that
-    of the run, or in a group that was made anew, that of the key."""
+    """The keys that count as given in a config made in Python: those that differ both from their value in
+    `PretrainConfig()` and from the default of their own group's class."""
     return {*differences(PretrainConfig(), config)} & {*differences(own_defaults(PretrainConfig), config)}
 
 
 def rewind(start: Start) -> None:
-    """Let a run folder hold what it held at the checkpoint to continue from, or nothing if there is none; and
-    record with which config it continues.
+    """Take a run folder back to the checkpoint to continue from, or to empty records if there is none; and
+    record the config with which the run continues.
 
     Raises:
         UserError: the folder cannot be written.
@@ -293,7 +296,7 @@ def rewind(start: Start) -> None:
     run_dir = start.run_dir
     for folder in (run_dir, run_dir / CHECKPOINTS):
         remove_leftovers(folder)
-    if summary := read_summary(run_dir):  # first of all: it is not finished any more
+    if summary := read_summary(run_dir):  # first: from here on the run is no longer finished
         results = {key: None for key in summary if key.startswith("val_") or key in RESULTS}
         write_summary(run_dir, {**summary, **results, "status": "running"})
     write_start(run_dir, start.steps, start.config)

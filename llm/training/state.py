@@ -1,6 +1,6 @@
-"""All that a run needs to continue exactly: gathered into a snapshot, and restored from a checkpoint.
+"""Everything that a run needs to continue exactly: gathered by `snapshot`, restored by `restore`.
 
-What is added to the one is added to the other; tests/drill.py shows whether that was all.
+Whatever is added to the one has to be added to the other; tests/drill.py shows whether anything is missing.
 """
 
 import logging
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_due(run: Run, saved: Counters) -> bool:
-    """Whether to save again, given where the last checkpoint was."""
+    """Whether to save again, given the counters at the last checkpoint."""
     settings, steps, seconds = run.config.checkpoint, run.step + 1, run.counters.seconds
     steps_due = settings.every_steps is not None and steps - saved.steps >= settings.every_steps
     minutes_due = (
@@ -50,14 +50,15 @@ def checkpoint_due(run: Run, saved: Counters) -> bool:
 
 
 def copy_weights(model: nn.Module, is_main: bool = True) -> dict[str, Tensor]:
-    """A model's weights, copied to the CPU's memory of the main process; none in others. All have to call it
-    for a model that is sharded, of which one tensor after the other is gathered."""
+    """Copies of a model's weights in the CPU's memory of the main process; none in the others. A sharded
+    model is gathered tensor by tensor, so all processes have to call it."""
     copies = {name: copied(tensor, is_main) for name, tensor in model.state_dict().items()}
     return {name: copy for name, copy in copies.items() if copy is not None}
 
 
 def generator_states(runtime: Runtime) -> dict[str, Tensor]:
-    """The states of torch's global generators: the CPU's, and the device's, where dropout draws."""
+    """The states of torch's global random generators: the CPU's, and the device's, which dropout draws
+    from."""
     return {kind: _GENERATORS[kind].get_rng_state() for kind in {"cpu", runtime.device.type}}
 
 
@@ -71,9 +72,10 @@ _GENERATORS: dict[str, Any] = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mp
 
 
 def whole_model(run: Run) -> tuple[GPTModel, Runtime]:
-    """The model of a run for the main process alone, and where it computes. Of a sharded one, which need not
-    fit a GPU, it is a copy on the CPU, to which all others have to contribute by `copy_weights`."""
-    runtime = replace(run.runtime, compile=False)  # it takes longer than to generate one sample without
+    """The model of a run for use by the main process alone, and the runtime to use it with. Of a sharded
+    model, which need not fit one GPU, it is a copy on the CPU; the other processes have to call
+    `copy_weights`."""
+    runtime = replace(run.runtime, compile=False)  # compiling takes longer than one sample
     if not run.sharded:
         return run.model, runtime
     copy = Weights(run.config.model, copy_weights(run.model), None, str(run.run_dir))
@@ -83,16 +85,16 @@ def whole_model(run: Run) -> tuple[GPTModel, Runtime]:
 
 
 def parts_of_weights(run: Run) -> dict[str, Tensor | Rows]:
-    """What this process writes of the weights, in the same memory: of a sharded model, its rows."""
+    """What this process writes of the weights, as views; of a sharded model, its rows."""
     return parts_of(run.model.state_dict(), run.runtime.is_main)
 
 
 def snapshot(run: Run, run_id: str, record_sizes: dict[str, int]) -> Snapshot:
-    """A run's state, in the same memory. All processes have to call it: of a sharded run each has a part, and
-    otherwise the main one has all.
+    """A run's state; its tensors are views, not copies. All processes have to call it. In a sharded run each
+    gets its own part, otherwise the main one gets everything.
 
     Args:
-        record_sizes: bytes of the run's records that belong to it.
+        record_sizes: how many bytes of each of the run's records belong to this state.
     """
     runtime = run.runtime
     place, epoch_generator = run.batches.state()
@@ -117,10 +119,10 @@ def snapshot(run: Run, run_id: str, record_sizes: dict[str, int]) -> Snapshot:
 
 
 def restore(run: Run, start: Start) -> None:
-    """Put a run where the checkpoint of `start` left it; the inverse of `snapshot`.
+    """Restore a run from the checkpoint of `start`; the inverse of `snapshot`.
 
     Raises:
-        UserError: the checkpoint is damaged, of other data or another model, or the run is at its end.
+        UserError: the checkpoint is damaged, or of other data or another model; or the run is at its end.
     """
     folder = start.checkpoint
     assert folder is not None
@@ -137,7 +139,7 @@ def restore(run: Run, start: Start) -> None:
         run.counters = Counters(**state.counters)
         run.batches.load_state(state.batches, state.epoch_generator)
         run.resumed = state.resumed
-        if own := state.generators.get(run.runtime.rank):  # a run may be continued by more processes
+        if own := state.generators.get(run.runtime.rank):  # absent if the run continues with more processes
             restore_generators({kind: own[kind] for kind in generator_states(run.runtime) if kind in own})
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged or of another format: {error}") from error
@@ -156,8 +158,8 @@ def restore(run: Run, start: Start) -> None:
 
 
 def restore_shard(model: nn.Module, rank: int, folder: Path) -> TrainingState:
-    """Read this process's rows of what a checkpoint holds, whoever wrote it: the weights into the model; and
-    returns the rest.
+    """Read this process's rows from a checkpoint, by however many processes it was written: the weights into
+    the model, the rest into the state that is returned.
 
     Raises:
         UserError: the checkpoint is damaged, or of another model.
@@ -185,10 +187,10 @@ def restore_shard(model: nn.Module, rank: int, folder: Path) -> TrainingState:
 
 
 def begin_from(run: Run, source: Weights) -> None:
-    """Take over given weights, and the optimizer's state where it comes with them and fits.
+    """Start a new run from given weights, and from their optimizer state if they have one that fits.
 
     Raises:
-        UserError: they are those of another model.
+        UserError: the weights are those of another model.
     """
     tensors = dict(source.tensors)
     positions, learned = run.config.model.context_length, tensors.get("pos_emb.weight")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request to stop, so that a run finishes its update and saves."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests to stop, so that a run finishes its update and saves."""
 
 import logging
 import signal
@@ -10,20 +10,21 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether a person or the system has asked the run to stop, and by which signal."""
+    """Whether the run was asked to stop, and by which signal."""
 
     by: signal.Signals | None = None
 
 
 @contextmanager
 def stop_requests(announce: bool) -> Iterator[StopRequest]:
-    """Let SIGINT, SIGTERM and SIGHUP ask for a stop. A second SIGINT or SIGTERM ends the process at once.
+    """Treat SIGINT, SIGTERM and SIGHUP as requests to stop. A second SIGINT or SIGTERM ends the process.
 
-    A terminal that is closed sends SIGHUP, and its shell often sends it once more: a second one changes
-    nothing. Under `nohup` it stays ignored.
+    A terminal that is closed sends SIGHUP, and its shell often sends another, so a second SIGHUP is ignored.
+    Under `nohup`, SIGHUP stays ignored altogether.
 
     Args:
-        announce: whether to say so; one of the processes of a run does, and restores the handlers.
+        announce: whether to log the request, and let a second signal end the process; true in one process of
+            a run.
     """
     stop = StopRequest()
 

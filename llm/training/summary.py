@@ -1,4 +1,4 @@
-"""How far a run is, and what came out of it."""
+"""Counters of a run's progress, and the summary of its results."""
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,9 +16,9 @@ class Counts:
     steps: int = 0  # updates done, skipped ones included
     tokens_seen: int = 0
     seconds: float = 0.0  # of training; evaluation, samples and checkpoints do not count
-    best_val_loss: float | None = None  # of the evaluations along the way
+    best_val_loss: float | None = None  # of the evaluations during training
     best_step: int | None = None
-    skipped: int = 0  # updates skipped because the loss or the gradient was not finite
+    skipped: int = 0  # updates skipped because their loss or gradient norm was not finite
     grad_norm_spikes: int = 0
 
     @property
@@ -37,46 +37,47 @@ class Counters(Counts):
 
 @dataclass
 class Summary(Counts):
-    """What came out of a run; `summary.json` holds the same, flat. Losses are in nats per token."""
+    """The results of a run; `summary.json` holds them flat. Losses are in nats per token."""
 
     run_dir: str = ""
     status: str = "running"  # or finished, interrupted, failed
-    stopped_early: str | None = None  # of an interrupted run: why, if a rule stopped it and not a person
-    stopped_by: str | None = None  # of a run interrupted by a signal: its name, as SIGTERM
-    error: str | None = None  # of a failed one
+    stopped_early: str | None = None  # why, if a rule interrupted the run
+    stopped_by: str | None = None  # name of the signal that interrupted the run, such as SIGTERM
+    error: str | None = None  # of a failed run
     train_loss: float | None = None  # over eval_iter batches, at the end
     validation: dict[str, float] = field(default_factory=dict)  # METRICS at the end, on `evaluated_windows`
-    evaluated_windows: int | None = None  # of the validation split; the same ones in each run of as many
+    evaluated_windows: int | None = None  # of the validation split; as many windows are always the same ones
     validation_windows: int | None = None  # of the whole split
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     mfu: float | None = None  # model FLOPs per second over those of a large matrix product
-    heartbeat: float | None = None  # when it was last known to live, in seconds since the epoch
-    total_seconds: float = 0.0  # since the run was begun or resumed, everything counted
+    heartbeat: float | None = None  # when it was last known to be alive, in seconds since 1970
+    total_seconds: float = 0.0  # since the run was started or resumed, everything included
     parameters: int = 0
     seed: int = 0
     device: str = ""
     precision: str = ""
     circumstances: Circumstances = field(default_factory=Circumstances)
-    tokenizer: str = ""  # its fingerprint, and that of the validation text: losses compare only where
-    validation_text: str = ""  # both are the same, bits per byte where the text is
+    # Fingerprints. Losses are comparable if both are the same, bits per byte if the text is.
+    tokenizer: str = ""
+    validation_text: str = ""
     init_from: str | None = None
     resumed: list[dict[str, Any]] = field(default_factory=list)  # after how many updates, with what changed
-    wandb_folder: str | None = None  # of the W&B run, if W&B has not received all of it
+    wandb_folder: str | None = None  # of the W&B run, if it still has to be synced
 
     def __getattr__(self, name: str) -> float | None:
-        """`summary.val_loss` and the like: a metric of `validation`, None before there is one."""
+        """`summary.val_loss` and the like: a metric of `validation`, or None if there is none yet."""
         if name.startswith("val_"):
             return self.validation.get(name.removeprefix("val_"))
         raise AttributeError(name)
 
     def count(self, counters: Counts) -> None:
-        """Take over how far the run is."""
+        """Copy how far the run is."""
         for item in fields(Counts):
             setattr(self, item.name, getattr(counters, item.name))
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, under the names of `summary.json`."""
+        """The summary as in `summary.json`: flat."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         validation = {**dict.fromkeys(METRICS), **values.pop("validation")}
         circumstances = asdict(values.pop("circumstances"))

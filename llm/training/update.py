@@ -1,4 +1,4 @@
-"""What the device computes in an update."""
+"""The arithmetic of an update: gradients accumulated over micro-batches, clipping, the optimizer's step."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -12,21 +12,23 @@ from llm.training.sharding import clip_gradients
 
 
 def accumulate_gradients(run: Run, batches: Iterable[Batch], count: int) -> Tensor:
-    """The clipped gradient of the mean loss over so many batches, left at the parameters; returns that loss
-    and the norm of the gradient before it was clipped, (2,).
+    """Compute the gradient of the mean loss over `count` batches, clipped, in the parameters' `grad`.
 
     Args:
-        batches: this process's rows of each, on the device.
+        batches: of each batch, this process's rows, on the device.
+
+    Returns:
+        The loss, and the norm of the gradient before clipping, (2,).
     """
     runtime, clip = run.runtime, run.config.training.grad_clip
     loss = torch.zeros((), device=runtime.device)
     for number, (inputs, targets) in enumerate(batches, start=1):
-        # Gradients add up over the micro-batches; several processes average them once, at the last one.
-        # Sharded ones are averaged each time, so that no process ever holds a whole gradient.
+        # Gradients add up over the micro-batches; processes average them once, at the last one. Sharded
+        # gradients are averaged every time, so that no process ever holds a whole one.
         exchange = runtime.processes == 1 or run.sharded or number == count
         with nullcontext() if exchange else run.trained_model.no_sync(), runtime.autocast():  # type: ignore[operator]
-            # Each batch's loss is a mean. Divided by the number of batches, their gradients add up to that of
-            # the mean over all of them: the same update as one large batch makes.
+            # Each batch's loss is a mean. Divided by the number of batches, the gradients add up to that of
+            # the mean over all of them, as if they were one large batch.
             batch_loss = run.trained_model(inputs, targets) / count
             batch_loss.backward()
         loss += batch_loss.detach()
@@ -46,8 +48,14 @@ def share(run: Run, batch: Batch) -> Batch:
 
 
 def queue_update(run: Run, batches: Iterable[Batch], count: int) -> Tensor:
-    """A whole update, by numbers on the device alone, so that nothing waits for it; otherwise as
-    `accumulate_gradients`. Once too many in a row are skipped, all that follow are too."""
+    """Queue a whole update, including the decision whether to skip it, without waiting for the device.
+
+    Once more than `max_skipped` in a row were skipped, all later ones are skipped too, so that the weights
+    stay as they are until the host learns of it.
+
+    Returns:
+        As `accumulate_gradients`.
+    """
     figures, skipped = accumulate_gradients(run, batches, count), run.skipped_in_a_row
     skips = ~figures.isfinite().all() | (skipped > run.config.training.max_skipped)
     skipped.copy_(torch.where(skips, skipped + 1, 0))

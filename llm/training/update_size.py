@@ -1,7 +1,7 @@
-"""How large an update of a new run is, and how it is divided into micro-batches, where that is left to the
-device: with `data.batch_size=auto`; and on a CUDA GPU, if nobody has said.
+"""How large an update of a new run is, and into how many micro-batches it is divided, if that is left to the
+device: with `data.batch_size=auto`, and on a CUDA GPU if the user did not set it.
 
-The keys' own values, and those of `conf/scale/`, are for CPUs.
+The keys' defaults, and the values in `conf/scale/`, are meant for CPUs.
 """
 
 import math
@@ -16,21 +16,21 @@ from llm.errors import UserError
 from llm.model.gpt import parameters_of, training_flops_per_token, without_weights
 from llm.training.memory import largest_that_fits
 
-# What may be chosen for a device. All of it is recorded, so that a run is resumed and repeated with the same.
+# Keys that may be chosen for a device. They are recorded, so that a run is resumed and repeated with the
+# same.
 DEVICE_KEYS = ("data.batch_size", "training.accumulate", "training.eval_freq")
 
-# Of an update of 124M parameters: with as many, half of what an H100 can do was measured. They grow with the
-# root of the model's size, as larger models need larger batches. So the default model, at a hundredth of that
-# size, keeps its batch, for which its learning rate was tuned. Rates stay: one that is low enough for small
-# batches is so for large ones, whose gradients are less noisy.
+# An update of 124M parameters takes 32,768 tokens: with these, half of an H100's peak was measured. Tokens
+# grow with the root of the model's size, as larger models need larger batches. So the default model, a
+# hundredth of that size, keeps the batch for which its learning rate was tuned. Rates stay the same: one that
+# is low enough for small batches is low enough for large ones, whose gradients are less noisy.
 TOKENS, OF_PARAMETERS = 32_768, 124e6
-LARGEST_SHARE_OF_TEXT = 1 / 32  # an update takes no more of the training split
+LARGEST_SHARE_OF_TEXT = 1 / 32  # of the training split that one update may take
 
-# Updates take less time than on a CPU, so there are this many times as many from one evaluation to the next;
-# and more of small ones, of fewer floating-point operations: an H200 evaluates the default model in the time
-# of some thirty of its updates.
+# Updates are faster than on a CPU, so `eval_freq` is multiplied by 10; or by 40 if an update takes fewer than
+# SMALL_FLOPS, as an H200 makes some thirty updates of the default model in the time of one evaluation.
 FEWER_EVALUATIONS, FEWER_OF_SMALL, SMALL_FLOPS = 10, 40, 1e11
-LEAST_EVALUATIONS = 40  # of a run limited by steps or epochs, but for those that have fewer on a CPU
+LEAST_EVALUATIONS = 40  # of a run limited by steps or epochs, unless it would have fewer on a CPU
 
 
 def update_tokens(config: PretrainConfig) -> int:
@@ -41,12 +41,12 @@ def update_tokens(config: PretrainConfig) -> int:
 def chosen_for_device(
     config: PretrainConfig, undecided: Collection[str], device: Device, precision: str, training_tokens: int
 ) -> dict[str, int]:
-    """The keys, and their values, that suit a run's device better than those of the config. The memory of the
-    device decides only how many micro-batches an update is made of.
+    """Values of config keys that suit a run's device better than those in the config. How large an update is
+    does not depend on the device's memory; into how many micro-batches it is divided does.
 
     Args:
-        undecided: those of `DEVICE_KEYS` that nobody has given.
-        training_tokens: of the training split.
+        undecided: those of `DEVICE_KEYS` that the user did not set.
+        training_tokens: size of the training split.
 
     Raises:
         UserError: `training.update_tokens` cannot be divided evenly.
@@ -75,10 +75,11 @@ def chosen_for_device(
 
 
 def refuse_uneven(config: PretrainConfig, undecided: Collection[str], kind: str) -> None:
-    """See that the sizes of a config go together, unless they are left to a device of this kind.
+    """Check that the sizes in a config fit together, unless they are left to a device of this kind.
 
     Raises:
-        UserError: the processes cannot share a batch evenly, or an update has not `training.update_tokens`.
+        UserError: a batch cannot be divided evenly among the processes, or an update does not have
+            `training.update_tokens`.
     """
     if _leaves_size_open(config, _open_to(kind, undecided)):
         return
@@ -98,8 +99,9 @@ def refuse_uneven(config: PretrainConfig, undecided: Collection[str], kind: str)
 
 
 def _open_to(kind: str, undecided: Collection[str]) -> set[str]:
-    """Those of the undecided keys that a device of this kind decides."""
-    return {*undecided} if kind == "cuda" else {*undecided} & {"training.accumulate"}  # only with auto
+    """The undecided keys that a device of this kind may decide."""
+    # Other devices decide nothing by themselves, but with data.batch_size=auto also the accumulation.
+    return {*undecided} if kind == "cuda" else {*undecided} & {"training.accumulate"}
 
 
 def _leaves_size_open(config: PretrainConfig, undecided: set[str]) -> bool:
@@ -107,12 +109,12 @@ def _leaves_size_open(config: PretrainConfig, undecided: set[str]) -> bool:
 
 
 def _as_accumulating(config: PretrainConfig) -> PretrainConfig:
-    """So that the gradients of an earlier micro-batch are counted."""
+    """The config with several micro-batches, so that gradients of an earlier one are counted as memory."""
     return replace(config, training=replace(config.training, accumulate=2))
 
 
 def _windows(config: PretrainConfig, accumulate: int, training_tokens: int) -> int:
-    """Windows of an update, of one process.
+    """Windows that one process takes in an update.
 
     Raises:
         UserError: `training.update_tokens` cannot be divided evenly.
@@ -139,7 +141,7 @@ def _windows(config: PretrainConfig, accumulate: int, training_tokens: int) -> i
 
 
 def with_chosen(config: PretrainConfig, chosen: dict[str, int]) -> PretrainConfig:
-    """A config with other values of some of `DEVICE_KEYS`."""
+    """The config with the chosen values of some of `DEVICE_KEYS`."""
     groups: dict[str, dict[str, Any]] = {"data": {}, "training": {}}
     for key, value in chosen.items():
         group, _, name = key.partition(".")
@@ -152,5 +154,5 @@ def with_chosen(config: PretrainConfig, chosen: dict[str, int]) -> PretrainConfi
 
 
 def _power_of_two(number: float) -> int:
-    """The largest that is not above the number, and at least 1."""
+    """The largest power of two that is not above a number, but at least 1."""
     return 1 << max(0, int(number).bit_length() - 1) if number >= 1 else 1

@@ -1,11 +1,15 @@
 """Which jobs a grid has: zipped keys, tables, equal settings, and sweeps that are extended."""
 
+from inspect import signature
 from itertools import product
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra_plugins.race_sweeper import RaceSweeper
+from hydra_plugins.sweepers import GridSweeper, OptunaSweeper, RecordedSweeper
 from sweeping.planning import Old, Plan, in_order, plan_jobs
+from sweeping.recorded import CHOICES, NUMBERS, PLANNED
 from sweeping.table import read_table
 from sweeping.values import Values
 
@@ -186,3 +190,9 @@ def test_a_table_of_somebody_else_can_do_no_more_than_set_keys(
     with pytest.raises(UserError, match=line) as raised:
         read_table(tmp_path / "a.csv", PretrainConfig)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("sweeper", [GridSweeper, OptunaSweeper, RaceSweeper])
+def test_a_sweep_is_resumed_with_all_settings_of_its_sweeper(sweeper: type[RecordedSweeper]) -> None:
+    settings = {f"hydra.sweeper.{name}" for name in signature(sweeper).parameters} - {"hydra.sweeper.params"}
+    assert settings <= {*CHOICES, *NUMBERS, *PLANNED}  # else a new one would be forgotten

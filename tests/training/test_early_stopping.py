@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -211,16 +212,18 @@ def test_jobs_of_other_lengths_are_judged_as_by_hand(tmp_path: Path, rule: str) 
 def test_the_reason_says_what_was_compared() -> None:
     others = [[Point(0.1, 5.0), Point(0.5, loss), Point(1.0, 1.0)] for loss in (2.0, 3.0, 4.0, math.inf)]
     own = [Point(0.1, 5.0), Point(0.4, 4.75), Point(0.5, 6.0)]
-    assert median_rule(own, others, 4) == (
+    median = EarlyStoppingConfig("median", min_jobs=4)
+    halving = EarlyStoppingConfig("halving", reduction=2, from_progress=0.5)
+    assert median_rule(own, others, median) == (
         "best validation loss 4.7500 is above 3.5000, the median of 4 other jobs"
     )
-    assert median_rule(own, others, 5) is None
-    assert median_rule([Point(0.5, 3.5)], others, 4) is None  # level with it
-    assert halving_rule(own, others, 2, 0.5) == (
+    assert median_rule(own, others, replace(median, min_jobs=5)) is None
+    assert median_rule([Point(0.5, 3.5)], others, median) is None  # level with it
+    assert halving_rule(own, others, halving) == (
         "validation loss 6.0000 at 1/2 of the run is above 3.0000, the highest among the best 2 of 5 jobs"
     )
-    assert halving_rule([*own, Point(0.6, 9.0)], others, 2, 0.5) is None  # judged once a rung
-    assert halving_rule(own, [], 2, 0.5) is None
+    assert halving_rule([*own, Point(0.6, 9.0)], others, halving) is None  # judged once a rung
+    assert halving_rule(own, [], halving) is None
     assert (rungs(3, 0.1), rungs(3, 1 / 9), rungs(3, 1 / 3), rungs(2, 0.4)) == ([9, 3], [9, 3], [3], [2])
 
 
