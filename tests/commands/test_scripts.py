@@ -178,6 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script: Script, tmp_path: Path,
         "data=text",
         text,
         "training.max_steps=50",
+        "training.eval_freq=null",  # which would see it before the next update does
         "optimizer=adamw",
         "optimizer.lr=1e30",
         "schedule=constant",
