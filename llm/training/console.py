@@ -75,13 +75,12 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
         )
     limit, value = budget.limit, getattr(training, budget.limit)
     log.info(
-        "budget     %straining.%s=%s: about %s tokens (%s epochs) in %s; more: training.%s=%s",
+        "budget     %straining.%s=%s: about %s tokens (%s epochs) in %s; more: %s",
         "what is left of " if run.resumed else "",
         limit,
         format_value(value),
         *_amount(budget),
-        limit,
-        format_value(4 * value),
+        _raised(run, limit),
     )
     log.info("then       %s%s", _final_validation(run, budget), _other_choice(run, budget))
     log.info("run folder %s\n", run.run_dir)
@@ -195,6 +194,13 @@ def sizes(config: PretrainConfig) -> str:
     )
 
 
+def _raised(run: Run, limit: str) -> str:
+    """A limit of training, such as max_steps, at four times its value, or at four times what is spent if it
+    was lowered below that."""
+    value = getattr(run.config.training, limit) * max(1, int(run.spent()[limit]))
+    return f"training.{limit}={format_value(4 * value)}"
+
+
 def _validated_on(summary: Summary) -> str:
     count, total = summary.evaluated_windows, summary.validation_windows
     return format_windows(count, total) if count and total else "–"
@@ -226,8 +232,8 @@ def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None
     log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
     log.info("sample      %s", as_command("generate", as_override("checkpoint", run.run_dir)))
-    key, value = run.binding_limit()
-    further = [f"{key}={format_value(4 * value)}"] if summary.status == "finished" else []
+    key, _ = run.binding_limit()
+    further = [_raised(run, key.removeprefix("training."))] if summary.status == "finished" else []
     if summary.stopped_early:
         further = ["early_stopping.rule=none"]
     log.info("resume      %s", as_command("pretrain", as_override("resume", run.run_dir), *further))

@@ -14,7 +14,9 @@ from settings import changed, settings
 from llm.commands.pretrain import pretrain
 from llm.config import RuntimeConfig
 from llm.device import precision_in_words
-from llm.files import read_json_lines
+from llm.files import read_json_lines, write_json
+from llm.records import read_record
+from llm.run_folder import SUMMARY
 from llm.runtime import start_runtime
 from llm.training import validation
 
@@ -83,6 +85,19 @@ def test_peak_memory_is_not_that_of_an_earlier_job(tmp_path: Path) -> None:
     found = pretrain(settings(tmp_path), tmp_path / "run").peak_memory_bytes
     assert found is not None
     assert 0 < found < peak - large // 2
+
+
+def test_more_is_always_more_than_is_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config = changed(settings(tmp_path), training__max_steps=8)
+    pretrain(config, tmp_path / "run")
+    summary = read_record(tmp_path / "run" / SUMMARY)
+    write_json(tmp_path / "run" / SUMMARY, {**summary, "status": "interrupted"})
+    caplog.clear()
+    lower = changed(config, resume=str(tmp_path / "run"), training__max_steps=2)
+    assert pretrain(lower, given={"training.max_steps"}).steps == 8
+    assert "; more: training.max_steps=32\n" in f"{caplog.text}\n"
+    assert caplog.text.count("training.max_steps=32") == 2  # in the command that ends it, too
 
 
 def test_a_resumed_run_tells_what_is_left_and_that_its_rate_rises(
