@@ -53,7 +53,7 @@ def made_before(
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """Without what the run itself will say as it finds its text and its checkpoint."""
+    """Silence what the run itself will log when it finds its text and its checkpoint."""
     loggers = [logging.getLogger(f"llm.{name}") for name in FINDING]
     for logger in loggers:
         logger.disabled = True

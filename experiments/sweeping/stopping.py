@@ -59,11 +59,11 @@ def stoppable(folder: Path, side_by_side: bool) -> Iterator[None]:
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """For a time in which modules are imported: while numpy or torch is, a KeyboardInterrupt may come out as
-    an ImportError, or get lost.
+    """Let Ctrl-C end the script while modules are imported: numpy and torch may turn a KeyboardInterrupt into
+    an ImportError, or lose it.
 
     Raises:
-        KeyboardInterrupt: there was a Ctrl-C, whatever has become of it.
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or a sweep's
         yield

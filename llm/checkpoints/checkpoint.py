@@ -208,8 +208,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def trained_on(folder: Path) -> list[str] | None:
-    """The fingerprints of the training and of the validation tokens of a checkpoint's run. A best checkpoint
-    does not say, and the step checkpoints beside it do; None where none of them can be read."""
+    """The fingerprints of the training and validation tokens of a checkpoint's run. A `best` checkpoint does
+    not record them, but the step checkpoints beside it do. None if none of these can be read."""
     beside = folder.parent.glob("step-*") if folder.parent.name == CHECKPOINTS else ()
     for each in (folder, *beside):
         with suppress(UserError, KeyError):

@@ -274,7 +274,7 @@ def _table(a: Figures, b: Figures, found: Difference) -> str:
     for seed in sorted(a.keys() | b.keys()):
         both = f"{b[seed] - a[seed]:+.4f}" if seed in a and seed in b else "–"
         rows.append([str(seed), *(f"{each[seed]:.4f}" if seed in each else "–" for each in (a, b)), both])
-    # Of what the difference is of, so that it is that of the two means beside it.
+    # Over the same seeds as the difference, so that it equals the difference of the two means.
     counted = [
         mean(figure for seed, figure in each.items() if not found.paired or seed in a.keys() & b.keys())
         for each in (a, b)

@@ -110,7 +110,7 @@ def _text(config: PretrainConfig) -> list[str]:
 
 
 def _content(path: str | None, key: str) -> list[str]:
-    """What tells files from others: as lines of JSON, the same bytes are another text."""
+    """Fingerprints of files: their content, and whether it is read as JSON lines."""
     if path is None:
         return []
     return [f"{sha256(file)}, JSON lines: {is_jsonl(file)}" for file in find_files(path, key)]

@@ -59,21 +59,20 @@ class Decoding:
             decoding.append(tokens)
             decoding.end(those of decoding.rows that are done)
 
-    The logits are those of the model over the last `context_size` tokens of a row. While a row fits into
-    that, the KV cache reduces a step to the work of one token. Beyond it the window slides, and with each
-    token all positions in it shift by one. GPT-2's positions are absolute and part of every cached key and
-    value; and whatever the positions, all but the first block's keys and values hold something of tokens
-    that have left the window. So the cache is stale and the whole window is recomputed at every step, as in
-    the book. There are two cheaper ways:
+    The model sees the last `context_size` tokens of a row. While a row is shorter than that, the KV cache
+    reduces a step to the work of one token. Beyond it, the window slides, and each token shifts all positions
+    by one. GPT-2's absolute positions are part of every cached key and value. And with any positions, keys
+    and values after the first block depend on tokens that have left the window. So the cache is stale, and
+    by default the whole window is recomputed at every step, as in the book. There are two cheaper ways:
 
-    `past_context="half"` drops the earlier half of a full window: steps are cheap again until the next time
-    it is full, and the model sees between half of the context and all of it.
+    `past_context="half"` drops the first half of a full window. Steps are then cheap until the window is full
+    again, and the model sees between half of its context and all of it.
 
-    `past_context="slide"` keeps what is cached and drops the oldest token, so a step is always one token's
-    work. Each block attends to the last `context_size` positions, of long prompts too (sliding-window
-    attention, Beltagy et al. 2020). Through what is kept, the model still sees something of tokens that have
-    left the window, at most as many windows back as it has blocks; it was not trained to. Positions have to
-    be relative, as rotary ones are.
+    `past_context="slide"` keeps the cache and drops only the oldest token, so a step is always one token's
+    work. Each block attends to the last `context_size` positions, also within long prompts (sliding-window
+    attention, Beltagy et al. 2020). Through the cache, the model still sees traces of tokens that have left
+    the window, up to as many windows back as it has blocks, for which it was not trained. This needs relative
+    positions, such as rotary ones.
     """
 
     @torch.no_grad()
@@ -86,8 +85,11 @@ class Decoding:
         past_context: str = "exact",
         cache: KVCache | None = None,
     ) -> None:
-        """`prompts` may differ in length, but none may be empty; equal ones are computed once. The model
-        must be in evaluation mode. `cache` is one to use again, of as many rows, and long enough.
+        """
+        Args:
+            model: in evaluation mode.
+            prompts: may differ in length, but must not be empty. Equal prompts are computed once.
+            cache: a cache to reuse, with as many rows, and long enough.
 
         Raises:
             UserError: the window cannot slide, as the model's positions are absolute.
@@ -95,7 +97,7 @@ class Decoding:
         check_past_context(model, past_context)
         self.model = model
         self.token_ids = [list(prompt) for prompt in prompts]
-        self.rows = list(range(len(prompts)))  # those not ended yet, in the order of the logits
+        self.rows = list(range(len(prompts)))  # that have not ended, in the order of the logits
         self._window = context_size
         self._jump = max(1, context_size // 2) if past_context == "half" else 1
         self._slides = past_context == "slide"
@@ -117,8 +119,8 @@ class Decoding:
         return self._logits(features)
 
     def moved(self, ahead: int = 0) -> dict[int, int]:
-        """The slots whose window will have moved when `ahead` more tokens are appended, so that what is
-        cached was computed for other positions; and where the window will start."""
+        """The slots whose window will have moved after `ahead` more tokens, so that their cache is stale, and
+        the new starts of their windows."""
         starts = {
             slot: self._start(len(self.token_ids[row]) + ahead, self._starts[slot])
             for slot, row in enumerate(self.rows)
@@ -127,12 +129,12 @@ class Decoding:
 
     @torch.no_grad()
     def refill(self, moved: dict[int, int]) -> Tensor:
-        """Compute and cache the windows of slots anew, from where they start now: logits of their next tokens
-        (slots, vocab_size), fp32."""
+        """Recompute and cache windows that have moved: logits of their next tokens (slots, vocab_size),
+        fp32."""
         return self._logits(self._fill(self._restart(moved)))
 
     def position(self, slot: int) -> int:
-        """Of the next token of a row, in its window."""
+        """The position of a row's next token in its window."""
         return len(self.token_ids[self.rows[slot]]) - self._starts[slot]
 
     def append(self, tokens: list[int]) -> None:
@@ -150,10 +152,14 @@ class Decoding:
             del self.rows[-1], self._starts[-1]
 
     def _start(self, length: int, cached: int) -> int:
-        """Where the tokens that the model reads start in a row of `length`; `cached`: where those that are
-        cached do, or -1."""
+        """Where the window of a row starts.
+
+        Args:
+            length: of the row, in tokens.
+            cached: where its cached window starts, or -1.
+        """
         if self._slides:
-            # The last token's logits depend on none before these: each block sees a window less one further.
+            # The last token's logits depend on no earlier token: each block reaches window - 1 tokens back.
             reach = self.model.config.n_layers * (self._window - 1) + 1
             if cached >= 0 and length - cached <= max(COUNTED_POSITIONS, 4 * reach):
                 return cached
@@ -161,13 +167,13 @@ class Decoding:
         return -(-max(0, length - self._window) // self._jump) * self._jump
 
     def _restart(self, moved: dict[int, int]) -> list[int]:
-        """Note where windows start now: their slots."""
+        """Note the new starts of windows; returns their slots."""
         for slot, start in moved.items():
             self._starts[slot] = start
         return [*moved]
 
     def _logits(self, features: Tensor) -> Tensor:
-        # fp32 from here on: a softmax and cumulative sums over 50,257 tokens are beyond bf16's 8 bits.
+        # From here on in fp32: bf16's 8 bits are too few for softmax and cumulative sums over 50,257 tokens.
         return self.model.logits(features).float()
 
     def _fill(self, slots: list[int]) -> Tensor:
@@ -183,7 +189,7 @@ class Decoding:
         features = self.model.features(idx.to(self._device), remember=remember)
         last = torch.tensor([len(window) - 1 for window in windows], device=self._device)
         features = features[source, last]
-        for whole in dict.fromkeys(wholes):  # those that go on past the first window, which slides over them
+        for whole in dict.fromkeys(wholes):  # with past_context=slide, rows can be longer than the window
             if len(whole) > self._window:
                 alike = [number for number, each in enumerate(wholes) if each == whole]
                 features[alike] = self._fill_on(whole, [slots[number] for number in alike])
@@ -200,8 +206,8 @@ class Decoding:
         return features[:, -1]
 
     def _extend(self) -> Tensor:
-        """Compute the last token of each row over its cached ones: features (rows, emb_dim), meaningless
-        where the cache is stale."""
+        """Compute the last token of each row, using the cache: features (rows, emb_dim), meaningless for rows
+        whose cache is stale."""
         tokens = [self.token_ids[row][-1] for row in self.rows]
         positions = [self.position(slot) - 1 for slot in range(len(self.rows))]
         end = max(positions) + 1

@@ -88,11 +88,10 @@ def _load(
 
 
 def splits_of(loaded: Loaded, trained: PretrainConfig) -> tuple[TokenFile, TokenFile]:
-    """The training and the validation tokens of the run that a model comes from.
+    """The training and validation tokens of the run that trained a model.
 
     Raises:
-        UserError: see `token_files`; or the text is no longer the one that the run was trained on, and its
-            figures would be taken for those of the run.
+        UserError: see `token_files`; or the text has changed since the run was trained on it.
     """
     files = token_files(trained.data, loaded.tokenizer)
     if loaded.data and loaded.data != [file.fingerprint for file in files]:

@@ -1,9 +1,9 @@
-"""Steps of generation: tokens drawn for all rows of a batch, one after the other or ahead of what is read.
+"""Generation steps: drawing a token for each row of a batch, step by step or several steps ahead of the host.
 
-A CPU decodes one step at a time. It attends to what is cached and no more, and computes no row that has
-ended. A GPU would wait for the launch of each of a step's some 200 kernels, and then for the host to look at
-what was drawn. So there a step is a function of tensors that stay where they are (`StaticStep`), captured as
-one CUDA graph, and the host reads the tokens of some steps while the next are computed.
+A CPU decodes one step at a time, attending only to what is cached and skipping rows that have ended. A GPU
+would spend most of its time waiting: for the launch of each of a step's 200 or so kernels, and for the host
+to read what was drawn. So on a GPU a step is a function of tensors at fixed addresses (`StaticStep`),
+captured as one CUDA graph, and the host reads the tokens of earlier steps while later steps are computed.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,18 +24,18 @@ from llm.model.gpt import GPTModel
 from llm.model.kv_cache import KVCache
 from llm.runtime import Late
 
-STEPS_AHEAD = 8  # that the host launches before it looks at those launched before
-ROUNDED_TO = 128  # cache lengths, so that batches of about the same length share a graph
+STEPS_AHEAD = 8  # launched by the host before it reads the tokens of those launched earlier
+ROUNDED_TO = 128  # tokens, for cache lengths, so that batches of similar length share a graph
 
-# What a step drew: for each row that goes on, its number, the token, the token's log-probability under the
-# model and the entropy of the distribution that it was drawn from, both in nats.
+# What a step drew, for each row that has not ended: its number, the token, the token's log-probability under
+# the model, and the entropy of the distribution it was drawn from, both in nats.
 Drawn = list[tuple[int, int, float, float]]
-# Waits for some steps that were launched: figures (steps, 3, rows), see `draw`.
+# Waits for launched steps, and returns their figures (steps, 3, rows), see `draw`.
 Figures = Callable[[], list[list[list[float]]]]
 
 
 def decodes_ahead(model: GPTModel) -> bool:
-    """Whether `drawn_ahead` is to generate with this model. Compiled steps too are of one shape."""
+    """Whether to generate with `drawn_ahead`: on CUDA, or with compiled steps, whose shapes are fixed too."""
     return model.tok_emb.weight.is_cuda or model.compiles_steps
 
 
@@ -48,11 +48,11 @@ def drawn_in_turn(
     past_context: str,
     ended: Callable[[int], bool],
 ) -> Iterator[Drawn]:
-    """What each step draws, until all rows have ended, or the numbers are used up.
+    """Yield what each step draws, until all rows have ended or all numbers are used.
 
     Args:
-        uniforms: in [0, 1), to draw each row's tokens with: (steps, rows), on the CPU.
-        ended: whether a row is to get no more tokens; asked again after each step.
+        uniforms: numbers in [0, 1) to draw each row's tokens with, (steps, rows), on the CPU.
+        ended: tells whether a row gets no more tokens; called after each step.
     """
     decoding = Decoding(model, prompts, len(uniforms), model.config.context_length, past_context)
     device = model.tok_emb.weight.device
@@ -86,8 +86,8 @@ def drawn_ahead(
     past_context: str,
     ended: Callable[[int], bool],
 ) -> Iterator[Drawn]:
-    """The same as `drawn_in_turn`, from a device that works on while the host reads what it drew some steps
-    ago. What a row draws after its end is dropped. Where a window moves, it is computed anew in between."""
+    """The same as `drawn_in_turn`, but the device computes the next steps while the host reads earlier ones.
+    Tokens drawn after a row's end are dropped. Windows that have moved are recomputed in between."""
     check_past_context(model, past_context)
     window, steps = model.config.context_length, len(uniforms)
     longest = -(-(max(map(len, prompts)) + steps) // ROUNDED_TO) * ROUNDED_TO
@@ -96,7 +96,7 @@ def drawn_ahead(
     if static.seen is not None:
         static.seen.copy_(_seen(prompts, model.config.vocab_size))
     if static.uniforms.is_cuda:
-        uniforms = uniforms.pin_memory()  # so that copies of it do not wait for what the GPU is doing
+        uniforms = uniforms.pin_memory()  # so that copying them does not wait for the GPU
     launched = read = 0
 
     def moved(ahead: int) -> dict[int, int]:
@@ -124,7 +124,7 @@ def drawn_ahead(
                 if unread:
                     yield from reading(unread)
                     unread = None
-                if stale := moved(0):  # those of rows that have not ended since
+                if stale := moved(0):  # some rows may have ended since
                     static.begin(stale, decoding)
             count = 1
             while count < min(STEPS_AHEAD, steps - launched) and not moved(launched + count - read):
@@ -144,8 +144,8 @@ def drawn_ahead(
 def draw(
     logits: Tensor, uniform: Tensor, seen: Tensor | None, sampling: SamplingConfig
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token for each row of logits (rows, vocab): token ids (rows,), and figures (3, rows) in fp32,
-    which represents token ids exactly: the ids, log-probabilities and entropies of `Drawn`.
+    """Draw a token for each row of logits (rows, vocab): token ids (rows,), and figures (3, rows): the ids,
+    log-probabilities and entropies of `Drawn`, all in fp32, which represents token ids exactly.
 
     Args:
         uniform: in [0, 1), see `draw_at`: (rows,).
@@ -154,7 +154,7 @@ def draw(
     wanted = logits if seen is None else penalise_repetition(logits, seen, sampling.repetition_penalty)
     probabilities = next_distribution(wanted, sampling)
     tokens = draw_at(uniform)(probabilities)
-    if logits.is_cuda:  # one kernel, where logsumexp starts nine
+    if logits.is_cuda:  # log_softmax is one kernel, logsumexp nine
         log_probabilities = logits.log_softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
     else:
         log_probabilities = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
@@ -163,7 +163,7 @@ def draw(
 
 
 def _seen(prompts: list[list[int]], vocab_size: int) -> Tensor:
-    """Which tokens occur in the prompts, bool (rows, vocab), on the CPU."""
+    """The tokens that occur in each prompt, bool (rows, vocab), on the CPU."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
@@ -171,10 +171,10 @@ def _seen(prompts: list[list[int]], vocab_size: int) -> Tensor:
 
 
 class StaticStep:
-    """A step for a batch of rows, over tensors that stay where they are. It does not hold the model.
+    """A step for a batch of rows, using tensors at fixed addresses. It keeps no reference to the model.
 
-    Drawing comes first: from `logits`, which the step before left, or the prompts. Then the model reads what
-    was drawn.
+    A step first draws from `logits`, left by the previous step or by the prompts. Then the model reads the
+    drawn tokens.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ class StaticStep:
     ) -> None:
         device, vocab = model.tok_emb.weight.device, model.config.vocab_size
         self.sampling = sampling
-        # A row whose window is full is computed anew before it goes on, or has ended; until then it must not
-        # reach for positions that there are not.
+        # A row with a full window has ended or is about to be recomputed. Until then its position must stay
+        # within the cache.
         self.last = None if slides else length - 1
         self.cache = KVCache(model.config, rows, length, device, model.cache_dtype)
         self.logits = torch.zeros(rows, vocab, device=device)  # of the next tokens
@@ -191,12 +191,12 @@ class StaticStep:
         self.seen = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
-        # Of the steps launched together:
+        # For the steps launched together:
         self.uniforms = torch.zeros(STEPS_AHEAD, rows, device=device)
         self.figures = torch.zeros(STEPS_AHEAD, 3, rows, device=device)  # see `draw`
-        self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the step among these
-        self.replay: Callable[[GPTModel], None] | None = None  # does what `step` does, faster
-        self.made_for: tuple[Any, ...] | None = None  # what may use `replay` again
+        self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the current step among these
+        self.replay: Callable[[GPTModel], None] | None = None  # a faster equivalent of `step`
+        self.made_for: tuple[Any, ...] | None = None  # the conditions under which `replay` can be reused
 
     def step(self, model: GPTModel) -> None:
         """Draw a token for each row, and compute the logits of the next one."""
@@ -213,7 +213,7 @@ class StaticStep:
         self.positions.add_(1)
 
     def begin(self, moved: dict[int, int], decoding: Decoding) -> None:
-        """Compute rows from where their windows start now, see `Decoding.moved`."""
+        """Recompute rows whose windows have moved, see `Decoding.moved`."""
         rows = torch.tensor([*moved], device=self.logits.device)
         self.logits[rows] = decoding.refill(moved)
         self.positions[rows] = torch.tensor(
@@ -221,7 +221,7 @@ class StaticStep:
         )
 
     def launch(self, model: GPTModel, uniforms: Tensor) -> Figures:
-        """Launch as many steps as there are rows of numbers (steps, rows)."""
+        """Launch one step for each row of `uniforms` (steps, rows)."""
         count = len(uniforms)
         self.uniforms[:count].copy_(uniforms, non_blocking=True)
         self.number.zero_()
@@ -230,24 +230,24 @@ class StaticStep:
         return Late(self.figures[:count]).read
 
 
-# The step captured last over each model, where no batch uses it: for the next one of its shape.
+# The step captured last for each model, while no batch uses it, for the next batch of the same shape.
 _kept: WeakKeyDictionary[GPTModel, StaticStep] = WeakKeyDictionary()
 
 
 def _static_step(
     model: GPTModel, rows: int, length: int, slides: bool, sampling: SamplingConfig
 ) -> StaticStep:
-    # A graph reads weights where they lie: it sees new values, but new places call for a new one.
+    # A graph reads weights at their addresses: it sees new values, but new addresses need a new graph.
     places = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
     wanted = rows, length, slides, astuple(sampling), places
     static = _kept.pop(model, None)
     if static is not None and static.made_for == wanted:
         return static
-    del static  # so that its memory is free
+    del static  # frees its memory
     static = StaticStep(model, rows, length, slides, sampling)
     if model.compiles_steps:
         static.replay = torch.compile(static.step, dynamic=False)
-        # To dynamo, steps of all shapes are one function, and by default it gives up after eight.
+        # To dynamo, steps of all shapes are one function, which by default it stops compiling after eight.
         with torch._dynamo.config.patch(recompile_limit=256):
             static.replay(model)
     if static.logits.is_cuda and model.captures_steps:

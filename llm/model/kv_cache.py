@@ -1,4 +1,4 @@
-"""Cached keys and values of the tokens so far, so that a new token costs one token's work."""
+"""The KV cache: keys and values of the tokens so far, so that a new token costs only its own work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from llm.config import ModelConfig
 
-# Added to a score, it leaves a weight of exactly 0. It is what torch puts for cuDNN in place of an infinity.
+# Added to a score, it makes the attention weight exactly 0. torch uses it for cuDNN in place of -infinity.
 HIDDEN = -65504.0
 
 
 class KVCache:
-    """Room for rows of different lengths, allocated once.
+    """A cache for rows of different lengths, allocated once.
 
-    `fill` writes a row from its first token on; then `extending` or `extend_together` adds a token per step.
-    Past `length` tokens each takes the slot of the oldest: position p is in slot p mod length. Each is handed
-    to the model as a function of (layer, keys, values), both (rows, heads, time, head_dim), that returns the
-    keys and values to attend to, and a mask where a causal one is not enough.
+    `fill` writes a row's prompt; then `extending` or `extend_together` add a token per step. Position p is in
+    slot p mod length, so past `length` tokens a new token overwrites the oldest. The model is given these
+    methods as a function of (layer, keys, values), both (rows, heads, time, head_dim), that returns the keys
+    and values to attend to, and a mask unless a causal one is enough.
     """
 
     def __init__(
@@ -32,15 +32,15 @@ class KVCache:
         self._lengths = torch.arange(length, device=device)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor, source: Tensor) -> "Attended":
-        """Write the first tokens of `rows`: row rows[i] gets the keys and values of prompt source[i]."""
+        """Write the first tokens of rows: row rows[i] gets the keys and values of prompt source[i]."""
         time = keys.shape[2]
         self.keys[layer][rows, :, :time] = keys[source].to(self.keys[layer].dtype)
         self.values[layer][rows, :, :time] = values[source].to(self.values[layer].dtype)
         return keys, values, None
 
     def fill_on(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor) -> "Attended":
-        """Write the next tokens, at most `length`, of `rows`, which are equal and hold a multiple of `length`
-        tokens: keys and values (1, heads, time, head_dim). Each attends to the `length` tokens up to it."""
+        """Write the next tokens, at most `length`, of equal rows that hold a multiple of `length` tokens:
+        keys and values (1, heads, time, head_dim). Each token attends to the `length` tokens up to itself."""
         time = keys.shape[2]
         older = self.keys[layer][rows[:1]], self.values[layer][rows[:1]]
         self.keys[layer][rows, :, :time] = keys.to(self.keys[layer].dtype)
@@ -50,10 +50,10 @@ class KVCache:
         return torch.cat([older[0], keys], dim=2), torch.cat([older[1], values], dim=2), mask
 
     def extending(self, where: Tensor, end: int) -> Callable[[int, Tensor, Tensor], "Attended"]:
-        """Append a token to each of the first rows, at its position in `where`, (rows,), below `end`."""
-        # What all layers share is computed once, as each operation counts on a GPU.
+        """Append a token to each of the first rows, at the positions `where` (rows,), all below `end`."""
+        # Computed once for all layers, as every kernel counts on a GPU.
         rows, slots = self._rows[: len(where)], where % self.length
-        # Rows differ in length: beyond a row's new token its slot is unwritten or stale, until all are taken.
+        # Rows differ in length: slots beyond a row's new token are unwritten or stale, until all are in use.
         hidden = self._lengths[:end] > where[:, None]
         mask = torch.zeros(hidden.shape, device=where.device, dtype=self.keys[0].dtype)
         mask.masked_fill_(hidden, HIDDEN)
@@ -69,14 +69,14 @@ class KVCache:
         return kept[0][:count, :, :end], kept[1][:count, :, :end], mask
 
     def extend_together(self, layer: int, keys: Tensor, values: Tensor, position: int) -> "Attended":
-        """The same for rows of one length, which need no mask."""
+        """Append a token to each row, all at one position; this needs no mask."""
         rows, slot = len(keys), position % self.length
         self.keys[layer][:rows, :, slot] = keys[:, :, 0]
         self.values[layer][:rows, :, slot] = values[:, :, 0]
         return self.keys[layer][:rows, :, : position + 1], self.values[layer][:rows, :, : position + 1], None
 
     def move(self, row: int, to: int) -> None:
-        """Copy a row over another."""
+        """Copy a row to the place of another."""
         for kept in (*self.keys, *self.values):
             kept[to] = kept[row]
 

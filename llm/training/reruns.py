@@ -141,7 +141,7 @@ def other_circumstances(rerun: Path, original: Path) -> list[str]:
 
 
 def changes_on_the_way(original: Path) -> list[str]:
-    """What was changed where a run was resumed, one line each. A rerun has it from the first update on."""
+    """Changes of the config when a run was resumed, one line each. A rerun applies them from the start."""
     return [
         f"the original was changed after {resumed['steps']} updates: {key}={now} (it was {was})"
         for resumed in read_summary(original).get("resumed") or []
