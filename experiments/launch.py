@@ -158,7 +158,7 @@ def run_once(config: DictConfig, work: Work, recorded: bool, repeatable: bool) -
             if done and not place.sweep:
                 show_again(script, OmegaConf.to_object(config), done)
                 return None
-            if place.in_worker:
+            if place.sweep:
                 stack.callback(give_back_memory)
             place = stack.enter_context(claimed_place(place, resumes))
             if recorded:

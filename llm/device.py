@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import os
 import platform
 import re
@@ -200,7 +199,6 @@ def measure_matmul_flops(runtime: Runtime, seconds: float = 0.3) -> float:
 def forget_peak_memory() -> None:
     """Measure the peak of resident memory from here on: jobs of a sweep may share a process, and each would
     report the largest peak of all before it. Only Linux with glibc can."""
-    gc.collect()  # runs hold reference cycles
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, see `start_runtime`
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak; see proc_pid_clear_refs(5)

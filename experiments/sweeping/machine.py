@@ -63,9 +63,9 @@ def visible_gpus() -> list[str]:
 
 
 def give_back_memory() -> None:
-    """Free the GPU memory that torch caches for this process. Other jobs that share the GPU may need it
-    before this process gets its next job."""
+    """Free the memory of a job that has ended. Its process would keep it: the next job's peak would include
+    it, and other jobs that share the GPU could not use it."""
+    gc.collect()  # a run holds reference cycles
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
-        gc.collect()
         torch.cuda.empty_cache()
