@@ -67,7 +67,7 @@ def run_evaluation(config: EvaluateConfig, run_dir: Path, in_sweep: bool = False
     if config.text is None and config.path is None:
         if trained is None:
             raise UserError(f"the training data of {loaded.name} is unknown: give a text with path= or text=")
-        splits = cut_windows(trained, tokenizer, splits_of(loaded, trained))
+        splits = cut_windows(trained, tokenizer, splits_of(loaded))
         windows = splits[config.split == "validation"]
         what, batches = f"{config.split} split", ordered_batches(windows, config.batch_size)
         # A run's own validation may have been on some of them.

@@ -229,7 +229,7 @@ def _training_index(loaded: Loaded) -> NgramIndex | None:
         log.warning("copying is not measured: the training text is in shards, which are not indexed")
         return None
     try:
-        training, _ = splits_of(loaded, loaded.trained)
+        training, _ = splits_of(loaded)
     except UserError as error:
         log.warning("copying is not measured, as the training text is not available: %s", error)
         return None

@@ -19,7 +19,7 @@ PIECE_BYTES = 1 << 20  # read at a time
 DECODING = 1  # increase it whenever the same bytes would be read as another text
 
 BYTE_ORDER_MARK = "\ufeff"
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the bytes that such files begin with
+MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the bytes that such files begin with
 
 
 def read_text(file: Path) -> str:
@@ -116,7 +116,7 @@ def _not_utf8(name: object, error: UnicodeDecodeError, known: int) -> str:
     """
     hint = ""
     if not known:
-        for start, kind in COMPRESSED.items():
+        for start, kind in MAGIC_BYTES.items():
             if error.object.startswith(start):
                 return (
                     f"{name} is compressed ({kind}): unpack it, or make shards of it, "

@@ -42,7 +42,6 @@ class Loaded:
     name: str  # the checkpoint's folder, or the name that foreign weights were asked for by
     trained: PretrainConfig | None  # the config of its run; None for foreign weights
     step: int | None  # the update, counted from 0, after which it was saved
-    data: list[str] | None  # fingerprints of its run's training and validation tokens, if they are known
 
 
 def load_for_inference(
@@ -83,19 +82,20 @@ def _load(
         source.origin if source.folder else name,
         source.trained,
         step_of(source.folder) if source.folder else None,
-        trained_on(source.folder.resolve()) if source.folder else None,
     )
 
 
-def splits_of(loaded: Loaded, trained: PretrainConfig) -> tuple[TokenFile, TokenFile]:
-    """The training and validation tokens of the run that trained a model.
+def splits_of(loaded: Loaded) -> tuple[TokenFile, TokenFile]:
+    """The training and validation tokens of the run that trained a model; of no foreign weights.
 
     Raises:
         UserError: see `token_files`; or the text has changed since the run was trained on it.
     """
-    files = token_files(trained.data, loaded.tokenizer)
-    if loaded.data and loaded.data != [file.fingerprint for file in files]:
-        where = f"data.path={trained.data.path}" if trained.data.path else f"data={trained.data.source}"
+    assert loaded.trained
+    data = loaded.trained.data
+    files, known = token_files(data, loaded.tokenizer), trained_on(Path(loaded.name).resolve())
+    if known and known != [file.fingerprint for file in files]:
+        where = f"data.path={data.path}" if data.path else f"data={data.source}"
         raise UserError(f"{loaded.name} was trained on another text than is at {where} now: bring it back")
     return files
 

@@ -99,7 +99,7 @@ def announce(run: Run, matmul_flops: float, before: PretrainConfig | None) -> No
                 format_value(value),
             )
         log.info("")
-    elif changes := changes_on_the_way(Path(run.config.rerun)) if run.config.rerun else []:
+    elif run.config.rerun and (changes := changes_on_the_way(Path(run.config.rerun))):
         log.info(
             "rerun      %s; it is trained with that from the first update on, so its numbers may differ\n",
             "; ".join(changes),
@@ -232,8 +232,7 @@ def print_summary(summary: Summary, run: Run, wandb_folder: Path | None) -> None
     log.info("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value != "–"))
     log.info("\nloss plot   %s", run.run_dir / "loss.png")
     log.info("sample      %s", as_command("generate", as_override("checkpoint", run.run_dir)))
-    key, _ = run.binding_limit()
-    further = [_raised(run, key.removeprefix("training."))] if summary.status == "finished" else []
+    further = [_raised(run, run.binding_limit())] if summary.status == "finished" else []
     if summary.stopped_early:
         further = ["early_stopping.rule=none"]
     log.info("resume      %s", as_command("pretrain", as_override("resume", run.run_dir), *further))

@@ -155,11 +155,10 @@ class Run:
         """In a rerun, the seconds and the learning rate that the original recorded for an update."""
         return self.recorded_clock[step] if step < len(self.recorded_clock) else None
 
-    def binding_limit(self) -> tuple[str, float]:
-        """The limit that is reached first: its key and its value."""
+    def binding_limit(self) -> str:
+        """The limit of training that is reached first, such as max_steps."""
         shares = self.spent()
-        name = max(shares, key=lambda each: shares[each])
-        return f"training.{name}", getattr(self.config.training, name)
+        return max(shares, key=lambda each: shares[each])
 
 
 def build_run(start: Start, runtime: Runtime, planned_for: Device | None = None) -> Run:

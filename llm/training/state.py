@@ -149,9 +149,10 @@ def restore(run: Run, start: Start) -> None:
             f"data.path, or start a new run with {as_argument('init_from', start.run_dir)}"
         )
     if run.progress() >= 1 and start.was_finished:
-        key, value = run.binding_limit()
+        limit = run.binding_limit()
+        value = format_value(getattr(run.config.training, limit))
         raise UserError(
-            f"{start.run_dir} is finished: {key}={format_value(value)} is spent; to continue, raise it"
+            f"{start.run_dir} is finished: training.{limit}={value} is spent; to continue, raise it"
         )
     changed = {key: list(values) for key, values in start.changes.items() if not key.startswith("tracking.")}
     run.resumed = [*run.resumed, {"steps": run.counters.steps, "changed": changed}]

@@ -12,6 +12,7 @@ from llm.training.evaluation import evaluate
 from llm.training.optimizers import OPTIMIZERS
 from llm.training.run import Run
 from llm.training.state import generator_states, restore_generators
+from llm.training.update_size import update_tokens
 
 LARGEST_SHARE = 0.1  # of the work of training that the validation at the end may take
 # A forward pass is a third of the work of a forward and backward pass, and more where turning logits into
@@ -67,8 +68,7 @@ def final_window_count(run: Run, tokens_seen: float) -> int:
     if config.training.final_eval == "full":
         return total
     flops = training_flops_per_token(run.model)
-    update_tokens = config.data.batch_size * config.model.context_length * config.training.accumulate
-    optimizer_flops = OPTIMIZERS[config.optimizer.name].flops(run.model) / update_tokens
+    optimizer_flops = OPTIMIZERS[config.optimizer.name].flops(run.model) / update_tokens(config)
     # Only one process evaluates.
     affordable = LARGEST_SHARE * tokens_seen * (flops + optimizer_flops) / run.runtime.processes
     count = total
