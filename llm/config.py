@@ -96,6 +96,9 @@ class ModelConfig:
     residual_scalars: bool = key(
         False, "whether each block reads a learnt mix of the residual stream and the first embedding"
     )
+    smear: bool = key(
+        False, "whether a learnt share of the previous token's embedding is added to each token's"
+    )
     parallel_blocks: bool = key(
         False, "whether a block's feed-forward network runs in parallel with its attention, not after it"
     )

@@ -21,6 +21,7 @@ EVERY_PART: dict[str, Any] = {
     "qk_norm": True,
     "value_embeddings": True,
     "residual_scalars": True,
+    "smear": True,
     "parallel_blocks": True,
     "logit_softcap": 5.0,
     "tie_weights": False,

@@ -43,6 +43,7 @@ MODELS = {
         qk_norm=True,
         value_embeddings=True,
         residual_scalars=True,
+        smear=True,
         parallel_blocks=True,
         logit_softcap=15.0,
         tie_weights=False,

@@ -159,8 +159,10 @@ class Decoding:
             cached: where its cached window starts, or -1.
         """
         if self._slides:
-            # The last token's logits depend on no earlier token: each block reaches window - 1 tokens back.
-            reach = self.model.config.n_layers * (self._window - 1) + 1
+            # The last token's logits depend on no earlier token: each block reaches window - 1 tokens back,
+            # and a smeared embedding one.
+            config = self.model.config
+            reach = config.n_layers * (self._window - 1) + 1 + int(config.smear)
             if cached >= 0 and length - cached <= max(COUNTED_POSITIONS, 4 * reach):
                 return cached
             return max(0, length - reach)
@@ -202,22 +204,23 @@ class Decoding:
         for begin in range(self._window, len(whole), self._window):
             idx = torch.tensor([whole[begin : begin + self._window]], device=self._device)
             positions = torch.arange(begin, begin + idx.shape[1], device=self._device)
-            features = self.model.features(idx, positions, remember)
+            before = torch.tensor([whole[begin - 1]], device=self._device)
+            features = self.model.features(idx, positions, remember, before)
         return features[:, -1]
 
     def _extend(self) -> Tensor:
         """Compute the last token of each row, using the cache: features (rows, emb_dim), meaningless for rows
         whose cache is stale."""
-        tokens = [self.token_ids[row][-1] for row in self.rows]
+        tokens = [self.token_ids[row][-2:] for row in self.rows]
         positions = [self.position(slot) - 1 for slot in range(len(self.rows))]
         end = max(positions) + 1
         where = torch.tensor(positions, device=self._device)
-        idx = torch.tensor(tokens, device=self._device)
+        before, idx = torch.tensor(tokens, device=self._device).unbind(dim=1)
         if min(positions) + 1 == end:
             remember: Remember = partial(self._cache.extend_together, position=end - 1)
         else:
             remember = self._cache.extending(where, end)
-        return self.model.features(idx[:, None], where[:, None], remember)[:, 0]
+        return self.model.features(idx[:, None], where[:, None], remember, before)[:, 0]
 
 
 def check_past_context(model: GPTModel, past_context: str) -> None:

@@ -188,6 +188,7 @@ class StaticStep:
         self.cache = KVCache(model.config, rows, length, device, model.cache_dtype)
         self.logits = torch.zeros(rows, vocab, device=device)  # of the next tokens
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the next tokens
+        self.newest = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that the model has read
         self.seen = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
@@ -208,7 +209,8 @@ class StaticStep:
         self.number.add_(1)
         where = self.positions if self.last is None else self.positions.clamp(max=self.last)
         remember = self.cache.extending(where, self.cache.length)
-        features = model.features(tokens[:, None], where[:, None], remember)
+        features = model.features(tokens[:, None], where[:, None], remember, self.newest)
+        self.newest.copy_(tokens)
         self.logits.copy_(model.logits(features[:, 0]))
         self.positions.add_(1)
 
@@ -216,9 +218,10 @@ class StaticStep:
         """Recompute rows whose windows have moved, see `Decoding.moved`."""
         rows = torch.tensor([*moved], device=self.logits.device)
         self.logits[rows] = decoding.refill(moved)
-        self.positions[rows] = torch.tensor(
-            [decoding.position(row) for row in moved], device=self.logits.device
-        )
+        positions = [decoding.position(row) for row in moved]
+        self.positions[rows] = torch.tensor(positions, device=self.logits.device)
+        newest = [decoding.token_ids[row][-1] for row in moved]
+        self.newest[rows] = torch.tensor(newest, device=self.logits.device)
 
     def launch(self, model: GPTModel, uniforms: Tensor) -> Figures:
         """Launch one step for each row of `uniforms` (steps, rows)."""

@@ -79,8 +79,9 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """Token ids (batch, time) to next-token logits (batch, time, vocab_size).
 
-    Besides the book's parts it has those that `ModelConfig` turns on. Value embeddings and residual scalars
-    are from Jordan et al. 2024 (modded-nanogpt), softcapped logits from Gemma 2 (2024).
+    Besides the book's parts it has those that `ModelConfig` turns on. Value embeddings, residual scalars and
+    smeared embeddings are from modded-nanogpt (Jordan et al. 2024, 2025), softcapped logits from Gemma 2
+    (2024).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -90,6 +91,8 @@ class GPTModel(nn.Module):
         position = POSITIONS[config.position]
         self.pos_emb = position.embedding(config) if position.embedding else None
         self.rotation = position.rotation(config) if position.rotation else None
+        # For each dimension, the share of the previous token's embedding that is added to a token's.
+        self.smear = nn.Parameter(torch.zeros(config.emb_dim)) if config.smear else None
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = NORMS[config.norm](config.emb_dim, config.norm_eps)
@@ -151,7 +154,11 @@ class GPTModel(nn.Module):
         return self.tok_emb.weight if self.out_head is None else self.out_head.weight
 
     def features(
-        self, idx: Tensor, positions: Tensor | None = None, remember: Remember | None = None
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        remember: Remember | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """The final hidden states, which the output head reads, (batch, time, emb_dim).
 
@@ -159,10 +166,14 @@ class GPTModel(nn.Module):
             idx: token ids (batch, time), time at most context_length.
             positions: (time,) or (batch, time); 0, 1, … by default.
             remember: stores keys and values in a cache, see `Remember`.
+            before: the token before each row of idx, (batch,); none by default, as at the start of a window.
         """
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.tok_emb(idx)
+        if self.smear is not None:
+            first = torch.zeros_like(x[:, :1]) if before is None else self.tok_emb(before[:, None])
+            x = x + self.smear * torch.cat([first, x[:, :-1]], dim=1)
         if self.pos_emb is not None:
             x = x + self.pos_emb(positions)
         turns = None if self.rotation is None else turns_of(self.rotation(positions))
@@ -239,6 +250,7 @@ def description(config: ModelConfig) -> str:
         "QK-norm" if config.qk_norm else "",
         "value embeddings" if config.value_embeddings else "",
         "residual scalars" if config.residual_scalars else "",
+        "smeared embeddings" if config.smear else "",
         "parallel blocks" if config.parallel_blocks else "",
         f"logits capped at {config.logit_softcap:g}" if config.logit_softcap else "",
         "projections from zero" if config.init == "zero_projections" else "",

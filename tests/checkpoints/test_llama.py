@@ -311,6 +311,7 @@ def test_transformers_opens_an_export_which_comes_back_as_it_was(
             {**PARTS, "value_embeddings": True, "logit_softcap": 15.0, "residual_scalars": True},
             "has model.value_embeddings=True, model.residual_scalars=True, model.logit_softcap=15.0 (",
         ),
+        ({**PARTS, "smear": True}, "has model.smear=True ("),
         (
             {"position": "rotary"},
             "has no model of all these parts: GPT-2 has no model.position=rotary; Llama has no "

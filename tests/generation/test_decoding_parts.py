@@ -31,9 +31,11 @@ CONFIGS = {
     "grouped queries": replace(BASE, n_kv_heads=2),
     "value embeddings": replace(BASE, value_embeddings=True),
     "residual scalars": replace(BASE, residual_scalars=True),
+    "smear": replace(BASE, smear=True),
     "capped logits": replace(BASE, logit_softcap=5.0),
     "learned and all": EVERYTHING,
     "rotary and all": MODERN,
+    "rotary, smear": replace(BASE, position="rotary", smear=True),
     "rotary, one head of keys": replace(BASE, position="rotary", n_kv_heads=1, qk_norm=True, qkv_bias=True),
     "three layers": replace(MODERN, n_layers=3),
     "one layer": replace(MODERN, n_layers=1, vocab_size=257),
@@ -150,7 +152,7 @@ def test_a_sample_does_not_depend_on_its_batch(past_context: str) -> None:
 def test_slide_computes_a_token_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(replace(MODERN, context_length=4))
     counts: list[int] = []
-    model.tok_emb.register_forward_hook(lambda module, args, out: counts.append(args[0].numel()))
+    model.trf_blocks[0].register_forward_hook(lambda module, args, out: counts.append(out[..., 0].numel()))
 
     def computed(prompt: int, new: int) -> list[int]:
         steps, cached = [], Decoding(model, [[1] * prompt] * 3, new, 4, "slide")
@@ -162,9 +164,10 @@ def test_slide_computes_a_token_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         return steps
 
     assert computed(2, 30) == [2, *[3] * 29]
-    assert computed(100, 3) == [7, 3, 3]  # with 2 blocks and 4 positions, none but the last 7 count
+    # With 2 blocks of 4 positions and a smear of 1, none but the last 8 tokens count.
+    assert computed(100, 3) == [8, 3, 3]
     monkeypatch.setattr(decoding, "COUNTED_POSITIONS", 0)
-    assert computed(2, 60) == [2, *[3] * 26, 7, *[3] * 21, 7, *[3] * 10]  # from 28 positions on, anew
+    assert computed(2, 60) == [2, *[3] * 30, 8, *[3] * 24, 8, *[3] * 3]  # from 32 positions on, anew
 
 
 def test_learned_positions_cannot_slide() -> None:

@@ -94,7 +94,7 @@ def test_parameters_of_gpt2_small(tie_weights: bool, expected: int) -> None:
         {"norm": "rmsnorm", "position": "rotary", "activation": "relu2", "bias": False, "qk_norm": True},
         {"activation": "swiglu", "tie_weights": False, "logit_softcap": 15.0},
         {"n_kv_heads": 1, "hidden_dim": 56},
-        {"value_embeddings": True, "residual_scalars": True, "n_kv_heads": 2, "n_layers": 3},
+        {"value_embeddings": True, "residual_scalars": True, "smear": True, "n_kv_heads": 2, "n_layers": 3},
     ],
     ids=", ".join,
 )

@@ -32,6 +32,7 @@ EACH_PART = {
     "one head of keys and values": {"n_kv_heads": 1},
     "value embeddings": {"value_embeddings": True},
     "residual scalars": {"residual_scalars": True},
+    "smear": {"smear": True},
     "parallel blocks": {"parallel_blocks": True},
     "capped logits": {"logit_softcap": 1.5},
 }
@@ -83,6 +84,9 @@ def logits_by_hand(model: GPTModel, idx: list[int]) -> list[list[float]]:
     heads, kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
     head_dim = config.emb_dim // heads
     stream = [weights["tok_emb.weight"][token] for token in idx]
+    if config.smear:
+        last = [torch.zeros(config.emb_dim), *stream[:-1]]
+        stream = [vector + weights["smear"] * other for vector, other in zip(stream, last, strict=True)]
     if config.position == "learned":
         stream = [vector + weights["pos_emb.weight"][p] for p, vector in enumerate(stream)]
     first = [vector.tolist() for vector in stream]
@@ -239,8 +243,8 @@ def test_what_a_model_is_in_a_line() -> None:
     assert description(BASE) == "3 layers, width 24, 4 heads, context 12"
     assert description(replace(MODERN, init="zero_projections", hidden_dim=50)) == (
         "3 layers, width 24, 4 heads, 2 of keys and values, context 12, rotary, rmsnorm, relu2, "
-        "hidden width 50, QK-norm, value embeddings, residual scalars, parallel blocks, logits capped at 5, "
-        "projections from zero, no biases"
+        "hidden width 50, QK-norm, value embeddings, residual scalars, smeared embeddings, "
+        "parallel blocks, logits capped at 5, projections from zero, no biases"
     )
 
 

@@ -49,6 +49,7 @@ SMALL = ModelConfig(
     qk_norm=True,
     value_embeddings=True,
     residual_scalars=True,
+    smear=True,
 )
 
 
