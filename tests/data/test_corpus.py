@@ -200,7 +200,7 @@ def test_paths_without_a_text_are_one_line(
             "naïve".encode("utf-16"),
             "is not UTF-8: byte 0xff at offset 0, as in UTF-16; convert the file to UTF-8",
         ),
-        (gzip.compress(b"to be"), r"is compressed \(gzip\): unpack it, or make shards of it"),
+        (gzip.compress(b"to be", mtime=0), r"is compressed \(gzip\): unpack it, or make shards of it"),
         (b"\x28\xb5\x2f\xfd to be", r"is compressed \(zstd\): unpack it"),
         (
             "to be".encode("utf-16-le"),
