@@ -124,6 +124,15 @@ def test_what_becomes_of_work_without_a_result(
         assert ended.value.code == status
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as Python handles it, even where a shell started us in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("becomes", [None, ImportError("numpy: importing its C extensions failed")])
 def test_ctrl_c_is_not_lost_in_an_import(becomes: Exception | None) -> None:
     @interrupts_kept()
