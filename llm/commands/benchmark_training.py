@@ -231,7 +231,8 @@ def updater(
 
     def wait_for_update() -> None:
         work()
-        next(model.parameters())[0, 0].item()  # GPU kernels are only queued: reading a value waits for them
+        # GPU kernels are only queued: reading a value waits for them.
+        next(model.parameters()).view(-1)[0].item()
 
     return wait_for_update
 

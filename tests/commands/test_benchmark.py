@@ -25,7 +25,7 @@ def test_training_variants_in_one_run(script: Script, tmp_path: Path) -> None:
     assert not result.stderr
     of_transformers = [row["variant"] for row in rows if "transformers" in row["variant"]]
     assert of_transformers[0].startswith("fp32, transformers ")
-    wide = script("benchmark", *TINY, "model.hidden_dim=2560", "batch_size=2", "steps=1")
+    wide = script("benchmark", *TINY, "model.hidden_dim=2560", "model.smear=true", "batch_size=2", "steps=1")
     assert wide.returncode == 0, wide.stderr
     rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rows"]
     work = {row["variant"]: row["mfu"] / row["tokens_per_second"] for row in rows}  # a token's
