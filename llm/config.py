@@ -355,7 +355,15 @@ def modern_small() -> ModelConfig:
     """The default model. The fields' own defaults are GPT-2's, which is what records older than a key
     mean."""
     return ModelConfig(
-        vocab_size=4096, norm="rmsnorm", position="rotary", bias=False, qk_norm=True, parallel_blocks=True
+        vocab_size=4096,
+        n_heads=2,
+        n_layers=3,
+        norm="rmsnorm",
+        position="rotary",
+        bias=False,
+        qk_norm=True,
+        smear=True,
+        parallel_blocks=True,
     )
 
 
@@ -546,7 +554,7 @@ class BenchmarkConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     batch_size: int = key(16, "windows in a batch", at_least=1)
     steps: int = key(10, "timed updates of each variant; coordinates: updates of each model", at_least=1)
-    widths: list[int] = key([32, 64, 128, 256, 512], "coordinates: the emb_dim of each model", at_least=1)
+    widths: list[int] = key([64, 128, 256, 512], "coordinates: the emb_dim of each model", at_least=1)
     seed: int = key(123, "seed for weights and tokens", at_least=0)
 
 

@@ -31,7 +31,7 @@ def test_a_modern_model_keeps_its_parts(script: Script, text: str, tmp_path: Pat
     assert whole.returncode == 0, whole.stderr
     assert (
         "2 layers, width 64, 2 heads, 1 of keys and values, context 64, rotary, rmsnorm, QK-norm, "
-        "value embeddings, parallel blocks, logits capped at 15, no biases"
+        "value embeddings, smeared embeddings, parallel blocks, logits capped at 15, no biases"
     ) in whole.stdout
     assert model_of(tmp_path / "run")["norm"] == "rmsnorm"
     recorded = numbers(tmp_path / "run")
