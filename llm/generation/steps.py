@@ -188,7 +188,7 @@ class StaticStep:
         self.cache = KVCache(model.config, rows, length, device, model.cache_dtype)
         self.logits = torch.zeros(rows, vocab, device=device)  # of the next tokens
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the next tokens
-        self.newest = torch.zeros(rows, dtype=torch.long, device=device)  # tokens: those read last
+        self.newest = torch.zeros(rows, dtype=torch.long, device=device)  # the tokens read last
         self.seen = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)

@@ -36,8 +36,7 @@ class KVCache:
         """Write the first tokens of rows: row rows[i] gets the keys and values of prompt source[i]."""
         time = keys.shape[2]
         kept = self.layers[layer]
-        kept[0, rows, :, :time] = keys[source].to(kept.dtype)
-        kept[1, rows, :, :time] = values[source].to(kept.dtype)
+        kept[:, rows, :, :time] = torch.stack([keys[source], values[source]]).to(kept.dtype)
         return keys, values, None
 
     def fill_on(self, layer: int, keys: Tensor, values: Tensor, rows: Tensor) -> "Attended":
@@ -46,8 +45,7 @@ class KVCache:
         time = keys.shape[2]
         kept = self.layers[layer]
         older = kept[:, rows[:1]].unbind()
-        kept[0, rows, :, :time] = keys.to(kept.dtype)
-        kept[1, rows, :, :time] = values.to(kept.dtype)
+        kept[:, rows, :, :time] = torch.stack([keys, values]).to(kept.dtype)
         seen = torch.ones(time, self.length + time, dtype=torch.bool, device=keys.device)
         mask = seen.triu(1).tril(self.length)
         return torch.cat([older[0], keys], dim=2), torch.cat([older[1], values], dim=2), mask
